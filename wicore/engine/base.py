@@ -1,0 +1,153 @@
+"""The engine contract.
+
+An engine owns the weights and the device pool, the memory that the KV blocks live in. It knows
+nothing of jobs, queues or priorities: each step it is told which blocks belong to which sequence,
+which tokens are new, and where a token must be sampled.
+
+Terms
+    token     one id; position p is its 0-based index in its sequence.
+    block     `block_tokens` consecutive positions of one sequence, all layers of one pool.
+    pool      "global" holds the layers that attend to every position, "window" the layers that
+              attend to the last `window` positions. The two are sized and numbered apart.
+    table     physical block ids by logical block index (position // block_tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wicore.sampling import SampledToken, SamplingState
+
+Pool = Literal["global", "window"]
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """Shape of the KV cache, as HMT needs it to size, move and fingerprint blocks."""
+
+    block_tokens: int
+    global_layers: int
+    window_layers: int
+    kv_heads: int
+    head_dim: int
+    window: int
+    """A query at position q of a window layer sees positions > q - window."""
+    dtype: str
+    """numpy name of a stored element, e.g. "float32"."""
+
+    def block_bytes(self, pool: Pool) -> int:
+        """Bytes of one block: K and V, every layer of the pool."""
+        layers = self.global_layers if pool == "global" else self.window_layers
+        item = np.dtype(self.dtype).itemsize
+        return 2 * layers * self.block_tokens * self.kv_heads * self.head_dim * item
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine is and what it can hold; constant for its lifetime."""
+
+    name: str
+    device: str
+    weights: str
+    """Weight format in use, e.g. "int8" or "float32"."""
+    layout: KVLayout
+    global_blocks: int
+    window_blocks: int
+    vocab_size: int
+    max_context: int
+    """Longest sequence, in tokens."""
+    fingerprint: str
+    """Changes whenever KV computed before can no longer be used (weights, dtype, layout, RoPE)."""
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceInput:
+    """One sequence's share of a step.
+
+    Positions `start .. start + len(tokens) - 1` are computed and their KV written. Both tables must
+    already cover them. Blocks that other sequences share are only ever read: a writer owns the
+    blocks its new positions fall in.
+    """
+
+    key: int
+    """The caller's name for the sequence."""
+    tokens: NDArray[np.int32]
+    """New token ids, shape [n], n >= 1."""
+    start: int
+    """Position of tokens[0]; earlier positions are in the pool already."""
+    global_table: NDArray[np.int32]
+    """Physical blocks of the global pool, logical blocks 0 .. ceil((start + n) / block_tokens) - 1."""
+    window_table: NDArray[np.int32]
+    """Physical blocks of the window pool, from logical block `window_first` on, covering at least
+    positions max(0, start - window + 1) .. start + n - 1."""
+    window_first: int
+    sampling: SamplingState | None
+    """Sample a token after the last new position; None for a prompt chunk that is not the last."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: every sequence at most once, in any order."""
+
+    sequences: tuple[SequenceInput, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceOutput:
+    """What a step did for one sequence."""
+
+    token: SampledToken | None
+    """None when the input asked for no sample."""
+    mass: NDArray[np.float32]
+    """Attention mass by logical block, shape [blocks of global_table]: the share of attention that
+    this step's queries gave each block, averaged over heads, global layers and queries. Sums to 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    outputs: Mapping[int, SequenceOutput] = field(default_factory=dict)
+    """By the `key` of the input; one for every input."""
+
+
+class Ticket(Protocol):
+    """An asynchronous copy under way."""
+
+    def done(self) -> bool:
+        """Whether the copy is complete; never blocks."""
+
+    def wait(self) -> None:
+        """Block until the copy is complete. Raises EngineError when it failed."""
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """What the worker drives. Calls come from one thread, except `close`."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """Constant for the engine's lifetime."""
+
+    def step(self, plan: StepPlan) -> StepResult:
+        """Compute the plan; on return its KV is in the pool and its tokens are sampled.
+
+        The text of a sequence does not depend on what else is in the plan, nor on how its prompt is
+        cut into chunks. Raises EngineError when the device failed: the pool is then undefined.
+        Raises ValueError for a plan that breaks the contract, before anything is written.
+        """
+
+    def copy_out(self, pool: Pool, blocks: Sequence[int], host: NDArray[np.uint8]) -> Ticket:
+        """Copy blocks of the device pool to `host`, uint8 [len(blocks), layout.block_bytes(pool)].
+
+        The blocks must not be written before the ticket is done.
+        """
+
+    def copy_in(self, pool: Pool, host: NDArray[np.uint8], blocks: Sequence[int]) -> Ticket:
+        """Copy `host` (as `copy_out` filled it) into blocks; not readable before the ticket is done."""
+
+    def close(self) -> None:
+        """Release the device. Idempotent."""

@@ -1,0 +1,299 @@
+"""Jobs and events: what every door accepts, and the form it travels in.
+
+Pure: validation and wire forms only. `JobBody` is the body of `POST /v1/jobs` and, unchanged, the
+kwargs of a Celery or plain Redis message. The OpenAI doors reduce to it. Sampling semantics follow
+OpenAI's API reference; `top_k`, `min_p` and `repetition_penalty` follow Hugging Face transformers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import uuid
+from collections.abc import Mapping
+from enum import IntEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from wicore.errors import InvalidRequest
+
+JobKind = Literal["chat", "completion"]
+JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"]
+FinishReason = Literal["stop", "length"]
+TerminalType = Literal["done", "failed", "cancelled", "expired"]
+
+TERMINAL_TYPES: frozenset[str] = frozenset({"done", "failed", "cancelled", "expired"})
+STATUS_OF_TERMINAL: dict[str, JobStatus] = {
+    "done": "succeeded",
+    "failed": "failed",
+    "cancelled": "cancelled",
+    "expired": "expired",
+}
+JOB_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+"""What a job id may be; ids from other systems (Celery's UUIDs) are kept as they come."""
+
+
+class Priority(IntEnum):
+    """Queue levels in Kombu's layout; a lower number is served first."""
+
+    INTERACTIVE = 0
+    NORMAL = 3
+    BATCH = 6
+    BACKGROUND = 9
+
+
+def new_job_id() -> str:
+    return str(uuid.uuid4())
+
+
+# --- fields -------------------------------------------------------------------------------------
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError("must be a finite number")
+    return value
+
+
+def _as_list(value: Any) -> Any:
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else value
+
+
+def _priority_name(value: Any) -> Any:
+    names = {level.name.lower(): level for level in Priority}
+    if isinstance(value, str) and value in names:
+        return names[value]
+    if isinstance(value, Priority):
+        return value
+    raise ValueError(f"must be one of {', '.join(names)}")
+
+
+def _encodable(value: str) -> str:
+    # JSON can carry lone surrogates ("\ud800"), which no UTF-8 consumer downstream could.
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be valid Unicode, without lone surrogates") from None
+    return value
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+Number = Annotated[float, AfterValidator(_finite)]
+Stop = Annotated[
+    list[Annotated[Text, Field(min_length=1, max_length=256)]],
+    BeforeValidator(_as_list),
+    Field(max_length=16),
+]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class SamplingParams(_Strict):
+    """How tokens are drawn. Defaults are OpenAI's; 0 or 1 switches a filter off as noted."""
+
+    temperature: Annotated[Number, Field(ge=0, le=2)] = 1.0
+    """0 is greedy."""
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    """Smallest set of tokens with at least this probability; 1 is off."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """0 is off."""
+    min_p: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    """Drop tokens less likely than this share of the likeliest; 0 is off."""
+    repetition_penalty: Annotated[Number, Field(gt=0, le=10)] = 1.0
+    """Divides (multiplies, if negative) the logit of every token in prompt or output; 1 is off."""
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] = 0.0
+    logit_bias: dict[Annotated[int, Field(ge=0, strict=False)], Annotated[Number, Field(ge=-100, le=100)]] = (
+        Field(default_factory=dict, max_length=1024)
+    )
+    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
+    """None: the worker derives one from the job id, so that a resumed job continues alike."""
+    logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    """How many alternatives to report with each token; 0 reports the token alone; None nothing."""
+
+
+class ContentPart(_Strict):
+    type: Literal["text"]
+    text: Text
+
+
+class Message(_Strict):
+    """One chat turn. Gemma has no system role: system text is put before the first user turn."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[ContentPart]
+    name: Text | None = None
+
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class JobBody(SamplingParams):
+    """The body of `POST /v1/jobs`: one request, flat, as OpenAI names the fields."""
+
+    kind: JobKind = "chat"
+    model: Annotated[Text | None, Field(max_length=256)] = None
+    messages: Annotated[list[Message], Field(max_length=4096)] | None = None
+    prompt: Text | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    """None: 16 for completions (OpenAI's default), the rest of the context for chat."""
+    n: Annotated[int, Field(ge=1, le=16)] = 1
+    stop: Stop = Field(default_factory=list)
+    ignore_eos: bool = False
+    """Go on to `max_tokens` whatever the model says; for benchmarks."""
+    priority: Annotated[Priority, BeforeValidator(_priority_name)] | None = None
+    timeout_s: Annotated[Number, Field(gt=0, le=7 * 86400)] | None = None
+    """Seconds from acceptance until the job expires, wherever it is by then."""
+    user: Annotated[Text | None, Field(max_length=512)] = None
+    metadata: dict[str, str] = Field(default_factory=dict, max_length=16)
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> JobBody:
+        want, other = ("messages", "prompt") if self.kind == "chat" else ("prompt", "messages")
+        if getattr(self, other) is not None:
+            raise ValueError(f"{other}: not allowed when kind is {self.kind!r}; use {want}")
+        if not getattr(self, want):
+            raise ValueError(f"{want}: required and not empty when kind is {self.kind!r}")
+        return self
+
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(**{name: getattr(self, name) for name in SamplingParams.model_fields})
+
+    def wire(self) -> dict[str, Any]:
+        """JSON form that `parse_job` reads back to an equal body; defaults are left out."""
+        data = self.model_dump(mode="json", exclude_defaults=True)
+        data["kind"] = self.kind
+        if self.priority is not None:
+            data["priority"] = self.priority.name.lower()
+        return data
+
+
+def parse_job(data: Any) -> JobBody:
+    """Validate the body of a job.
+
+    Raises InvalidRequest naming the first bad field, its value and what is allowed.
+    """
+    return _parse(JobBody, data)
+
+
+def _parse(model: type[JobBody], data: Any) -> JobBody:
+    if not isinstance(data, Mapping):
+        raise InvalidRequest(f"body: must be a JSON object, not {_kind_of(data)}")
+    try:
+        return model.model_validate(data)
+    except ValidationError as err:
+        raise _invalid(err) from None
+
+
+def _kind_of(value: Any) -> str:
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+def _invalid(err: ValidationError) -> InvalidRequest:
+    first = err.errors(include_url=False)[0]
+    # Union branches and validator names appear in `loc`; what a caller knows are keys and indexes.
+    known = [part for part in first["loc"] if isinstance(part, int) or _is_key(part)]
+    message = first["msg"].removeprefix("Value error, ")
+    if known:
+        param = ".".join(str(part) for part in known)
+    else:
+        param, _, message = message.partition(": ")
+    if first["type"] == "extra_forbidden":
+        return InvalidRequest(f"{param}: unknown or unsupported field; remove it", param=param)
+    value = first.get("input")
+    shown = "" if isinstance(value, Mapping | list) or first["type"] == "missing" else f" (got {_short(value)})"
+    return InvalidRequest(f"{param}: {message}{shown}", param=param)
+
+
+def _is_key(part: str) -> bool:
+    return re.fullmatch(r"[a-z_]+", part) is not None and part not in {"str", "int", "float"}
+
+
+def _short(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# --- events -------------------------------------------------------------------------------------
+
+Event = dict[str, Any]
+"""{"job", "seq", "type", ...}: started, resumed, token, then once done, failed, cancelled or expired."""
+
+
+def token_event(
+    job: str,
+    seq: int,
+    index: int,
+    text: str,
+    token_ids: list[int],
+    logprobs: list[dict[str, Any]] | None = None,
+    finish_reason: FinishReason | None = None,
+) -> Event:
+    """Text and ids that one or more steps added to choice `index`.
+
+    `text` may be empty while a character or a possible stop string is incomplete, and the ids of an
+    event need not spell exactly its text; the concatenations over a choice do match. `finish_reason`
+    is set on the event that ends the choice.
+    """
+    event: Event = {
+        "job": job,
+        "seq": seq,
+        "type": "token",
+        "index": index,
+        "text": text,
+        "token_ids": token_ids,
+    }
+    if logprobs is not None:
+        event["logprobs"] = logprobs
+    if finish_reason is not None:
+        event["finish_reason"] = finish_reason
+    return event
+
+
+def started_event(job: str, seq: int, attempt: int) -> Event:
+    """First of an attempt: `started`, or `resumed` when an earlier attempt left events."""
+    return {"job": job, "seq": seq, "type": "started" if seq == 1 else "resumed", "attempt": attempt}
+
+
+def terminal_event(
+    job: str,
+    seq: int,
+    type: TerminalType,
+    *,
+    finish_reason: str | None = None,
+    usage: Mapping[str, int] | None = None,
+    error: Mapping[str, Any] | None = None,
+) -> Event:
+    """The last event of a job, once."""
+    event: Event = {"job": job, "seq": seq, "type": type}
+    if finish_reason is not None:
+        event["finish_reason"] = finish_reason
+    if usage is not None:
+        event["usage"] = dict(usage)
+    if error is not None:
+        event["error"] = dict(error)
+    return event
+
+
+def usage_of(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
