@@ -1,0 +1,1 @@
+"""Gemma 3: hyper-parameters, rotary tables, checkpoints and where they come from."""

@@ -1,0 +1,271 @@
+"""Checkpoints: weights by name, from a Hugging Face folder or a GGUF file, memory-mapped.
+
+Nothing is read before it is asked for, so that a worker's memory holds the weights in the engine's
+format only, and the embedding table can stay on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wicore.errors import CheckpointError
+from wicore.gemma3.config import Gemma3Config, published, read_json
+
+Bytes = NDArray[np.uint8]
+Float = NDArray[np.float32]
+
+_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_SAMPLES = 16
+_SAMPLE_BYTES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor as its file holds it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """The file format's name of the element type, e.g. "BF16" or "Q4_K"."""
+    raw: Bytes
+    """[rows, bytes a row], memory-mapped; a vector is one row."""
+    decode: Callable[[Bytes], Float]
+    """Rows of `raw` as float32 [rows, width]."""
+
+
+class Checkpoint:
+    """An opened Gemma 3 checkpoint; `open_checkpoint` makes one. Read-only and thread-safe.
+
+    Names are Hugging Face's for a text-only model (`model.layers.0.self_attn.q_proj.weight`),
+    whatever prefix the file uses. Norm weights are the w of (1 + w). Nothing is scaled or fused.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: Gemma3Config,
+        tensors: Mapping[str, StoredTensor],
+        tokenizer: Callable[[], bytes],
+    ) -> None:
+        """Raises CheckpointError when a tensor of the text model is missing or has another shape."""
+        self.path = path
+        self.config = config
+        self._tensors = tensors
+        self._tokenizer = tokenizer
+        for name, shape in config.tensor_shapes().items():
+            found = self.stored(name).shape
+            if found != shape:
+                raise CheckpointError(f"{path}: {name}: expected shape {list(shape)}, found {list(found)}")
+
+    def names(self) -> list[str]:
+        """Every tensor of the file, sorted; those outside the text model keep the file's names."""
+        return sorted(self._tensors)
+
+    def read(self, name: str) -> Float:
+        """A whole tensor as a new float32 array. Raises CheckpointError for an unknown name."""
+        tensor = self.stored(name)
+        return tensor.decode(tensor.raw).reshape(tensor.shape)
+
+    def rows(self, name: str, ids: Sequence[int] | NDArray[np.integer]) -> Float:
+        """Rows of a matrix as float32 [len(ids), width]; only these are read from disk.
+
+        Raises CheckpointError for an unknown name, IndexError for an id outside of the matrix.
+        """
+        tensor = self.stored(name)
+        return tensor.decode(tensor.raw[np.asarray(ids, dtype=np.int64)])
+
+    def stored(self, name: str) -> StoredTensor:
+        """A tensor in its file's format, for conversions. Raises CheckpointError for an unknown name."""
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise CheckpointError(
+                f"{self.path}: expected tensor {name}, not found among {len(self._tensors)} tensors"
+            ) from None
+
+    @property
+    def dtype(self) -> str:
+        """How the bulk of the weights is stored, e.g. "BF16" or "Q4_K"."""
+        sizes: dict[str, int] = {}
+        for name in self.config.tensor_shapes():
+            tensor = self._tensors[name]
+            if not name.endswith("embed_tokens.weight"):
+                sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.raw.nbytes
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digest that other weights or another configuration would not have.
+
+        Covers the configuration, every tensor's name, type and shape, and samples of its bytes: two
+        trainings of the same model differ, in far less than the time of reading the file.
+        """
+        digest = hashlib.sha256(repr(self.config).encode())
+        for name in self.names():
+            tensor = self._tensors[name]
+            digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+            flat = tensor.raw.reshape(-1)
+            for start in np.linspace(0, max(0, flat.size - _SAMPLE_BYTES), _SAMPLES, dtype=np.int64):
+                digest.update(flat[start : start + _SAMPLE_BYTES].tobytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def tokenizer_model(self) -> bytes:
+        """The SentencePiece model. Raises CheckpointError when the checkpoint has none."""
+        return self._tokenizer()
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open a Hugging Face folder (safetensors, sharded or not) or a .gguf file.
+
+    Raises CheckpointError, saying what was expected and what was found, when anything is missing,
+    truncated, misshapen or not Gemma 3.
+    """
+    from wicore.gemma3.gguf import open_gguf  # it builds a Checkpoint, so it imports this module
+
+    path = Path(path)
+    if path.is_file() and path.suffix == ".gguf":
+        return open_gguf(path)
+    if not path.is_dir():
+        found = "another kind of file" if path.exists() else "nothing"
+        raise CheckpointError(f"{path}: expected a checkpoint folder or a .gguf file, found {found}")
+    if not (path / "config.json").exists():
+        raise CheckpointError(f"{path}: expected config.json, found {_listing(path)}")
+    config = Gemma3Config.from_hf(path)
+    tensors: dict[str, StoredTensor] = {}
+    for file in _weight_files(path):
+        tensors.update(_read_safetensors(file))
+    return Checkpoint(path, config, tensors, lambda: _read_tokenizer(path))
+
+
+def models_folder() -> Path:
+    """Where fetched models live: $WICORE_CACHE, else $XDG_CACHE_HOME/wicore, else ~/.cache/wicore."""
+    if own := os.environ.get("WICORE_CACHE"):
+        return Path(own).expanduser() / "models"
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "wicore" / "models"
+
+
+def resolve_model(name_or_path: str) -> Path:
+    """The checkpoint that a setting means: a path that exists, else a fetched model's folder.
+
+    Raises CheckpointError with the command that fetches a known model.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return path
+    if published(name_or_path) is None:
+        raise CheckpointError(
+            f"model {name_or_path!r}: expected a checkpoint folder, a .gguf file or a known name "
+            "(gemma-3-270m); found no such path or name"
+        )
+    cached = models_folder() / name_or_path
+    if not cached.exists():
+        raise CheckpointError(
+            f"model {name_or_path!r}: expected {cached}, found nothing; "
+            f"run `wicore model fetch {name_or_path}`, or set model.path to your own checkpoint"
+        )
+    return cached
+
+
+# --- Hugging Face folders -----------------------------------------------------------------------
+
+
+def decode_plain(dtype: str) -> Callable[[Bytes], Float]:
+    """Decoder of rows of F32, F16 or BF16 elements, little-endian."""
+    if dtype == "BF16":
+        return lambda raw: (_view(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
+    kind = "<f4" if dtype == "F32" else "<f2"
+    return lambda raw: _view(raw, kind).astype(np.float32)
+
+
+def _view(raw: Bytes, kind: str) -> NDArray[np.generic]:
+    # A fancy-indexed or offset row need not be aligned; a copy of it is.
+    return np.ascontiguousarray(raw).view(kind)
+
+
+def canonical_name(name: str) -> str:
+    """A tensor's name in a text-only checkpoint, from the prefix of any transformers layout."""
+    for prefix in ("language_model.model.", "model.language_model."):
+        if name.startswith(prefix):
+            return "model." + name.removeprefix(prefix)
+    return name.removeprefix("language_model.")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, Mapping):
+            raise CheckpointError(f"{index}: expected weight_map, found {shards!r}")
+        files = [folder / name for name in sorted(set(shards.values()))]
+        for file in files:
+            if not file.is_file():
+                raise CheckpointError(f"{file}: expected this shard (the index names it), found nothing")
+        return files
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder}: expected *.safetensors, found {_listing(folder)}")
+    return files
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir())
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "an empty folder"
+
+
+def _read_tokenizer(folder: Path) -> bytes:
+    path = folder / "tokenizer.model"
+    try:
+        return path.read_bytes()
+    except OSError:
+        raise CheckpointError(f"{path}: expected the SentencePiece model, found nothing readable") from None
+
+
+def _read_safetensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
+    """The tensors of one file (format: https://github.com/huggingface/safetensors#format)."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= size - 8:
+            raise CheckpointError(
+                f"{path}: expected a safetensors header, found a length of {length} in a file of {size} bytes"
+            )
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise CheckpointError(f"{path}: expected a JSON header, found other bytes") from None
+    header.pop("__metadata__", None)
+    data = np.memmap(path, np.uint8, "r", offset=8 + length) if size > 8 + length else np.empty(0, np.uint8)
+    for name, entry in header.items():
+        yield canonical_name(name), _stored_tensor(path, name, entry, data)
+
+
+def _stored_tensor(path: Path, name: str, entry: Mapping[str, object], data: Bytes) -> StoredTensor:
+    try:
+        dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])  # type: ignore[attr-defined]
+        begin, end = (int(n) for n in entry["data_offsets"])  # type: ignore[attr-defined]
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(
+            f"{path}: {name}: expected dtype, shape and data_offsets, found {entry}"
+        ) from None
+    if dtype not in _ITEM_BYTES:
+        raise CheckpointError(f"{path}: {name}: expected one of {', '.join(_ITEM_BYTES)}, found {dtype}")
+    if end > data.size:
+        raise CheckpointError(
+            f"{path}: {name}: expected {end} bytes of data, found {data.size}: the file is truncated"
+        )
+    if end - begin != int(np.prod(shape)) * _ITEM_BYTES[dtype]:
+        raise CheckpointError(
+            f"{path}: {name}: expected bytes for {dtype} {list(shape)}, found {end - begin}"
+        )
+    rows = int(np.prod(shape[:-1]))
+    return StoredTensor(shape, dtype, data[begin:end].reshape(rows, -1), decode_plain(dtype))
