@@ -1,0 +1,318 @@
+"""The CPU engine: Gemma 3 on ONNX Runtime over a paged KV pool in memory.
+
+A step runs the decoder stack once for all sequences that compute one token, once for each prompt chunk
+(cut further where its score matrix would be large), and the head once for every row that samples.
+
+Batch and chunk invariance. The span of keys that attention sees starts and ends at multiples of `_TILE`
+absolute positions and is never shorter than `_MIN_SPAN`, with the positions outside masked. ONNX
+Runtime's kernels (MLAS) sum over keys in panels of 128 whose borders then fall at the same positions
+whatever the chunking; padding adds exact zeros. tests/test_engine_contract.py holds this to the bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from wicore.engine.base import (
+    EngineInfo,
+    KVLayout,
+    Pool,
+    SequenceInput,
+    SequenceOutput,
+    StepPlan,
+    StepResult,
+    Ticket,
+)
+from wicore.engine.cpu.graph import Graph, build_body, build_head
+from wicore.engine.cpu.pool import Completed, KVPool
+from wicore.engine.cpu.weights import WeightFormat, embed, load_final_norm, load_head, load_layer
+from wicore.engine.plans import check_plan
+from wicore.errors import EngineError
+from wicore.gemma3.checkpoint import Checkpoint
+from wicore.gemma3.config import Gemma3Config
+from wicore.engine.cpu.rope import RopeTables
+from wicore.sampling import sample
+
+Float = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+POOLS: tuple[Pool, Pool] = ("global", "window")
+_TILE = 128
+_MIN_SPAN = 256
+_CHUNK = 512
+_SCORE_BYTES = 64 * 2**20
+"""Largest score matrix of one layer; a chunk is cut so that it stays under it."""
+_MASKED = np.float32(-1e30)
+_REVISION = "cpu-1"
+"""Part of the fingerprint: change it when KV computed by older code can no longer be used."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One pass of the decoder stack: B sequences, the same number S of new tokens each."""
+
+    inputs: tuple[SequenceInput, ...]
+    tokens: NDArray[np.int32]
+    """[B, S]"""
+    starts: Ints
+    """[B]"""
+    last: tuple[bool, ...]
+    """Whether the run holds the sequence's last new token, [B]."""
+
+
+class CpuEngine:
+    """`Engine` on ONNX Runtime. Weights are 8-bit (`int8`) or `float32`; KV and sums are float32."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        weights: WeightFormat = "int8",
+        threads: int = 0,
+        block_tokens: int = 32,
+        global_blocks: int,
+        window_blocks: int,
+        max_context: int | None = None,
+    ) -> None:
+        """Load the weights and allocate the pools.
+
+        `threads` 0 means one a core. Raises CheckpointError for a bad checkpoint and EngineError for
+        a block size that does not divide 128.
+        """
+        if _TILE % block_tokens:
+            raise EngineError(
+                f"hmt.block_tokens: {block_tokens} does not divide {_TILE}; use 16, 32, 64 or 128",
+                param="hmt.block_tokens",
+            )
+        config = self._config = checkpoint.config
+        self._checkpoint = checkpoint
+        self._rope = RopeTables(config)
+        layout = KVLayout(
+            block_tokens=block_tokens,
+            global_layers=config.global_layers,
+            window_layers=config.window_layers,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            window=config.sliding_window,
+            dtype="float32",
+        )
+        described = f"{_REVISION} {weights} {layout} {checkpoint.fingerprint}"
+        self._info = EngineInfo(
+            name="cpu",
+            device=f"CPU, ONNX Runtime {ort.__version__}",
+            weights=weights,
+            layout=layout,
+            global_blocks=global_blocks,
+            window_blocks=window_blocks,
+            vocab_size=config.vocab_size,
+            max_context=min(max_context or config.max_context, config.max_context),
+            fingerprint=hashlib.sha256(described.encode()).hexdigest(),
+        )
+        self._pools = {
+            "global": KVPool(layout, "global", global_blocks),
+            "window": KVPool(layout, "window", window_blocks),
+        }
+        threads = threads or os.cpu_count() or 1
+        layers = [load_layer(checkpoint, i, weights) for i in range(config.layers)]
+        self._body = _session(build_body(config, layers, load_final_norm(checkpoint)), "body", threads)
+        del layers
+        self._head = _session(build_head(config, load_head(checkpoint, weights)), "head", threads)
+        self._binding = self._body.io_binding()
+        for name, rows in _layer_pools(config, self._pools):
+            value = ort.OrtValue.ortvalue_from_numpy(rows)
+            self._binding.bind_ortvalue_input(name, value)
+            self._binding.bind_ortvalue_output(f"{name}_out", value)
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def step(self, plan: StepPlan) -> StepResult:
+        check_plan(plan, self._info)
+        mass = {s.key: np.zeros(len(s.global_table), np.float32) for s in plan.sequences}
+        rows: list[Float] = []
+        samplers: list[SequenceInput] = []
+        for run in self._runs(plan.sequences):
+            hidden, run_mass = self._run(run)
+            share = np.float32(run.tokens.shape[1])
+            for b, sequence in enumerate(run.inputs):
+                blocks = mass[sequence.key]
+                seen = min(len(blocks), run_mass.shape[1])
+                blocks[:seen] += run_mass[b, :seen] * (share / np.float32(len(sequence.tokens)))
+            wanted = [b for b, s in enumerate(run.inputs) if run.last[b] and s.sampling is not None]
+            if wanted:
+                rows.append(hidden[wanted])
+                samplers += [run.inputs[b] for b in wanted]
+        tokens = dict.fromkeys(mass) if not samplers else self._sample(rows, samplers)
+        return StepResult({key: SequenceOutput(tokens.get(key), share) for key, share in mass.items()})
+
+    def copy_out(self, pool: Pool, blocks: Sequence[int], host: NDArray[np.uint8]) -> Ticket:
+        self._pools[pool].copy_out(blocks, host)
+        return Completed()
+
+    def copy_in(self, pool: Pool, host: NDArray[np.uint8], blocks: Sequence[int]) -> Ticket:
+        self._pools[pool].copy_in(host, blocks)
+        return Completed()
+
+    def close(self) -> None:
+        """Nothing to do: the memory goes with the object."""
+
+    def logits(self, plan: StepPlan) -> dict[int, Float]:
+        """Logits after every new token of every sequence, [n, vocab]: for parity tests and scoring."""
+        check_plan(plan, self._info)
+        parts: dict[int, list[Float]] = {s.key: [] for s in plan.sequences}
+        for run in self._runs(plan.sequences):
+            hidden, _ = self._run(run, every_row=True)
+            by_sequence = hidden.reshape(len(run.inputs), -1, hidden.shape[-1])
+            for sequence, rows in zip(run.inputs, by_sequence, strict=True):
+                parts[sequence.key].append(self._project(rows))
+        return {key: np.concatenate(part) for key, part in parts.items()}
+
+    # --- one step ---------------------------------------------------------------------------------
+
+    def _runs(self, sequences: Sequence[SequenceInput]) -> Iterator[_Run]:
+        """Cut a plan into passes of the stack: prompt chunks one by one, single tokens together."""
+        single = [s for s in sequences if len(s.tokens) == 1]
+        for sequence in sequences:
+            if len(sequence.tokens) > 1:
+                yield from self._chunks(sequence)
+        for batch in _batches(single, self._padding_limit()):
+            yield _Run(
+                inputs=tuple(batch),
+                tokens=np.stack([s.tokens for s in batch]),
+                starts=np.array([s.start for s in batch], np.int64),
+                last=(True,) * len(batch),
+            )
+
+    def _chunks(self, sequence: SequenceInput) -> Iterator[_Run]:
+        at, n = 0, len(sequence.tokens)
+        while at < n:
+            span = sequence.start + at + _CHUNK
+            size = min(_CHUNK, n - at, max(16, _SCORE_BYTES // (4 * self._config.heads * span)))
+            yield _Run(
+                inputs=(sequence,),
+                tokens=sequence.tokens[None, at : at + size],
+                starts=np.array([sequence.start + at], np.int64),
+                last=(at + size == n,),
+            )
+            at += size
+
+    def _padding_limit(self) -> int:
+        """Positions of padding that cost as much as one more pass over the stack's weights."""
+        c = self._config
+        weights = c.parameters - c.vocab_size * c.hidden_size
+        return weights // (2 * c.kv_heads * c.head_dim * max(1, c.global_layers) * 4)
+
+    def _run(self, run: _Run, *, every_row: bool = False) -> tuple[Float, Float]:
+        """(hidden rows [R, hidden], mass by logical block [B, blocks]).
+
+        R is B, the row of each last token, or B * S with `every_row`. Writes the new KV.
+        """
+        batch, n = run.tokens.shape
+        rows = np.arange(batch * n) if every_row else np.arange(1, batch + 1) * n - 1
+        feeds: dict[str, NDArray[np.generic]] = {
+            "x": embed(self._checkpoint, run.tokens.ravel())[None],
+            "rows": rows.astype(np.int64),
+            "positions": np.arange(batch * n, dtype=np.int64)[None],
+        }
+        positions = run.starts[:, None] + np.arange(n)
+        for pool in POOLS:
+            feeds |= self._attention_feeds(pool, run, positions)
+        for name, array in feeds.items():
+            value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+            self._binding.bind_ortvalue_input(name, value)
+        # Their shapes change from run to run, and a binding keeps the buffers of the run before.
+        self._binding.bind_output("hidden", "cpu")
+        self._binding.bind_output("mass", "cpu")
+        self._body.run_with_iobinding(self._binding)
+        names = [output.name for output in self._body.get_outputs()]
+        values = dict(zip(names, self._binding.get_outputs(), strict=True))
+        hidden = values["hidden"].numpy()
+        layout = self._info.layout
+        summed = values["mass"].numpy().reshape(batch, -1, layout.block_tokens).sum(-1)
+        queries = np.float32(n * self._config.heads * layout.global_layers)
+        return hidden, summed / queries
+
+    def _attention_feeds(self, pool: Pool, run: _Run, positions: Ints) -> dict[str, NDArray[np.generic]]:
+        """Block table, slots, mask and RoPE rows of one pool; `positions` is [B, S]."""
+        c, block = self._config, self._info.layout.block_tokens
+        batch, n = positions.shape
+        window = c.sliding_window if pool == "window" else self._info.max_context + n
+        first = np.maximum(0, positions[:, 0] - window + 1) // _TILE * _TILE
+        span = max(_MIN_SPAN, int(-(-(positions[:, -1] + 1 - first).max() // _TILE) * _TILE))
+        table = np.zeros((batch, span // block), np.int64)
+        slots = np.empty((batch, n, 2), np.int64)
+        for b, sequence in enumerate(run.inputs):
+            physical = sequence.global_table if pool == "global" else sequence.window_table
+            offset = 0 if pool == "global" else sequence.window_first
+            have = np.arange(first[b] // block, first[b] // block + span // block) - offset
+            # Outside of the table every position is masked; any block will do.
+            table[b] = physical[np.clip(have, 0, len(physical) - 1)]
+            slots[b, :, 0] = physical[positions[b] // block - offset]
+            slots[b, :, 1] = positions[b] % block
+        keys = first[:, None] + np.arange(span)
+        ahead = keys[:, None, :] - positions[:, :, None]
+        mask = np.where((ahead <= 0) & (ahead > -window), np.float32(0), _MASKED)
+        heads = np.arange(c.kv_heads)
+        by_head = slots[:, :, None, :] * np.array([c.kv_heads, 1]) + np.stack([heads, heads * 0], -1)
+        cos, sin = self._rope.rows(pool, positions.ravel())
+        return {
+            f"cos_{pool}": cos,
+            f"sin_{pool}": sin,
+            f"blocks_{pool}": table[:, None, :] * c.kv_heads + heads[:, None],
+            f"slots_{pool}": by_head.reshape(-1, 2),
+            f"mask_{pool}": mask[:, None, :, None, :],
+        }
+
+    def _project(self, hidden: Float) -> Float:
+        logits: Float = self._head.run(None, {"hidden": hidden[None]})[0][0]
+        return logits
+
+    def _sample(self, rows: list[Float], samplers: list[SequenceInput]) -> dict[int, object]:
+        logits = self._project(np.concatenate(rows))
+        states = [s.sampling for s in samplers if s.sampling is not None]
+        return {s.key: token for s, token in zip(samplers, sample(logits, states), strict=True)}
+
+
+def _batches(single: Sequence[SequenceInput], limit: int) -> Iterator[list[SequenceInput]]:
+    """Sequences that decode together: of like length, so that padding never costs more than a pass."""
+    batch: list[SequenceInput] = []
+    wasted = 0
+    for sequence in sorted(single, key=lambda s: -s.start):
+        wasted += (batch[0].start - sequence.start) if batch else 0
+        if wasted > limit:
+            yield batch
+            batch, wasted = [], 0
+        batch.append(sequence)
+    if batch:
+        yield batch
+
+
+def _layer_pools(config: Gemma3Config, pools: dict[Pool, KVPool]) -> Iterator[tuple[str, Float]]:
+    """Each layer's K and V memory, [blocks * kv_heads, block_tokens, head_dim], by graph input name."""
+    index = dict.fromkeys(POOLS, 0)
+    for layer, kind in enumerate(config.layer_kinds):
+        k, v = pools[kind].layer(index[kind])
+        index[kind] += 1
+        yield f"k_{layer}", k
+        yield f"v_{layer}", v
+
+
+def _session(graph: Graph, name: str, threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    # Shapes change from step to step, so a remembered allocation pattern would only hold memory.
+    options.enable_mem_pattern = False
+    # Between runs the cores belong to the queue threads and to the other processes of the host.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    values = [ort.OrtValue.ortvalue_from_numpy(array) for array in graph.external.values()]
+    options.add_external_initializers(list(graph.external), values)
+    return ort.InferenceSession(graph.model(name), options, providers=["CPUExecutionProvider"])
