@@ -29,6 +29,7 @@ class Tokenizer:
     """Text to ids and back. Immutable and thread-safe.
 
     Attributes:
+        longest_piece: bytes of the longest piece: n bytes of text are at least n / longest_piece tokens.
         vocab_size: number of pieces; the model's table may have more rows, which no text uses.
         bos, eos, start_of_turn, end_of_turn: ids of the control pieces.
     """
@@ -38,6 +39,7 @@ class Tokenizer:
         self._piece_bytes = piece_bytes
         self._ids = ids
         self.vocab_size = len(piece_bytes)
+        self.longest_piece = max(map(len, piece_bytes))
         self.bos = self._required("<bos>")
         self.eos = self._required("<eos>")
         self.start_of_turn = self._required("<start_of_turn>")
