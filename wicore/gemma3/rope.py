@@ -21,7 +21,8 @@ def inverse_frequencies(config: Gemma3Config, kind: LayerKind) -> NDArray[np.flo
     # bit, which at position 32,000 turns an angle by 0.004 rad. The rest is float32, as in torch.
     exponent = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
     wavelengths = np.power(theta, exponent).astype(np.float32)
-    return (np.float32(1) / wavelengths / np.float32(factor)).astype(np.float32)
+    frequencies: NDArray[np.float32] = np.float32(1) / wavelengths / np.float32(factor)
+    return frequencies
 
 
 def rope_table(
