@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ _BLOCK = 1024
 _CANDIDATES = 64
 """Blocks whose maxima bound the first guess at the top-p prefix; it holds at least as many tokens."""
 _CHUNK = 65_536
-"""Elements exponentiated at a time, so that the scratch buffer stays in a core's cache."""
+"""Elements worked on at a time: few enough to stay in a core's cache, enough to make Python's share small."""
 
 # --- randomness -----------------------------------------------------------------------------------
 
@@ -156,20 +157,25 @@ class SamplingState:
         self._ids[slot] = token
         return slot
 
-    def adjusted(self, row: NDArray[np.float32]) -> NDArray[np.float32]:
-        """`row` with bias and penalties: a copy, or `row` itself when there are none."""
-        if not self._slots and not len(self._bias_ids):
-            return row
-        row = row.copy()
-        row[self._bias_ids] += self._bias_values
+    def adjust(self, row: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
+        """Apply bias and penalties to `row` in place.
+
+        Returns the ids changed and their raw logits, by which the caller restores the row; None when
+        nothing applies.
+        """
         ids, counts = self._ids[: len(self._slots)], self._counts[: len(self._slots)]
+        touched = np.concatenate((self._bias_ids, ids))
+        if not len(touched):
+            return None
+        raw = row[touched]
+        row[self._bias_ids] += self._bias_values
         values = row[ids]
         penalty = np.float32(self.params.repetition_penalty)
         values = np.where(values > 0, values / penalty, values * penalty)
         values -= np.float32(self.params.frequency_penalty) * counts
         values -= np.float32(self.params.presence_penalty) * (counts > 0)
         row[ids] = values
-        return row
+        return touched, raw
 
 
 def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
@@ -190,13 +196,14 @@ def sample(
 ) -> list[SampledToken]:
     """Draw one token for each row of `logits`, float32 [R, V], by the state of the same index.
 
-    Nothing is changed, neither logits nor states. With an `executor` (threads) the rows are shared out
-    between it and the caller; the tokens are the same. -inf bans a token. Raises EngineError naming the
-    row when a row has a NaN or +inf, or nothing but -inf, and ValueError when the shapes disagree.
+    States are only read. Bias and penalties are written into `logits` during the call and undone before
+    it returns. With an `executor` (threads) the rows are shared out between it and the caller; the
+    tokens are the same. -inf bans a token. Raises EngineError naming the row when a row has a NaN or
+    +inf, or nothing but -inf, and ValueError when the shapes disagree.
     """
     if logits.ndim != 2 or len(logits) != len(states):
         raise ValueError(f"logits: got shape {logits.shape} for {len(states)} states; must be [R, V]")
-    logits = np.ascontiguousarray(logits, np.float32)
+    logits = np.require(logits, np.float32, ["C", "W"])
     randoms = [0.0] * len(states)
     drawn = [i for i, state in enumerate(states) if state.params.temperature >= GREEDY_BELOW]
     if drawn:
@@ -219,23 +226,21 @@ def sample(
 
 
 def _sample_row(index: int, logits: NDArray[np.float32], state: SamplingState, random: float) -> SampledToken:
-    raw = _Row(index, logits)
-    changed = state.adjusted(logits)
-    row = raw if changed is logits else _Row(index, changed)
-    params = state.params
-    if params.temperature < GREEDY_BELOW:
-        token = row.argmax()
-    elif params.top_k == 0 and params.top_p == 1.0 and params.min_p == 0.0:
-        token = row.draw(params.temperature, random)
-    else:
-        ids, weights = row.prefix(params)
-        token = int(ids[_inverse_cdf(np.cumsum(weights), random)])
-    if params.logprobs is None:
-        return SampledToken(token, None, ())
-    log_total = raw.peak + math.log(raw.total(1.0))
-    best = raw.at_least(raw.kth_bound(params.logprobs))[: params.logprobs] if params.logprobs else ()
-    top = tuple((int(i), float(logits[i]) - log_total) for i in best)
-    return SampledToken(token, float(logits[token]) - log_total, top)
+    wanted = state.params.logprobs
+    log_total = 0.0
+    top: tuple[tuple[int, float], ...] = ()
+    if wanted is not None:
+        raw = _Row(index, logits)
+        log_total = raw.peak + math.log(raw.total(1.0))
+        top = tuple((int(i), float(logits[i]) - log_total) for i in raw.likeliest(wanted))
+    saved = state.adjust(logits)
+    try:
+        row = raw if wanted is not None and saved is None else _Row(index, logits)
+        token = row.choose(state.params, random)
+    finally:
+        if saved is not None:
+            logits[saved[0]] = saved[1]
+    return SampledToken(token, None if wanted is None else float(logits[token]) - log_total, top)
 
 
 def _inverse_cdf(cumulative: NDArray[np.float64], random: float) -> int:
@@ -251,6 +256,21 @@ def _inverse_cdf(cumulative: NDArray[np.float64], random: float) -> int:
 def _block_size(vocab: int) -> int:
     """The largest divisor of `vocab` that is no more than _BLOCK."""
     return next(size for size in range(min(_BLOCK, vocab), 0, -1) if vocab % size == 0)
+
+
+_thread = threading.local()
+
+
+def _scratch(height: int, width: int) -> NDArray[np.float32]:
+    """Uninitialised float32 [height, width], the thread's own until its next call here.
+
+    Kept because a fresh array of this size is a fresh mapping each time, whose page faults cost more
+    than the arithmetic.
+    """
+    buffer: NDArray[np.float32] | None = getattr(_thread, "buffer", None)
+    if buffer is None or len(buffer) < height * width:
+        buffer = _thread.buffer = np.empty(max(_CHUNK, height * width), np.float32)
+    return buffer[: height * width].reshape(height, width)
 
 
 class _Row:
@@ -271,6 +291,15 @@ class _Row:
                 " NaN or overflowed (half precision without scaling?)"
             )
 
+    def choose(self, params: SamplingParams, random: float) -> int:
+        """The token that `random` in [0, 1) selects."""
+        if params.temperature < GREEDY_BELOW:
+            return self.argmax()
+        if params.top_k == 0 and params.top_p == 1.0 and params.min_p == 0.0:
+            return self.draw(params.temperature, random)
+        ids, weights = self.prefix(params)
+        return int(ids[_inverse_cdf(np.cumsum(weights), random)])
+
     def argmax(self) -> int:
         """The likeliest id; the lowest on a tie."""
         block = int(self.maxima.argmax())
@@ -281,12 +310,14 @@ class _Row:
         if self._sums is None or self._temperature != temperature:
             width = self.blocks.shape[1]
             height = max(1, _CHUNK // width)
-            parts = []
+            sums = np.empty(len(self.blocks), np.float32)
+            scratch = _scratch(height, width)
             for first in range(0, len(self.blocks), height):
-                weights = _weights(self.blocks[first : first + height], self.peak, temperature)
+                part = self.blocks[first : first + height]
+                weights = _weights(part, self.peak, temperature, scratch[: len(part)])
                 # einsum adds with vector registers along the contiguous axis; add.reduce does not.
-                parts.append(np.einsum("ij->i", weights))
-            self._sums, self._temperature = np.concatenate(parts).astype(np.float64), temperature
+                np.einsum("ij->i", weights, out=sums[first : first + height])
+            self._sums, self._temperature = sums.astype(np.float64), temperature
         return self._sums
 
     def total(self, temperature: float) -> float:
@@ -307,13 +338,24 @@ class _Row:
             return float(np.partition(self.logits, -k)[-k]) if k < len(self.logits) else -math.inf
         return float(np.partition(self.maxima, -k)[-k])
 
+    def likeliest(self, k: int) -> NDArray[np.int64]:
+        """The ids of the k largest logits, by (logit descending, id ascending)."""
+        return self.at_least(self.kth_bound(k))[:k] if k else np.empty(0, np.int64)
+
     def at_least(self, bound: float) -> NDArray[np.int64]:
         """Ids whose logit reaches `bound`, by (logit descending, id ascending); never a banned one."""
         # One step below, lest rounding to float32 drops a logit that reaches a float64 bound.
         floor = max(np.nextafter(np.float32(bound), np.float32(-np.inf)), np.finfo(np.float32).min)
         candidates = np.flatnonzero(self.maxima >= floor)
-        rows, columns = np.nonzero(self.blocks[candidates] >= floor)
-        ids = candidates[rows] * self.blocks.shape[1] + columns
+        width = self.blocks.shape[1]
+        height = max(1, _CHUNK // width)
+        found = []
+        for first in range(0, len(candidates), height):
+            part = candidates[first : first + height]
+            values = np.take(self.blocks, part, axis=0, out=_scratch(len(part), width), mode="clip")
+            rows, columns = np.divmod(np.flatnonzero(values >= floor), width)
+            found.append(part[rows] * width + columns)
+        ids = np.concatenate(found) if found else np.empty(0, np.int64)
         return ids[np.argsort(-self.logits[ids], kind="stable")]
 
     def prefix(self, params: SamplingParams) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -322,7 +364,7 @@ class _Row:
         # Each filter alone bounds the logits it keeps; the cut below is then exact.
         floor = self.peak + t * math.log(params.min_p) if params.min_p else -math.inf
         if params.top_k:
-            ids = self.at_least(self.kth_bound(params.top_k))[: params.top_k]
+            ids = self.likeliest(params.top_k)
             weights = self.weights_of(ids, t)
             total = float(weights.sum())
         elif params.top_p < 1.0:
@@ -348,9 +390,11 @@ class _Row:
         return np.exp((self.logits[ids].astype(np.float64) - self.peak) / temperature)
 
 
-def _weights(logits: NDArray[np.float32], peak: float, temperature: float) -> NDArray[np.float32]:
+def _weights(
+    logits: NDArray[np.float32], peak: float, temperature: float, out: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
     """exp((logits - peak) / temperature), float32."""
-    weights: NDArray[np.float32] = logits - np.float32(peak)
+    weights: NDArray[np.float32] = np.subtract(logits, np.float32(peak), out=out)
     if temperature != 1.0:
         weights *= np.float32(1.0 / temperature)
     np.exp(weights, out=weights)
