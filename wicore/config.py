@@ -1,27 +1,47 @@
 """Settings: one frozen object, built once at start.
 
-Sources, later ones win: the defaults here, a YAML file, environment variables `WICORE_<SECTION>__<KEY>`,
+Sources, later ones win: the defaults here, YAML files, environment variables `WICORE_<SECTION>__<KEY>`,
 keyword overrides (the command line). An unknown key or a bad value raises ConfigError naming the key,
-the value and what is allowed; nothing is ever ignored.
+the value and what is allowed; nothing is ever ignored. An empty variable counts as unset, and `null`
+in a variable means None.
+
+The text under each setting is its documentation: `wicore config defaults` and `configs/default.yaml`
+are made from it.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import difflib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+from pydantic_settings.sources.utils import parse_env_vars
+
+from wicore.errors import ConfigError
+
+REDIS_SCHEMES = ("redis://", "rediss://", "unix://", "sentinel://")
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ApiSettings(_Section):
     host: str = "127.0.0.1"
+    """Address the API listens on; 0.0.0.0 for every interface."""
     port: int = Field(8000, ge=1, le=65535)
+    """Port the API listens on."""
     workers: int = Field(1, ge=1, le=64)
     """Gunicorn processes."""
     max_body_bytes: int = Field(20 * 2**20, ge=1024)
+    """Longest request body; a longer one is refused."""
     max_sockets: int = Field(2000, ge=1)
     """Open websockets and event streams a process."""
     stream_buffer: int = Field(1024, ge=16)
@@ -32,21 +52,31 @@ class RedisSettings(_Section):
     url: str | None = None
     """redis://, rediss:// or unix://; unset: `wicore up` starts an embedded Valkey."""
     prefix: str = Field("wicore", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    """Every key and channel begins with it."""
     data_dir: str | None = None
     """Where the embedded Valkey keeps its data; unset: the user's data folder."""
+
+    @field_validator("url")
+    @classmethod
+    def _known_scheme(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(REDIS_SCHEMES):
+            raise ValueError("must begin with " + ", ".join(REDIS_SCHEMES))
+        return url
 
 
 class QueueSettings(_Section):
     lease_s: float = Field(20.0, ge=0.2, le=3600)
+    """A worker that does not renew its jobs for this many seconds loses them to another."""
     max_attempts: int = Field(3, ge=1, le=100)
+    """Workers a job may take down with it before it fails."""
     max_jobs: int = Field(10_000, ge=1)
     """Jobs waiting on all levels before new ones are refused."""
     retention_s: int = Field(86_400, ge=1)
-    """How long a finished job's record, log and result are kept."""
+    """Seconds that a finished job's record, log and result are kept."""
     background_share: float = Field(0.1, ge=0, lt=1)
     """Share of pops that look at the lowest level first, so that it is not starved."""
     drain_s: float = Field(20.0, ge=0)
-    """A stopping worker finishes for this long, then hands back what is left."""
+    """A stopping worker finishes for this many seconds, then hands back what is left."""
 
 
 class ModelSettings(_Section):
@@ -60,11 +90,13 @@ class ModelSettings(_Section):
 
 class EngineSettings(_Section):
     kind: Literal["cpu", "null", "tensorrt"] = "cpu"
+    """cpu: ONNX Runtime; tensorrt: an NVIDIA GPU; null: computes nothing, to measure what is around it."""
     weights: Literal["int8", "float32"] = "int8"
+    """Weight format of the CPU engine."""
     threads: int = Field(0, ge=0)
     """CPU threads; 0: one a core."""
     null_step_ms: float = Field(5.0, ge=0)
-    """Step time of the null engine, which computes nothing: for measuring the service around it."""
+    """Step time of the null engine, in milliseconds."""
 
 
 class SchedulerSettings(_Section):
@@ -76,14 +108,18 @@ class SchedulerSettings(_Section):
 
 class HmtSettings(_Section):
     block_tokens: int = Field(32, ge=8, le=256)
+    """Positions a KV block holds."""
     device_tokens: int = Field(16_384, ge=256)
     """Positions the device pool holds, over all sequences and cached prefixes."""
     prefix_cache: bool = True
+    """Keep the KV of finished prompts, so that a request that begins alike starts from it."""
 
 
 class TelemetrySettings(_Section):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe message that is logged."""
     log_prompts: bool = False
+    """Write prompts and answers to the log; they are private unless you say otherwise."""
 
 
 class Settings(_Section):
@@ -95,3 +131,210 @@ class Settings(_Section):
     scheduler: SchedulerSettings = SchedulerSettings()
     hmt: HmtSettings = HmtSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
+
+
+# --- loading ------------------------------------------------------------------------------------
+
+PREFIX = "WICORE_"
+NOT_SETTINGS = frozenset({"WICORE_CONFIG", "WICORE_CACHE"})
+"""Variables with the prefix that are no settings: the YAML files to read, and the folder for models."""
+
+
+class _Readable(Settings, BaseSettings):
+    """The settings in the form that pydantic-settings' sources read; never instantiated."""
+
+    model_config = SettingsConfigDict()
+
+
+class _Layer(NamedTuple):
+    """One source of settings: its values by dotted key, and each key as its author wrote it."""
+
+    source: str
+    values: Mapping[str, Any]
+    written: Mapping[str, str]
+
+
+def load_settings(
+    file: str | Path | Sequence[str | Path] | None = None,
+    environ: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Settings:
+    """Build the settings from their sources.
+
+    Args:
+        file: YAML file or files, later ones win; None: those that WICORE_CONFIG names, separated as
+            in PATH.
+        environ: the environment; None: that of this process.
+        overrides: values by dotted key, e.g. {"api.port": 8000}; None values are skipped, so that
+            options left out on a command line can be passed as they are.
+
+    Raises ConfigError for a file that cannot be read, an unknown key, or a bad value.
+    """
+    return load_with_sources(file, environ, overrides)[0]
+
+
+def load_with_sources(
+    file: str | Path | Sequence[str | Path] | None = None,
+    environ: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> tuple[Settings, dict[str, str]]:
+    """As `load_settings`; also says where each setting came from, by dotted key."""
+    environ = os.environ if environ is None else environ
+    layers = [_yaml_layer(path) for path in _files(file, environ)]
+    layers.append(_environment_layer(environ))
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    layers.append(_Layer("the command line", given, {key: key for key in given}))
+
+    nested: dict[str, dict[str, Any]] = {}
+    origins: dict[str, _Layer] = {}
+    for layer in layers:
+        for key, value in layer.values.items():
+            if key not in FIELDS:
+                raise _unknown(layer, key)
+            section, name = key.split(".")
+            nested.setdefault(section, {})[name] = value
+            origins[key] = layer
+    try:
+        settings = Settings.model_validate(nested)
+    except ValidationError as err:
+        raise _bad_value(err, origins) from None
+    sources = {key: origins[key].source if key in origins else "default" for key in FIELDS}
+    return settings, sources
+
+
+def config_files(environ: Mapping[str, str]) -> list[str]:
+    """The YAML files that WICORE_CONFIG names."""
+    return [path for path in environ.get("WICORE_CONFIG", "").split(os.pathsep) if path]
+
+
+def mask_passwords(text: str) -> str:
+    """`text` with the password of every URL in it replaced by ***."""
+    return re.sub(r"(://[^:@/\s]*):\S*@", r"\1:***@", text)
+
+
+def allowed(field: FieldInfo) -> str:
+    """What a setting may be, in words: "a whole number, 1 to 65535"."""
+    if get_origin(field.annotation) is Literal:
+        return "one of " + ", ".join(get_args(field.annotation))
+    kinds = get_args(field.annotation) or (field.annotation,)
+    words = next(_KINDS[kind] for kind in kinds if kind in _KINDS)
+    for rule in field.metadata:
+        for name, comparison in _BOUNDS.items():
+            if getattr(rule, name, None) is not None:
+                words += f", {comparison} {getattr(rule, name)}"
+    return words + (", or null" if type(None) in kinds else "")
+
+
+_KINDS: Mapping[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_BOUNDS = {"ge": "at least", "le": "at most", "lt": "below", "pattern": "matching"}
+
+
+def default_yaml() -> str:
+    """Every setting with its default, its meaning and what it may be: `configs/default.yaml`."""
+    lines = ["# Every setting with its default. Made by `wicore config defaults`; a file of yours needs"]
+    lines += ["# only what differs.", ""]
+    for section, section_field in Settings.model_fields.items():
+        lines.append(f"{section}:")
+        for name, field in section_field.default.__class__.model_fields.items():
+            lines.append(f"  # {field.description} ({allowed(field)})")
+            lines.append(f"  {name}: {scalar(field.default)}")
+        lines.append("")
+    return "\n".join(lines[:-1]) + "\n"
+
+
+def scalar(value: Any) -> str:
+    """A setting's value as YAML writes it."""
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=1000)
+    return text.removesuffix("...\n").rstrip("\n")
+
+
+def _fields() -> Iterator[tuple[str, FieldInfo]]:
+    for section, section_field in Settings.model_fields.items():
+        for name, field in section_field.default.__class__.model_fields.items():
+            yield f"{section}.{name}", field
+
+
+FIELDS: Mapping[str, FieldInfo] = dict(_fields())
+"""Every setting by dotted key."""
+
+
+def variable(key: str) -> str:
+    """The environment variable that sets `key`."""
+    return PREFIX + key.replace(".", "__").upper()
+
+
+def _files(file: str | Path | Sequence[str | Path] | None, environ: Mapping[str, str]) -> list[Path]:
+    if file is None:
+        return [Path(path) for path in config_files(environ)]
+    return [Path(file)] if isinstance(file, str | Path) else [Path(path) for path in file]
+
+
+def _yaml_layer(path: Path) -> _Layer:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such settings file; see --config and WICORE_CONFIG", param=str(path))
+    try:
+        data = YamlConfigSettingsSource(_Readable, yaml_file=path)()
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as err:
+        raise ConfigError(
+            f"{path}: not readable as YAML: {' '.join(str(err).split())}", param=str(path)
+        ) from None
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"{path}: must be a mapping of sections, as configs/default.yaml is", param=str(path)
+        ) from None
+    values = _flat(data)
+    return _Layer(str(path), values, {key: f"{key} in {path}" for key in values})
+
+
+def _environment_layer(environ: Mapping[str, str]) -> _Layer:
+    written = {
+        name.upper().removeprefix(PREFIX).lower().replace("__", ".", 1): name
+        for name, value in environ.items()
+        if name.upper().startswith(PREFIX) and name.upper() not in NOT_SETTINGS and value
+    }
+    source = EnvSettingsSource(
+        _Readable, env_prefix=PREFIX, env_nested_delimiter="__", env_parse_none_str="null"
+    )
+    known = {variable(key): environ[name] for key, name in written.items() if key in FIELDS}
+    source.env_vars = parse_env_vars(known, parse_none_str="null")
+    unknown = {key: environ[name] for key, name in written.items() if key not in FIELDS}
+    return _Layer("the environment", {**unknown, **_flat(source())}, written)
+
+
+def _flat(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections to dotted keys; what is no section keeps its name, and is then found unknown."""
+    values: dict[str, Any] = {}
+    for section, content in data.items():
+        if isinstance(content, Mapping):
+            values.update({f"{section}.{name}": value for name, value in content.items()})
+        elif content is not None or section not in Settings.model_fields:
+            values[str(section)] = content
+    return values
+
+
+def _unknown(layer: _Layer, key: str) -> ConfigError:
+    written = layer.written[key]
+    as_author_writes = variable if layer.source == "the environment" else str
+    if key in Settings.model_fields:
+        inside = ", ".join(as_author_writes(known) for known in FIELDS if known.startswith(f"{key}."))
+        return ConfigError(f"{written}: is a section; set one of {inside}", param=written)
+    # A right name in a wrong section is far from the right key as text, so look for it first.
+    same_name = [known for known in FIELDS if known.split(".")[1] == key.rpartition(".")[2]]
+    close = same_name or difflib.get_close_matches(key, FIELDS, n=1)
+    if close:
+        fix = "did you mean " + " or ".join(as_author_writes(known) for known in close) + "?"
+    else:
+        fix = "`wicore config defaults` lists every setting"
+    return ConfigError(f"{written}: unknown setting; {fix}", param=written)
+
+
+def _bad_value(err: ValidationError, origins: Mapping[str, _Layer]) -> ConfigError:
+    first = err.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"][:2])
+    written = origins[key].written[key]
+    value = origins[key].values[key]
+    shown = mask_passwords(value if isinstance(value, str) else scalar(value))
+    reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return ConfigError(
+        f"{written}: {shown} is not allowed: {reason} (allowed: {allowed(FIELDS[key])})", param=written
+    )

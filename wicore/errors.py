@@ -25,9 +25,7 @@ class WicoreError(Exception):
     code: ClassVar[str] = "internal_error"
     retryable: ClassVar[bool] = False
 
-    def __init__(
-        self, message: str, *, param: str | None = None, retry_after: float | None = None
-    ) -> None:
+    def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
