@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
+import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -121,6 +123,13 @@ class Checkpoint:
     def tokenizer_model(self) -> bytes:
         """The SentencePiece model. Raises CheckpointError when the checkpoint has none."""
         return self._tokenizer()
+
+    def release_pages(self) -> None:
+        """Let the system take back the memory of what was read; later reads map it in again."""
+        for tensor in self._tensors.values():
+            mapped = getattr(tensor.raw, "_mmap", None)
+            if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

@@ -120,10 +120,14 @@ class CpuEngine:
             "window": KVPool(layout, "window", window_blocks),
         }
         threads = threads or os.cpu_count() or 1
+        # One after the other, and the file's pages given back, so that the peak is one copy of the weights
+        # and not three.
+        self._head = _session(build_head(config, load_head(checkpoint, weights)), "head", threads)
+        checkpoint.release_pages()
         layers = [load_layer(checkpoint, i, weights) for i in range(config.layers)]
         self._body = _session(build_body(config, layers, load_final_norm(checkpoint)), "body", threads)
         del layers
-        self._head = _session(build_head(config, load_head(checkpoint, weights)), "head", threads)
+        checkpoint.release_pages()
         self._binding = self._body.io_binding()
         for name, rows in _layer_pools(config, self._pools):
             value = ort.OrtValue.ortvalue_from_numpy(rows)

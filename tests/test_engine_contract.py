@@ -1,0 +1,154 @@
+"""What every engine owes (wicore/engine/base.py). One parameter set an engine; the tests are shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.engines import FIXTURES, TINY, Row, cpu_engine, generate, rows
+from wicore.engine.base import Engine, StepPlan
+from wicore.request import SamplingParams
+
+ENGINES: dict[str, Callable[[], Engine]] = {
+    f"cpu {weights} {name}": (lambda name=name, weights=weights: cpu_engine(FIXTURES / name, weights))
+    for name in TINY
+    for weights in ("float32", "int8")
+}
+PROMPT = np.random.default_rng(3).integers(5, 500, 210).astype(np.int32)
+
+
+@pytest.fixture(scope="module", params=ENGINES.keys())
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return ENGINES[request.param]()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(engine: Engine) -> list[int]:
+    """40 greedy tokens after PROMPT, alone, prompt in one piece."""
+    [row] = rows(engine, 1, 260)
+    return generate(engine, row, PROMPT, 40)
+
+
+@pytest.mark.parametrize("chunks", [[1], [64, 64, 64], [100, 1, 1, 1, 100], [209]], ids=str)
+def test_text_does_not_depend_on_how_the_prompt_is_cut(engine, undisturbed, chunks) -> None:
+    [row] = rows(engine, 1, 260, seed=1)
+    assert generate(engine, row, PROMPT, 40, chunks) == undisturbed
+
+
+def test_text_does_not_depend_on_who_shares_the_batch(engine, undisturbed) -> None:
+    ours, *others = rows(engine, 6, 260, seed=2)
+    rng = np.random.default_rng(5)
+    for other in others:
+        prompt = rng.integers(5, 500, int(rng.integers(3, 200)))
+        generate(engine, other, prompt, 1)
+    pending = {row.key: [row.output[-1]] for row in others} | {ours.key: PROMPT}
+    while len(ours.output) < 40:
+        batch = [ours, *others[: len(ours.output) % 6]]
+        result = engine.step(StepPlan(tuple(r.input(pending[r.key], sample=True) for r in batch)))
+        for row in batch:
+            token = result.outputs[row.key].token.id
+            row.start += len(pending[row.key])
+            row.output.append(token)
+            pending[row.key] = [token]
+    assert ours.output == undisturbed
+
+
+def test_text_survives_eviction_and_return_of_every_block_between_steps(engine, undisturbed) -> None:
+    row, elsewhere = rows(engine, 2, 260, seed=4)
+    generate(engine, row, PROMPT, 20)
+    layout = engine.info.layout
+    for pool in ("global", "window"):
+        host = np.empty((len(row.blocks), layout.block_bytes(pool)), np.uint8)
+        engine.copy_out(pool, row.blocks.tolist(), host).wait()
+        zero = np.zeros_like(host)
+        engine.copy_in(pool, zero, row.blocks.tolist()).wait()
+        engine.copy_in(pool, host, elsewhere.blocks.tolist()).wait()
+    moved = Row(row.key, elsewhere.blocks, row.start, output=row.output)
+    assert generate(engine, moved, row.output[-1:], 40) == undisturbed
+
+
+@pytest.mark.parametrize("k", [1, 17, 39])
+def test_text_goes_on_alike_after_prompt_and_k_tokens_are_prefilled_anew(engine, undisturbed, k) -> None:
+    [row] = rows(engine, 1, 260, seed=6)
+    row.output = undisturbed[:k]
+    assert generate(engine, row, [*PROMPT, *undisturbed[:k]], 40) == undisturbed
+
+
+def test_seeded_sampling_does_not_depend_on_the_batch(engine) -> None:
+    warm = SamplingParams(temperature=0.9, top_p=0.95, repetition_penalty=1.1)
+    alone, shared, other = rows(engine, 3, 260, seed=7)
+    alone.params = shared.params = warm
+    expected = generate(engine, alone, PROMPT, 12)
+    pending = {shared.key: PROMPT, other.key: PROMPT[:50]}
+    while len(shared.output) < 12:
+        batch = (shared, other)
+        result = engine.step(StepPlan(tuple(r.input(pending[r.key], sample=True) for r in batch)))
+        for row in batch:
+            token = result.outputs[row.key].token.id
+            row.start += len(pending[row.key])
+            row.output.append(token)
+            pending[row.key] = [token]
+    assert shared.output == expected
+
+
+def test_attention_mass_covers_the_sequence_and_sums_to_one(engine) -> None:
+    [row] = rows(engine, 1, 260, seed=8)
+    used = -(-len(PROMPT) // engine.info.layout.block_tokens)
+    whole = engine.step(StepPlan((row.input(PROMPT),))).outputs[row.key].mass
+    assert whole.shape == row.blocks.shape
+    assert whole.sum() == pytest.approx(1, abs=1e-5)
+    assert (whole[:used] > 0).all()
+    assert (whole[used:] == 0).all()
+
+
+def test_a_step_without_sampling_returns_no_token(engine) -> None:
+    [row] = rows(engine, 1, 260, seed=9)
+    assert engine.step(StepPlan((row.input(PROMPT[:5]),))).outputs[row.key].token is None
+
+
+def test_logprobs_are_the_log_softmax_of_the_logits(engine) -> None:
+    if not hasattr(engine, "logits"):
+        pytest.fail("every engine offers logits for tests")
+    row, twin = rows(engine, 2, 260, seed=10)
+    row.params = SamplingParams(temperature=0.0, logprobs=3)
+    token = engine.step(StepPlan((row.input(PROMPT, sample=True),))).outputs[row.key].token
+    logits = engine.logits(StepPlan((twin.input(PROMPT),)))[twin.key][-1].astype(np.float64)
+    expected = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+    assert token.logprob == pytest.approx(expected[token.id], abs=1e-4)
+    assert [i for i, _ in token.top] == np.argsort(-expected, kind="stable")[:3].tolist()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r.input([]), "positions"),
+        (lambda r: r.input([100_000]), "token id"),
+        (lambda r: r.input(np.zeros(261, np.int32)), "blocks"),
+        (lambda r: Row(r.key, r.blocks + 10_000).input([5]), "block id"),
+        (lambda r: Row(r.key, r.blocks, start=10_000).input([5]), "positions"),
+    ],
+    ids=["no tokens", "foreign token", "too few blocks", "foreign block", "beyond the context"],
+)
+def test_a_plan_that_breaks_the_contract_is_refused_before_anything_is_written(engine, change, words) -> None:
+    [row] = rows(engine, 1, 240, seed=11)
+    with pytest.raises(ValueError, match=words):
+        engine.step(StepPlan((change(row),)))
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_logits_are_bitwise_the_same_in_any_chunking_and_company(engine, data) -> None:
+    alone, row, *others = rows(engine, 5, 260, seed=12)
+    whole = engine.logits(StepPlan((alone.input(PROMPT),)))[alone.key]
+    parts = []
+    while row.start < len(PROMPT):
+        size = data.draw(st.integers(1, len(PROMPT) - row.start))
+        company = [o for o in others if data.draw(st.booleans())]
+        plan = StepPlan((*(o.input(PROMPT[:3]) for o in company), row.input(PROMPT[row.start :][:size])))
+        parts.append(engine.logits(plan)[row.key])
+        row.start += size
+    assert np.array_equal(np.concatenate(parts), whole)

@@ -1,0 +1,81 @@
+"""Logits against Hugging Face transformers in float32, on checkpoints that transformers saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tests.engines import FIXTURES, TINY, cpu_engine, rows
+from wicore.engine.base import StepPlan
+from wicore.engine.cpu import CpuEngine
+
+TOLERANCE = 5e-6
+CHUNKINGS = {
+    "whole": [300],
+    "halves": [150, 150],
+    "ragged": [1, 63, 65, 1, 1, 127, 42],
+    "token by token after 250": [250] + [1] * 50,
+}
+
+
+def relative_error(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+@pytest.fixture(scope="module", params=TINY)
+def checkpoint(request: pytest.FixtureRequest) -> tuple[CpuEngine, dict[str, NDArray[np.generic]]]:
+    path = FIXTURES / request.param
+    return cpu_engine(path), dict(np.load(path / "reference.npz"))
+
+
+@pytest.mark.parametrize("chunks", CHUNKINGS.values(), ids=CHUNKINGS.keys())
+def test_logits_of_any_chunking_are_those_of_transformers(checkpoint, chunks: list[int]) -> None:
+    engine, reference = checkpoint
+    [row] = rows(engine, 1, 300)
+    parts = []
+    for size in chunks:
+        tokens = reference["tokens"][row.start : row.start + size]
+        parts.append(engine.logits(StepPlan((row.input(tokens),)))[row.key])
+        row.start += size
+    logits = np.concatenate(parts)
+    assert relative_error(logits[reference["positions"]], reference["logits"]) <= TOLERANCE
+    assert np.array_equal(logits.argmax(-1), reference["argmax"])
+
+
+def test_logits_in_a_mixed_batch_are_those_of_transformers(checkpoint) -> None:
+    engine, reference = checkpoint
+    tokens = reference["tokens"]
+    batch = rows(engine, 4, 300)
+    # Four copies of the text at different points of it: two inside their prompt, two decoding.
+    for row, done in zip(batch, (0, 70, 129, 200), strict=True):
+        if done:
+            engine.step(StepPlan((row.input(tokens[:done]),)))
+        row.start = done
+    sizes = (90, 60, 1, 1)
+    plan = StepPlan(tuple(r.input(tokens[r.start : r.start + n]) for r, n in zip(batch, sizes, strict=True)))
+    logits = engine.logits(plan)
+    at = {int(position): i for i, position in enumerate(reference["positions"])}
+    compared = 0
+    for row in batch:
+        for offset, found in enumerate(logits[row.key]):
+            if (index := at.get(row.start + offset)) is not None:
+                scale = np.abs(reference["logits"]).max()
+                assert np.abs(found - reference["logits"][index]).max() / scale <= TOLERANCE
+                compared += 1
+    assert compared > 50
+
+
+@pytest.mark.model
+def test_logits_of_the_real_270m_are_those_of_transformers(gemma_270m: Path) -> None:
+    reference = np.load(FIXTURES / "gemma-3-270m-reference.npz")
+    tokens = reference["tokens"]
+    engine = cpu_engine(gemma_270m, global_blocks=64, window_blocks=64)
+    [row] = rows(engine, 1, len(tokens))
+    logits = engine.logits(StepPlan((row.input(tokens),)))[row.key]
+    expected = reference["logits"]
+    found = logits[np.ix_(reference["positions"], reference["vocabulary"])]
+    assert relative_error(found, expected) <= TOLERANCE
+    assert np.array_equal(logits.argmax(-1), reference["argmax"])
