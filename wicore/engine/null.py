@@ -1,0 +1,148 @@
+"""An engine that computes nothing, for measuring and testing the service around one.
+
+No weights, no attention, no meaning: a token is a hash of the token before it and its position, each
+step takes a fixed time, and sampling parameters are not applied. What it does keep is the contract:
+the plan is validated, output depends on neither batch nor chunking nor preemption, and blocks can be
+copied out and in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wicore.engine.base import (
+    EngineInfo,
+    KVLayout,
+    Pool,
+    SequenceInput,
+    SequenceOutput,
+    StepPlan,
+    StepResult,
+)
+from wicore.sampling import SampledToken, philox
+
+_FIRST_TOKEN = 256
+"""Lower ids are control and byte tokens in Gemma's vocabulary: never produced, so text never ends early."""
+
+
+class _Done:
+    """The ticket of a copy that was made at once."""
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        return
+
+
+class NullEngine:
+    """Implements `wicore.engine.base.Engine`. A step lasts `step_ms` from its start, whatever is in it.
+
+    Tokens lie in [256, vocab_size). Where logprobs are asked for the token has 0, being certain. The
+    fingerprint is constant: what one null engine "computed" any other would have.
+    """
+
+    def __init__(
+        self,
+        *,
+        step_ms: float,
+        global_blocks: int,
+        window_blocks: int,
+        block_tokens: int = 32,
+        window: int = 512,
+        vocab_size: int = 262_144,
+        max_context: int = 32_768,
+    ) -> None:
+        if vocab_size <= _FIRST_TOKEN:
+            raise ValueError(f"vocab_size: got {vocab_size}; must exceed {_FIRST_TOKEN}")
+        layout = KVLayout(
+            block_tokens=block_tokens,
+            global_layers=1,
+            window_layers=1,
+            kv_heads=1,
+            head_dim=1,
+            window=window,
+            dtype="uint8",
+        )
+        self._info = EngineInfo(
+            name="null",
+            device="none",
+            weights="none",
+            layout=layout,
+            global_blocks=global_blocks,
+            window_blocks=window_blocks,
+            vocab_size=vocab_size,
+            max_context=max_context,
+            fingerprint="null",
+        )
+        self._step_s = step_ms / 1000
+        self._memory: dict[Pool, NDArray[np.uint8]] = {
+            "global": np.zeros((global_blocks, layout.block_bytes("global")), np.uint8),
+            "window": np.zeros((window_blocks, layout.block_bytes("window")), np.uint8),
+        }
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def step(self, plan: StepPlan) -> StepResult:
+        deadline = time.monotonic() + self._step_s
+        for sequence in plan.sequences:
+            self._validate(sequence)
+        sampled = [sequence for sequence in plan.sequences if sequence.sampling is not None]
+        tokens = dict(zip((sequence.key for sequence in sampled), self._tokens(sampled), strict=True))
+        outputs = {}
+        for sequence in plan.sequences:
+            blocks = len(sequence.global_table)
+            mass = np.full(blocks, 1 / blocks, np.float32)
+            outputs[sequence.key] = SequenceOutput(tokens.get(sequence.key), mass)
+        time.sleep(max(0.0, deadline - time.monotonic()))
+        return StepResult(outputs)
+
+    def copy_out(self, pool: Pool, blocks: Sequence[int], host: NDArray[np.uint8]) -> _Done:
+        host[:] = self._memory[pool][list(blocks)]
+        return _Done()
+
+    def copy_in(self, pool: Pool, host: NDArray[np.uint8], blocks: Sequence[int]) -> _Done:
+        self._memory[pool][list(blocks)] = host
+        return _Done()
+
+    def close(self) -> None:
+        """Holds nothing that needs releasing."""
+
+    def _tokens(self, sequences: Sequence[SequenceInput]) -> list[SampledToken]:
+        counters = np.zeros((len(sequences), 4), np.uint32)
+        for row, sequence in enumerate(sequences):
+            counters[row, :2] = sequence.tokens[-1], sequence.start + len(sequence.tokens)
+        words = philox(counters, np.zeros((len(sequences), 2), np.uint32))[:, 0]
+        span = self._info.vocab_size - _FIRST_TOKEN
+        ids = (words % np.uint32(span) + np.uint32(_FIRST_TOKEN)).tolist()
+        return [_certain(token, sequence) for token, sequence in zip(ids, sequences, strict=True)]
+
+    def _validate(self, sequence: SequenceInput) -> None:
+        layout = self._info.layout
+        end = sequence.start + len(sequence.tokens)
+        blocks = -(-end // layout.block_tokens)
+        first = max(0, sequence.start - layout.window + 1) // layout.block_tokens
+        if (
+            not len(sequence.tokens)
+            or end > self._info.max_context
+            or len(sequence.global_table) != blocks
+            or sequence.window_first > first
+            or sequence.window_first + len(sequence.window_table) < blocks
+        ):
+            raise ValueError(
+                f"sequence {sequence.key}: positions {sequence.start} to {end - 1} need {blocks} global"
+                f" blocks and window blocks {first} to {blocks - 1}, within {self._info.max_context} positions; got"
+                f" {len(sequence.global_table)} global blocks and window blocks {sequence.window_first} to"
+                f" {sequence.window_first + len(sequence.window_table) - 1}"
+            )
+
+
+def _certain(token: int, sequence: SequenceInput) -> SampledToken:
+    wanted = sequence.sampling.params.logprobs if sequence.sampling else None
+    return SampledToken(token, None if wanted is None else 0.0, ((token, 0.0),) if wanted else ())

@@ -1,0 +1,87 @@
+"""Content addresses: a hash chain over the blocks of a token sequence.
+
+The hash of a block covers its tokens, every token before it and the salt (the engine's fingerprint), so
+equal hashes mean equal KV: same tokens at the same positions in the same model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Grow:
+    """An int32 array with amortised O(1) append. Views taken before an append stay valid."""
+
+    __slots__ = ("_buffer", "_length")
+
+    def __init__(self, values: Sequence[int] | NDArray[np.int32] = ()) -> None:
+        self._length = len(values)
+        self._buffer = np.empty(max(16, 2 * self._length), np.int32)
+        self._buffer[: self._length] = values
+
+    def __len__(self) -> int:
+        return self._length
+
+    def append(self, value: int) -> None:
+        if self._length == len(self._buffer):
+            self._buffer = np.concatenate((self._buffer, np.empty_like(self._buffer)))
+        self._buffer[self._length] = value
+        self._length += 1
+
+    def view(self, first: int = 0, last: int | None = None) -> NDArray[np.int32]:
+        """Elements first .. last - 1, without a copy."""
+        return self._buffer[first : self._length if last is None else min(last, self._length)]
+
+
+class TokenChain:
+    """The tokens of one sequence and the hash of each of its full blocks.
+
+    `salt` must change whenever equal tokens would no longer mean equal KV.
+    """
+
+    __slots__ = ("_tokens", "block_tokens", "hashes", "salt")
+
+    def __init__(self, salt: bytes, block_tokens: int, tokens: Sequence[int] | NDArray[np.int32]) -> None:
+        self.salt = hashlib.blake2b(salt, digest_size=16).digest()
+        self.block_tokens = block_tokens
+        self._tokens = Grow(tokens)
+        self.hashes: list[bytes] = []
+        """By logical block; full blocks only."""
+        self._hash_full_blocks()
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def append(self, token: int) -> None:
+        self._tokens.append(token)
+        if len(self._tokens) % self.block_tokens == 0:
+            self._hash_full_blocks()
+
+    def tokens(self, first: int = 0, last: int | None = None) -> NDArray[np.int32]:
+        """Tokens at positions first .. last - 1, without a copy."""
+        return self._tokens.view(first, last)
+
+    def parent(self, block: int) -> bytes:
+        """The hash before logical block `block`: its parent's, or the salt's for block 0."""
+        return self.hashes[block - 1] if block else self.salt
+
+    def shared_blocks(self, other: TokenChain) -> int:
+        """Number of leading full blocks that are the same in both, by bisection: O(log n)."""
+        low, high = 0, min(len(self.hashes), len(other.hashes))
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.hashes[middle - 1] == other.hashes[middle - 1]:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def _hash_full_blocks(self) -> None:
+        size = self.block_tokens
+        for block in range(len(self.hashes), len(self._tokens) // size):
+            content = self._tokens.view(block * size, (block + 1) * size).astype("<i4", copy=False).tobytes()
+            self.hashes.append(hashlib.blake2b(self.parent(block) + content, digest_size=16).digest())

@@ -1,0 +1,380 @@
+"""Continuous batching with chunked prefill, admission by free blocks, and preemption by recompute.
+
+Each step decodes every running sequence that is ready to, then fills the rest of the token budget with
+prompt chunks (Orca, OSDI'22, for iteration-level scheduling; Sarathi-Serve, OSDI'24, for chunks beside
+decodes). One order decides everything: the rank (level, arrival). Who ranks first is served first, and
+who ranks last gives way.
+
+Admission is by rank, and strict: when the first sequence waiting lacks a slot or blocks, none behind it
+is admitted. It may preempt running sequences of a lower level, fewest and last-ranked first, if that is
+known to suffice. One exception lets others pass: a sequence is held back while a running one is still
+prefilling blocks that it shares and could then match.
+
+When a running sequence cannot get a block, the last-ranked one running is preempted, maybe itself: its
+blocks are released, full ones stay cached, and it waits by its rank. Once admitted again it prefills
+prompt and output, and goes on at the same position with the same SamplingState.
+
+Why nothing starves. Take S, first in rank of all sequences present; later arrivals never rank before it.
+    Running, S is never preempted: room is made at the cost of those ranked after it, levels below it give
+    way, and alone it fits (`add` refuses what does not). The first-ranked running sequence is planned in
+    every step, so S finishes in finitely many.
+    Waiting, S is admitted before all others, unless held. Meanwhile the first-ranked running sequence
+    finishes, then the next; while S lacks room nobody is admitted, so its turn comes. Held, it waits for
+    a prefill that, by the same argument, ends; whom that lets pass at S's level does not share what S
+    waits for (it would be held too), so it cannot prolong the hold.
+Every sequence becomes first: those of its level that arrived earlier are finitely many, and when PATIENCE
+later arrivals have been admitted before it, it is raised to the top level, where nobody new precedes it.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from wicore.engine.base import SequenceInput, StepPlan, StepResult
+from wicore.errors import ConfigError, EngineError
+from wicore.hmt import CacheManager, PrefixMatch
+from wicore.request import Priority
+from wicore.sampling import SampledToken, SamplingState
+
+PATIENCE = 64
+"""Later arrivals admitted before a waiting sequence until it is raised to the top level."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of a step. Raises ConfigError when they leave no room for prompts."""
+
+    max_batch: int
+    """Sequences that run together."""
+    token_budget: int
+    """New tokens a step, decodes and prompt chunks together."""
+    prompt_chunks: int = 4
+    """Sequences whose prompt advances in one step: an engine computes these one by one."""
+
+    def __post_init__(self) -> None:
+        if self.token_budget <= self.max_batch:
+            raise ConfigError(
+                f"scheduler.token_budget: {self.token_budget} must exceed scheduler.max_batch"
+                f" ({self.max_batch}), or prompts would stand still while all slots decode",
+                param="scheduler.token_budget",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRequest:
+    """A sequence to run: one choice of one job."""
+
+    key: int
+    """The caller's name for it, unique among the sequences present."""
+    prompt: Sequence[int]
+    """At least one token."""
+    generated: Sequence[int]
+    """Output tokens of an earlier attempt; `sampling` has observed them already."""
+    max_tokens: int
+    """Output tokens in all, those in `generated` included."""
+    sampling: SamplingState
+    priority: Priority
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOut:
+    """A token that a step added to a sequence."""
+
+    key: int
+    token: SampledToken
+
+
+class _Sequence:
+    """A sequence present. `chain` is prompt and output so far; `computed` counts those with KV."""
+
+    __slots__ = (
+        "arrival",
+        "chain",
+        "chunk",
+        "computed",
+        "key",
+        "left",
+        "level",
+        "passed",
+        "positions",
+        "sampling",
+    )
+
+    def __init__(self, request: SequenceRequest, cache: CacheManager, arrival: int) -> None:
+        self.key = request.key
+        self.sampling = request.sampling
+        self.level = int(request.priority)
+        self.arrival = arrival
+        self.chain = cache.chain([*request.prompt, *request.generated])
+        self.left = request.max_tokens - len(request.generated)
+        """Output tokens still to come."""
+        self.positions = len(request.prompt) + request.max_tokens - 1
+        """Positions it will have computed at the end: all but the last token's."""
+        self.computed = 0
+        self.chunk = 0
+        """New tokens in the step being planned or in flight."""
+        self.passed = 0
+
+    @property
+    def pending(self) -> int:
+        """Tokens without KV: one when decoding, more when prefilling, none when nothing may follow."""
+        return len(self.chain) - self.computed if self.left else 0
+
+    @property
+    def samples(self) -> bool:
+        """Whether the planned chunk reaches the end, so that a token is drawn."""
+        return self.computed + self.chunk == len(self.chain)
+
+
+def _rank(sequence: _Sequence) -> tuple[int, int]:
+    return sequence.level, sequence.arrival
+
+
+class Scheduler:
+    """Plans the steps of one engine. Pure: no clock, no threads; call it from one thread.
+
+    The cycle is `plan`, the engine's step, `apply`. `add` and `remove` may come at any point in it. When
+    a sequence ends (end token, stop string, length, cancel) is the caller's to decide, and to say by
+    `remove`; only past `max_tokens` nothing is ever planned.
+    """
+
+    def __init__(self, limits: Limits, cache: CacheManager) -> None:
+        self._limits = limits
+        self._cache = cache
+        self._present: dict[int, _Sequence] = {}
+        self._running: list[_Sequence] = []
+        """By rank, as is _waiting."""
+        self._waiting: list[_Sequence] = []
+        self._in_flight: list[_Sequence] | None = None
+        self._arrivals = 0
+        self.preemptions = 0
+        """Since the start."""
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def free_slots(self) -> int:
+        """How many more sequences could be taken without making any wait for a slot."""
+        return max(0, self._limits.max_batch - len(self._present))
+
+    @property
+    def idle(self) -> bool:
+        return not self._present
+
+    def add(self, request: SequenceRequest) -> None:
+        """Take a sequence; it waits for the next `plan`.
+
+        Raises TooLarge, naming the setting, when it could not run even alone, and ValueError when its
+        key is present, its prompt empty or its output complete.
+        """
+        if request.key in self._present:
+            raise ValueError(f"sequence {request.key} is present already")
+        if not request.prompt or len(request.generated) >= request.max_tokens:
+            raise ValueError(
+                f"sequence {request.key}: needs a prompt (has {len(request.prompt)} tokens) and output to"
+                f" come (has {len(request.generated)} of {request.max_tokens})"
+            )
+        self._cache.require(len(request.prompt) + request.max_tokens - 1)
+        self._arrivals += 1
+        sequence = _Sequence(request, self._cache, self._arrivals)
+        self._present[request.key] = sequence
+        insort(self._waiting, sequence, key=_rank)
+
+    def remove(self, key: int) -> None:
+        """Forget a sequence, finished or cancelled, and free its slot and blocks; idempotent.
+
+        The result of a step in flight for it is dropped.
+        """
+        sequence = self._present.pop(key, None)
+        if sequence is None:
+            return
+        (self._running if sequence in self._running else self._waiting).remove(sequence)
+        self._cache.close(key)
+
+    def plan(self) -> StepPlan | None:
+        """The next step, with all its blocks reserved; None when there is nothing to compute.
+
+        The step is in flight until `apply`; planning another before raises RuntimeError.
+        """
+        if self._in_flight is not None:
+            raise RuntimeError("a step is in flight: apply its result before planning the next")
+        preempted = self.preemptions
+        decoding = [sequence for sequence in self._running if sequence.pending == 1]
+        for sequence in decoding:
+            sequence.chunk = self._reserve(sequence, 1)
+        if self._waiting and self.preemptions == preempted:
+            self._admit()
+        self._share_budget()
+        planned = [sequence for sequence in self._running if sequence.chunk]
+        if not planned:
+            return None
+        self._in_flight = planned
+        return StepPlan(tuple(map(self._input, planned)))
+
+    def apply(self, result: StepResult) -> list[TokenOut]:
+        """Take over what the step in flight did; returns its tokens in order of rank.
+
+        Raises RuntimeError when no step is in flight, EngineError when the result lacks a sequence.
+        """
+        if self._in_flight is None:
+            raise RuntimeError("no step is in flight: plan one before applying a result")
+        step, self._in_flight = self._in_flight, None
+        tokens = []
+        for sequence in step:
+            if self._present.get(sequence.key) is not sequence:
+                continue
+            output = result.outputs.get(sequence.key)
+            if output is None or (output.token is None) == sequence.samples:
+                raise EngineError(
+                    f"the step's result lacks the output or the token of sequence {sequence.key}"
+                )
+            sequence.computed += sequence.chunk
+            sequence.chunk = 0
+            self._cache.commit(sequence.key, sequence.computed)
+            self._cache.record(sequence.key, output.mass)
+            if output.token is not None:
+                sequence.chain.append(output.token.id)
+                sequence.sampling.observe(output.token.id)
+                sequence.left -= 1
+                tokens.append(TokenOut(sequence.key, output.token))
+        return tokens
+
+    def ending_soon(self) -> int:
+        """How many sequences the step in flight surely ends, because it reaches their `max_tokens`."""
+        return sum(sequence.left == 1 and sequence.samples for sequence in self._in_flight or ())
+
+    def check(self) -> None:
+        """Raise EngineError when blocks or sequences do not add up. O(blocks): for idle moments and tests."""
+        self._cache.check()
+        listed = {sequence.key for sequence in (*self._running, *self._waiting)}
+        if listed != self._present.keys() or len(listed) != len(self._running) + len(self._waiting):
+            raise EngineError(
+                f"scheduler: {len(self._running)} running + {len(self._waiting)} waiting"
+                f" != {len(self._present)} present"
+            )
+
+    # --- room -------------------------------------------------------------------------------------
+
+    def _reserve(self, sequence: _Sequence, wanted: int) -> int:
+        """Reserve up to `wanted` new positions, at least one, preempting from the last rank up.
+
+        Returns how many; 0 when the sequence itself was preempted, now or earlier in this plan.
+        """
+        if sequence not in self._running:
+            return 0
+        while self._cache.room(sequence.key) <= sequence.computed:
+            last = self._running[-1]
+            self._preempt(last)
+            if last is sequence:
+                return 0
+        count = min(wanted, self._cache.room(sequence.key) - sequence.computed)
+        self._cache.reserve(sequence.key, sequence.computed + count)
+        return count
+
+    def _preempt(self, sequence: _Sequence) -> None:
+        self._cache.close(sequence.key)
+        self._running.remove(sequence)
+        sequence.computed = sequence.chunk = 0
+        insort(self._waiting, sequence, key=_rank)
+        self.preemptions += 1
+
+    # --- admission --------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        index = 0
+        while index < len(self._waiting):
+            sequence = self._waiting[index]
+            if len(self._running) >= self._limits.max_batch and self._running[-1].level <= sequence.level:
+                return
+            match = self._cache.match(sequence.chain)
+            if self._held(sequence, match):
+                index += 1
+                continue
+            victims = self._victims(sequence, match)
+            if victims is None:
+                return
+            for victim in victims:
+                self._preempt(victim)
+            if victims:
+                match = self._cache.match(sequence.chain)
+            # Victims rank after `sequence`, so it is still where it was.
+            del self._waiting[index]
+            sequence.computed = self._cache.open(sequence.key, sequence.chain, match, len(sequence.chain))
+            insort(self._running, sequence, key=_rank)
+            self._age(sequence)
+
+    def _held(self, sequence: _Sequence, match: PrefixMatch) -> bool:
+        """Whether a running prefill is about to make a longer match possible."""
+        if not self._cache.prefix_cache:
+            return False
+        size = self._cache.layout.block_tokens
+        usable = (len(sequence.chain) - 1) // size * size
+        for other in self._running:
+            if other.pending > 1:
+                shared = min(other.chain.shared_blocks(sequence.chain) * size, usable)
+                if shared > match.tokens and other.computed < shared:
+                    return True
+        return False
+
+    def _victims(self, sequence: _Sequence, match: PrefixMatch) -> list[_Sequence] | None:
+        """Whom to preempt so that `sequence` gets a slot and blocks; [] for nobody, None when that fails.
+
+        Blocks are asked for its tokens and one more block of output, and one for each running sequence,
+        lest the next growth undo the admission.
+        """
+        positions = min(len(sequence.chain) + self._cache.layout.block_tokens, sequence.positions)
+        below = [other for other in self._running if other.level > sequence.level]
+        for count in range(len(below) + 1):
+            staying = len(self._running) - count
+            victims = below[len(below) - count :]
+            closing = [victim.key for victim in victims]
+            if staying < self._limits.max_batch and self._cache.can_open(
+                match, positions, spare=staying, closing=closing
+            ):
+                return victims
+        return None
+
+    def _age(self, admitted: _Sequence) -> None:
+        raised = False
+        for sequence in self._waiting:
+            if sequence.arrival < admitted.arrival:
+                sequence.passed += 1
+                if sequence.passed >= PATIENCE and sequence.level:
+                    sequence.level, raised = 0, True
+        if raised:
+            self._waiting.sort(key=_rank)
+
+    # --- the step ---------------------------------------------------------------------------------
+
+    def _share_budget(self) -> None:
+        """Give prompt chunks, by rank, what decodes leave of the token budget."""
+        budget = self._limits.token_budget - sum(sequence.chunk for sequence in self._running)
+        chunks = self._limits.prompt_chunks
+        for sequence in [other for other in self._running if other.pending and not other.chunk]:
+            if not budget or not chunks:
+                return
+            sequence.chunk = self._reserve(sequence, min(budget, sequence.pending))
+            budget -= sequence.chunk
+            chunks -= 1
+
+    def _input(self, sequence: _Sequence) -> SequenceInput:
+        start, end = sequence.computed, sequence.computed + sequence.chunk
+        global_table, window_table, window_first = self._cache.tables(sequence.key)
+        blocks = self._cache.blocks(end)
+        return SequenceInput(
+            key=sequence.key,
+            tokens=sequence.chain.tokens(start, end),
+            start=start,
+            global_table=global_table[:blocks],
+            window_table=window_table[: blocks - window_first],
+            window_first=window_first,
+            sampling=sequence.sampling if end == len(sequence.chain) else None,
+        )
