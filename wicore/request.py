@@ -12,7 +12,7 @@ import re
 import uuid
 from collections.abc import Mapping
 from enum import IntEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -30,6 +30,7 @@ JobKind = Literal["chat", "completion"]
 JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"]
 FinishReason = Literal["stop", "length"]
 TerminalType = Literal["done", "failed", "cancelled", "expired"]
+Model = TypeVar("Model", bound=BaseModel)
 
 TERMINAL_TYPES: frozenset[str] = frozenset({"done", "failed", "cancelled", "expired"})
 STATUS_OF_TERMINAL: dict[str, JobStatus] = {
@@ -188,10 +189,11 @@ def parse_job(data: Any) -> JobBody:
 
     Raises InvalidRequest naming the first bad field, its value and what is allowed.
     """
-    return _parse(JobBody, data)
+    return parse_model(JobBody, data)
 
 
-def _parse(model: type[JobBody], data: Any) -> JobBody:
+def parse_model(model: type[Model], data: Any) -> Model:
+    """Validate any JSON object, with errors as in `parse_job`."""
     if not isinstance(data, Mapping):
         raise InvalidRequest(f"body: must be a JSON object, not {_kind_of(data)}")
     try:
@@ -206,7 +208,13 @@ def _kind_of(value: Any) -> str:
 
 
 def _invalid(err: ValidationError) -> InvalidRequest:
-    first = err.errors(include_url=False)[0]
+    errors = err.errors(include_url=False)
+    # Every branch of a union reports; the branch that got furthest is the one that was meant.
+    same_field = [error for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]
+    first = max(same_field, key=lambda error: len(error["loc"]))
+    if first["type"] == "extra_forbidden":
+        param = _cut(".".join(map(str, first["loc"])), 100)
+        return InvalidRequest(f"{param}: unknown or unsupported field; remove it", param=param)
     # Union branches and validator names appear in `loc`; what a caller knows are keys and indexes.
     known = [part for part in first["loc"] if isinstance(part, int) or _is_key(part)]
     message = first["msg"].removeprefix("Value error, ")
@@ -214,12 +222,9 @@ def _invalid(err: ValidationError) -> InvalidRequest:
         param = ".".join(str(part) for part in known)
     else:
         param, _, message = message.partition(": ")
-    if first["type"] == "extra_forbidden":
-        return InvalidRequest(f"{param}: unknown or unsupported field; remove it", param=param)
     value = first.get("input")
-    shown = (
-        "" if isinstance(value, Mapping | list) or first["type"] == "missing" else f" (got {_short(value)})"
-    )
+    hidden = isinstance(value, Mapping | list) or first["type"] == "missing"
+    shown = "" if hidden else f" (got {_short(value)})"
     return InvalidRequest(f"{param}: {message}{shown}", param=param)
 
 
@@ -228,8 +233,11 @@ def _is_key(part: str) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = ascii(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return _cut(ascii(value), 60)
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 # --- events -------------------------------------------------------------------------------------

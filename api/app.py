@@ -1,0 +1,25 @@
+"""The app factory."""
+
+from __future__ import annotations
+
+from flask import Flask
+
+from api import http, jobs, openai, service, sockets
+from api.services import EXTENSION, LazyServices, Services
+from wicore.config import Settings
+
+
+def create_app(settings: Settings, services: Services | None = None) -> Flask:
+    """Build the app. Does no IO: what the doors need is built on first use, once a process.
+
+    `services` replaces what would be built from the settings, e.g. in tests.
+    """
+    app = Flask("wicore-api", static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = settings.api.max_body_bytes
+    app.config["SOCK_SERVER_OPTIONS"] = sockets.server_options(settings.api)
+    app.extensions[EXTENSION] = LazyServices(settings, services)
+    http.install(app)
+    for door in (openai.door, jobs.door, service.door):
+        app.register_blueprint(door)
+    sockets.install(app)
+    return app

@@ -1,0 +1,54 @@
+"""Gunicorn's settings, from WiCore's: gevent workers, so that thousands of streams cost one thread."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+from gevent import monkey
+
+# Before anything imports ssl, threading or redis: what is imported earlier keeps blocking calls.
+monkey.patch_all()
+
+from api.services import EXTENSION  # noqa: E402
+from wicore.config import load_settings  # noqa: E402
+
+_settings = load_settings()
+
+STALLED_READER_MS = 60_000
+
+bind = f"{_settings.api.host}:{_settings.api.port}"
+workers = _settings.api.workers
+worker_class = "gevent"
+# Beyond the streams, room for the calls that come and go, so that those are still answered when all
+# streams are taken.
+worker_connections = _settings.api.max_sockets + 1000
+keepalive = 75
+timeout = 60
+graceful_timeout = 20
+limit_request_line = 8190
+limit_request_fields = 100
+limit_request_field_size = 8190
+# Off: at 100 requests/s it is noise; a request's trace is the worker's log, by job id. Prompts are in
+# bodies and never logged.
+accesslog = None
+errorlog = "-"
+loglevel = _settings.telemetry.log_level
+proc_name = "wicore-api"
+
+
+def when_ready(server: Any) -> None:
+    """Have the kernel drop clients that stop reading; accepted connections inherit the option.
+
+    A blocked send would otherwise hold its greenlet for as long as the client keeps the connection.
+    """
+    for listener in server.LISTENERS:
+        if listener.sock.family in (socket.AF_INET, socket.AF_INET6) and hasattr(socket, "TCP_USER_TIMEOUT"):
+            listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_READER_MS)
+
+
+def post_worker_init(worker: Any) -> None:
+    """Load tokenizer and connections before the first request; tell streams when to end."""
+    services = worker.wsgi.extensions[EXTENSION]
+    services.stopping = lambda: not worker.alive
+    services.get()

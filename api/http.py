@@ -1,0 +1,156 @@
+"""What every HTTP door shares: reading JSON, answering JSON, and one form for every error."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import select
+import socket
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import redis.exceptions
+from flask import Flask, Response, g, request
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge, UnsupportedMediaType
+
+from wicore.errors import InvalidRequest, TooLarge, Unavailable, WicoreError
+
+log = logging.getLogger(__name__)
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+_encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
+
+
+def dumps(value: Any) -> str:
+    """Compact JSON; NaN and infinities, which JSON has no form for, are a bug and raise ValueError."""
+    return _encode(value)
+
+
+def reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(dumps(value) + "\n", status, headers, mimetype="application/json")
+
+
+def loads(data: bytes | str) -> Any:
+    """Parse JSON from a client.
+
+    Raises InvalidRequest that says where the first fault is: not UTF-8, not JSON, NaN or Infinity
+    (which Python's parser would take), nested too deeply, or a number with too many digits.
+    """
+    try:
+        text = data.decode() if isinstance(data, bytes) else data
+        return json.loads(text, parse_constant=_refuse_constant)
+    except UnicodeDecodeError as err:
+        raise InvalidRequest(f"body: not valid UTF-8 at byte {err.start}") from None
+    except json.JSONDecodeError as err:
+        where = f"line {err.lineno} column {err.colno}"
+        raise InvalidRequest(f"body: not valid JSON at {where}: {err.msg}") from None
+    except RecursionError:
+        raise InvalidRequest("body: JSON nested too deeply") from None
+    except ValueError as err:
+        raise InvalidRequest(f"body: not valid JSON: {err}") from None
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def read_json() -> Any:
+    """The JSON body of the current request; its size is bounded by Flask's MAX_CONTENT_LENGTH."""
+    if not request.is_json:
+        raise UnsupportedMediaType(
+            f"Content-Type: must be application/json (got {request.content_type or 'none'})"
+        )
+    return loads(request.get_data(cache=False))
+
+
+def as_wicore_error(err: BaseException, request_id: str) -> WicoreError:
+    """Any failure as one a caller may see. Only an unforeseen one is logged, with its traceback."""
+    if isinstance(err, WicoreError):
+        return err
+    if isinstance(err, redis.exceptions.RedisError):
+        log.warning("redis failed: %s", err, extra={"request_id": request_id})
+        return Unavailable("Redis is not reachable; try again", retry_after=2)
+    log.error("internal error in request %s", request_id, exc_info=err, extra={"request_id": request_id})
+    return WicoreError(f"Internal error; quote request id {request_id} when you report it")
+
+
+def error_reply(err: WicoreError) -> Response:
+    response = reply({"error": err.body()}, err.status)
+    if err.status in (429, 503):
+        response.headers["Retry-After"] = str(max(1, math.ceil(err.retry_after or 1)))
+    return response
+
+
+def _http_error(err: HTTPException) -> Response:
+    """Werkzeug's errors (no such route, method, media type, size) in OpenAI's form, headers kept."""
+    status = err.code or 500
+    if status < 400:
+        return Response.force_type(err.get_response(), request.environ)
+    if isinstance(err, RequestEntityTooLarge):
+        limit = request.max_content_length
+        return error_reply(TooLarge(f"body: larger than the {limit} bytes that api.max_body_bytes allows"))
+    message = {
+        404: f"No such route: {request.method} {request.path}",
+        405: f"{request.method} is not allowed on {request.path}",
+    }.get(status, err.description or err.name)
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    code = err.name.lower().replace(" ", "_")
+    response = reply({"error": {"message": message, "type": kind, "code": code, "param": None}}, status)
+    if "Allow" in (allowed := dict(err.get_headers())):
+        response.headers["Allow"] = allowed["Allow"]
+    return response
+
+
+def install(app: Flask) -> None:
+    """Request ids in and out, and error handlers for everything that a door can raise."""
+
+    @app.before_request
+    def _take_request_id() -> None:
+        given = request.headers.get("X-Request-Id", "")
+        g.request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+    @app.after_request
+    def _give_request_id(response: Response) -> Response:
+        response.headers["X-Request-Id"] = request_id()
+        return response
+
+    app.register_error_handler(HTTPException, _http_error)
+    app.register_error_handler(Exception, lambda err: error_reply(as_wicore_error(err, request_id())))
+
+
+def idempotency_key() -> str | None:
+    """The Idempotency-Key header. Raises InvalidRequest unless it is 1 to 255 printable characters."""
+    key = request.headers.get("Idempotency-Key")
+    if key is not None and not IDEMPOTENCY_KEY.fullmatch(key):
+        raise InvalidRequest(
+            "Idempotency-Key: must be 1 to 255 printable ASCII characters", param="Idempotency-Key"
+        )
+    return key
+
+
+def request_id() -> str:
+    """Of the current request; one is made when the request failed before it got one."""
+    if "request_id" not in g:
+        g.request_id = uuid.uuid4().hex
+    return str(g.request_id)
+
+
+def client_gone(environ: Mapping[str, Any]) -> bool:
+    """Whether the client closed its connection; False where the server does not let us look.
+
+    WSGI has no notice of it, so this peeks at gunicorn's socket: readable with nothing to read is
+    the end of the stream. What a client may have pipelined stays unread.
+    """
+    sock = environ.get("gunicorn.socket")
+    if sock is None:
+        return False
+    try:
+        if not select.select([sock], [], [], 0)[0]:
+            return False
+        return not sock.recv(1, socket.MSG_PEEK)
+    except (OSError, ValueError):
+        return True

@@ -1,0 +1,99 @@
+"""The job doors: submit, look up, list, cancel, follow."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from flask import Blueprint, Response, request
+
+from api import http, streams
+from api.services import current, stopping
+from wicore.errors import InvalidRequest
+from wicore.request import STATUS_OF_TERMINAL, Event, Priority, parse_job
+
+ENDED = frozenset(STATUS_OF_TERMINAL.values())
+STATUSES = ("queued", "running", *STATUS_OF_TERMINAL.values())
+MAX_PAGE = 100
+
+door = Blueprint("jobs", __name__, url_prefix="/v1/jobs")
+
+
+@door.post("")
+def submit() -> Response:
+    services = current()
+    body = parse_job(http.read_json())
+    job = services.accept(body, Priority.NORMAL, http.idempotency_key())
+    answer = {
+        "id": job.id,
+        "object": "job",
+        "status": job.status,
+        "position": job.position,
+        "estimated_wait_s": services.producer.estimated_wait_s(job),
+        "links": links(job.id),
+    }
+    return http.reply(answer, 202, {"X-Job-Id": job.id, "Location": f"/v1/jobs/{job.id}"})
+
+
+@door.get("/<job_id>")
+def lookup(job_id: str) -> Response:
+    return http.reply(public(current().producer.record(job_id)))
+
+
+@door.get("")
+def listing() -> Response:
+    status = request.args.get("status")
+    if status is not None and status not in STATUSES:
+        raise InvalidRequest(f"status: must be one of {', '.join(STATUSES)} (got {status!r})", param="status")
+    limit = streams.sequence_number(request.args.get("limit", 20), "limit")
+    if not 1 <= limit <= MAX_PAGE:
+        raise InvalidRequest(f"limit: must be from 1 to {MAX_PAGE} (got {limit})", param="limit")
+    return http.reply(current().producer.list(status, limit, request.args.get("after")))
+
+
+@door.delete("/<job_id>")
+def cancel(job_id: str) -> Response:
+    services = current()
+    services.producer.cancel(job_id)
+    return http.reply(public(services.producer.record(job_id)))
+
+
+@door.get("/<job_id>/events")
+def events(job_id: str) -> Response:
+    services = current()
+    first = streams.first_wanted()
+    batches = services.relay.follow(job_id, first - 1, streams.TICK_S)
+    if services.producer.record(job_id).status in ENDED:
+        head = next(batches, None)
+        if head is None:
+            # Tells an EventSource that reconnects after the last event to stop doing so.
+            return Response(status=204)
+        batches = itertools.chain([head], batches)
+    pieces = _pieces(job_id, batches, stopping(), http.request_id())
+    with services.slots.taken_for_response():
+        response = streams.event_stream(services, pieces, lambda: None)
+    response.headers["X-Job-Id"] = job_id
+    return response
+
+
+def _pieces(
+    job_id: str, batches: Iterable[list[Event]], stopping: Callable[[], bool], request_id: str
+) -> Iterator[str]:
+    yield f": job {job_id}\n\n"
+    try:
+        for batch in batches:
+            yield "".join(streams.data(event, event["seq"]) for event in batch)
+            if stopping():
+                return
+    except Exception as err:
+        yield streams.data({"type": "error", "error": http.as_wicore_error(err, request_id).body()})
+
+
+def links(job_id: str) -> dict[str, str]:
+    base = f"/v1/jobs/{job_id}"
+    return {"self": base, "events": f"{base}/events", "stream": f"{base}/stream"}
+
+
+def public(record: Any) -> dict[str, Any]:
+    return {"object": "job", **record.public(), "links": links(record.id)}

@@ -1,0 +1,59 @@
+"""Doors about the service itself: alive, able to serve, what a prompt's tokens are."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import redis.exceptions
+from flask import Blueprint, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from api import http
+from api.services import current
+from wicore.errors import InvalidRequest, WicoreError
+from wicore.request import Message, Text, parse_model
+
+door = Blueprint("service", __name__)
+
+
+@door.get("/health")
+def health() -> Response:
+    """The process is alive; nothing else is looked at."""
+    return http.reply({"status": "ok"})
+
+
+@door.get("/ready")
+def ready() -> Response:
+    """200 when a request sent now would be served; otherwise 503 and what is missing."""
+    missing = []
+    workers = 0
+    try:
+        services = current()
+        workers = len(services.workers())
+        if not workers:
+            missing.append(f"no live worker serves {services.model.name!r}; start one with `wicore worker`")
+    except redis.exceptions.RedisError as err:
+        missing.append(f"Redis does not answer: {err}")
+    except WicoreError as err:
+        missing.append(err.message)
+    answer = {"ready": not missing, "workers": workers, "missing": missing}
+    return http.reply(answer, 503 if missing else 200, {"Retry-After": "2"} if missing else None)
+
+
+class _TokenizeForm(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model: Text | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
+
+
+@door.post("/v1/tokenize")
+def tokenize() -> Response:
+    services = current()
+    form = parse_model(_TokenizeForm, http.read_json())
+    services.check_model(form.model)
+    if (form.prompt is None) == (form.messages is None):
+        raise InvalidRequest("prompt: send either prompt or messages", param="prompt")
+    tokens = services.tokenize(form.prompt if form.messages is None else form.messages)
+    return http.reply({"tokens": tokens, "count": len(tokens)})

@@ -1,0 +1,135 @@
+"""The websocket doors: one job's events, and many jobs over one socket.
+
+Frames are JSON text (RFC 6455). Close codes: 1000 the job is over, 1012 this process is stopping (connect
+again and resume), 1013 the reader was too slow (resume), 1009 a frame was too big, 1011 a fault here.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from flask import Blueprint, Flask, g, request
+from flask_sock import Sock
+
+from api import http, streams
+from api.services import current, stopping
+from api.session import GONE, SERVICE_RESTART, Session, error_frame
+from wicore.config import ApiSettings
+from wicore.errors import InvalidRequest
+
+PING_S = 25.0
+INTERNAL_ERROR = 1011
+HOLD_S = 0.01
+MAX_UNWANTED_BYTES = 1024
+SERVER_SOCKETS = frozenset({"gunicorn.socket", "werkzeug.socket"})
+"""Where the servers put a connection's socket, and simple_websocket looks for it."""
+
+def server_options(settings: ApiSettings) -> dict[str, Any]:
+    """What every websocket is opened with; a message is bounded as a request body is."""
+    return {"ping_interval": PING_S, "max_message_size": settings.max_body_bytes}
+
+
+def install(app: Flask) -> None:
+    """Register both doors. A handshake that cannot be served is refused by an HTTP error before it."""
+    sock = Sock()
+    doors = Blueprint("sockets", __name__, url_prefix="/v1")
+    doors.before_request(_before_handshake)
+    doors.teardown_request(_release)
+    sock.route("/jobs/<job_id>/stream", bp=doors)(_survive(_follow_one))
+    sock.route("/stream", bp=doors)(_survive(_many))
+    app.register_blueprint(doors)
+
+
+def _before_handshake() -> None:
+    services = current()
+    if request.view_args:
+        g.first_wanted = streams.first_wanted()
+        services.producer.record(request.view_args["job_id"])
+    services.slots.take()
+    g.slots = services.slots
+    environ = request.environ
+    # Compression would cost 256 KiB and a good part of the CPU time of a socket, for frames this short.
+    environ.pop("HTTP_SEC_WEBSOCKET_EXTENSIONS", None)
+    for server in SERVER_SOCKETS & environ.keys():
+        environ[server] = WholeSends(environ[server])
+
+
+def _release(_error: BaseException | None) -> None:
+    slots = g.pop("slots", None)
+    if slots is not None:
+        slots.give()
+
+
+class WholeSends:
+    """A socket whose `send` sends everything, one caller at a time.
+
+    simple_websocket calls `send` and ignores the count, from its handler and from the thread that
+    answers pings. gevent's sockets do not block in the kernel: on a full buffer they send a part,
+    which would leave half a frame on the wire.
+    """
+
+    def __init__(self, sock: Any) -> None:
+        self._sock = sock
+        self._lock = threading.Lock()
+        self.hold_input: Callable[[], bool] = lambda: False
+        """While true nothing is read, so that a client that sends too much is held back by TCP."""
+
+    def send(self, data: bytes) -> int:
+        with self._lock:
+            self._sock.sendall(data)
+        return len(data)
+
+    def recv(self, size: int) -> Any:
+        # A client that sends without pause is always readable: let others run between two reads.
+        time.sleep(0)
+        while self.hold_input():
+            time.sleep(HOLD_S)
+        return self._sock.recv(size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+
+def _survive(handler: Callable[..., None]) -> Callable[..., None]:
+    """Answer a failure on the socket itself: after the handshake an HTTP error would be garbage."""
+
+    def handle(ws: Any, **view_args: str) -> None:
+        try:
+            handler(ws, **view_args)
+        except GONE:
+            pass  # flask_sock closes our side
+        except Exception as err:
+            error = http.as_wicore_error(err, http.request_id())
+            try:
+                ws.send(error_frame(error))
+                ws.close(INTERNAL_ERROR, error.code)
+            except GONE:
+                pass
+
+    handle.__name__ = handler.__name__
+    return handle
+
+
+def _follow_one(ws: Any, job_id: str) -> None:
+    """`WS /v1/jobs/{id}/stream?from=N`: the job's events; whatever the client sends is refused."""
+    services, is_stopping = current(), stopping()
+    ws.max_message_size = MAX_UNWANTED_BYTES
+    for batch in services.relay.follow(job_id, g.first_wanted - 1, streams.TICK_S):
+        for event in batch:
+            ws.send(http.dumps(event))
+        if ws.input_buffer:
+            ws.input_buffer.clear()
+            ws.send(error_frame(InvalidRequest("frame: this socket only sends; /v1/stream takes commands")))
+        if not ws.connected:
+            return
+        if is_stopping():
+            ws.close(SERVICE_RESTART, "restarting; resume")
+            return
+
+
+def _many(ws: Any) -> None:
+    """`WS /v1/stream`: submit, resume and cancel jobs, whose events come tagged with the job."""
+    Session(ws, current(), stopping(), http.request_id()).run()

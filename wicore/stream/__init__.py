@@ -1,0 +1,1 @@
+"""Events: from the worker into log and channel (`publisher`), from there to listeners (`relay`)."""
