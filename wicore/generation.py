@@ -1,0 +1,163 @@
+"""One job in a worker: from its prompt to its events and result.
+
+Pure: tokens in, events out. It knows nothing of Redis, threads or the engine. An attempt that follows
+another is given that one's events and goes on from the last of them: same text, next sequence number,
+and, as sampling is keyed by (seed, position), the tokens that would have come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from wicore.openai import ChoiceResult, logprob_entry, result_object
+from wicore.request import (
+    Event,
+    FinishReason,
+    JobBody,
+    Priority,
+    TerminalType,
+    started_event,
+    terminal_event,
+    token_event,
+    usage_of,
+)
+from wicore.sampling import SampledToken, SamplingState, choice_seed, seed_of_job
+from wicore.scheduler import SequenceRequest
+from wicore.text.detokenizer import Detokenizer
+from wicore.text.prompt import Prompt
+from wicore.text.tokenizer import Tokenizer
+
+
+@dataclass
+class _Choice:
+    detokenizer: Detokenizer
+    ids: list[int] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    logprobs: list[dict[str, object]] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+
+class Generation:
+    """A job being generated.
+
+    The caller runs `requests()` through a scheduler, hands each token to `take`, publishes the events it
+    returns in order, and calls `end` once when `finished`, or earlier when the job is called off.
+    """
+
+    def __init__(
+        self,
+        job_id: str,
+        body: JobBody,
+        prompt: Prompt,
+        tokenizer: Tokenizer,
+        *,
+        priority: Priority,
+        attempt: int = 1,
+        log: Sequence[Event] = (),
+    ) -> None:
+        """`log` are the events that earlier attempts published, complete and in order."""
+        self.job_id = job_id
+        self.body = body
+        self.prompt = prompt
+        self._tokenizer = tokenizer
+        self._priority = priority
+        self._sampling = body.sampling()
+        self._seed = seed_of_job(job_id) if body.seed is None else body.seed
+        self._choices = [_Choice(Detokenizer(tokenizer, body.stop)) for _ in range(body.n)]
+        self.seq = 0
+        """Sequence number of the last event."""
+        for event in log:
+            self._replay(event)
+        self.opening = started_event(job_id, self._next(), attempt)
+        """The first event of this attempt."""
+
+    @property
+    def finished(self) -> bool:
+        return all(choice.finish_reason is not None for choice in self._choices)
+
+    def requests(self, first_key: int) -> Iterator[tuple[int, SequenceRequest]]:
+        """(choice index, sequence) for every choice that is not finished; keys count up from `first_key`."""
+        for index, choice in enumerate(self._choices):
+            if choice.finish_reason is None:
+                state = self._sampling_state(index, choice.ids)
+                yield (
+                    index,
+                    SequenceRequest(
+                        key=first_key + index,
+                        prompt=self.prompt.token_ids,
+                        generated=choice.ids,
+                        max_tokens=self.prompt.max_tokens,
+                        sampling=state,
+                        priority=self._priority,
+                    ),
+                )
+
+    def take(self, index: int, token: SampledToken) -> Event:
+        """Add a token to a choice; the event has a `finish_reason` when it was the choice's last."""
+        choice = self._choices[index]
+        choice.ids.append(token.id)
+        ended = token.id in self.prompt.stop_ids
+        text = "" if ended else choice.detokenizer.push(token.id)
+        if ended or choice.detokenizer.stopped:
+            choice.finish_reason = "stop"
+        elif len(choice.ids) >= self.prompt.max_tokens:
+            choice.finish_reason = "length"
+        if choice.finish_reason is not None:
+            text += choice.detokenizer.flush()
+        choice.text.append(text)
+        entries = None
+        if self._sampling.logprobs is not None:
+            entries = [self._logprob_entry(token)]
+            choice.logprobs += entries
+        return token_event(
+            self.job_id, self._next(), index, text, [token.id], entries, choice.finish_reason
+        )
+
+    def end(self, kind: TerminalType, error: dict[str, object] | None = None) -> Event:
+        """The terminal event, with the usage so far."""
+        reason = self._choices[0].finish_reason if kind == "done" else None
+        return terminal_event(
+            self.job_id, self._next(), kind, finish_reason=reason, usage=self.usage(), error=error
+        )
+
+    def usage(self) -> dict[str, int]:
+        return usage_of(len(self.prompt.token_ids), sum(len(choice.ids) for choice in self._choices))
+
+    def result(self, model: str, created_s: int) -> dict[str, object]:
+        """The job's result, in OpenAI's form."""
+        with_logprobs = self._sampling.logprobs is not None
+        choices = [
+            ChoiceResult("".join(c.text), c.finish_reason, c.logprobs if with_logprobs else None)
+            for c in self._choices
+        ]
+        return result_object(self.job_id, self.body, model, created_s, choices, self.usage())
+
+    def _next(self) -> int:
+        self.seq += 1
+        return self.seq
+
+    def _replay(self, event: Event) -> None:
+        self.seq = event["seq"]
+        if event["type"] != "token":
+            return
+        choice = self._choices[event["index"]]
+        choice.ids += event["token_ids"]
+        choice.text.append(event["text"])
+        choice.logprobs += event.get("logprobs", [])
+        choice.finish_reason = event.get("finish_reason")
+        for token_id in event["token_ids"]:
+            # What it returns is in the event already; what matters is what it holds back.
+            choice.detokenizer.push(token_id)
+
+    def _sampling_state(self, index: int, generated: list[int]) -> SamplingState:
+        seed = choice_seed(self._seed, index)
+        return SamplingState(self._sampling, seed, self.prompt.token_ids, generated)
+
+    def _logprob_entry(self, token: SampledToken) -> dict[str, object]:
+        spell = self._tokenizer.piece_bytes
+        top = [(spell(token_id), logprob) for token_id, logprob in token.top]
+        assert token.logprob is not None
+        return logprob_entry(spell(token.id), token.logprob, top)
+
+

@@ -1,0 +1,1 @@
+"""Processes: the long-lived worker that runs an engine."""

@@ -1,0 +1,311 @@
+"""The long-lived worker: takes jobs from the queue, steps them through an engine, publishes their events.
+
+Threads
+    engine     (the caller of `run`) owns scheduler, engine and every `Generation`; never waits for Redis.
+    intake     pops jobs when there is room, tokenises them, hands them to the engine thread.
+    keeper     renews leases, reaps those of dead workers, hears of cancels (LeaseKeeper).
+    publisher  writes events and results (Publisher).
+    heartbeat  tells the registry that this worker lives.
+All that other threads want of the engine thread goes through `_inbox` and is done between two steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from redis import Redis
+
+from wicore.config import Settings
+from wicore.engine.base import Engine
+from wicore.errors import Cancelled, Expired, InvalidRequest, UnknownModel, WicoreError
+from wicore.generation import Generation
+from wicore.hmt import CacheManager
+from wicore.model import Model
+from wicore.queue.consumer import Delivery, LeaseConsumer, LeaseKeeper
+from wicore.queue.registry import Heartbeat
+from wicore.request import TerminalType, terminal_event
+from wicore.scheduler import Limits, Scheduler
+from wicore.stream.publisher import Publisher
+from wicore.stream.relay import read_log
+from wicore.text.prompt import prepare
+from workers.room import Room
+
+log = logging.getLogger("wicore.worker")
+
+_POLL_S = 1.0
+"""How often the intake thread looks whether it should stop, when nothing wakes it."""
+
+
+@dataclass
+class _Job:
+    """A job that the engine thread has."""
+
+    delivery: Delivery
+    generation: Generation
+    deadline: float | None
+    """Monotonic time at which it expires."""
+    keys: dict[int, int] = field(default_factory=dict)
+    """Choice index by sequence key, of the choices still running."""
+
+
+class Worker:
+    """One engine and the queue it serves. `run` blocks until `stop` and the drain after it."""
+
+    def __init__(self, settings: Settings, model: Model, engine: Engine, redis: Redis, owner: str) -> None:
+        """`owner` names this process in leases and must never be used again by another."""
+        self._settings, self._model, self._engine, self._redis = settings, model, engine, redis
+        self._owner = owner
+        info = engine.info
+        cache = CacheManager(
+            info.layout,
+            info.global_blocks,
+            info.window_blocks,
+            info.fingerprint,
+            prefix_cache=settings.hmt.prefix_cache,
+        )
+        limits = Limits(settings.scheduler.max_batch, settings.scheduler.token_budget)
+        self._scheduler = Scheduler(limits, cache)
+        self._room = Room(settings.scheduler.max_batch)
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._jobs: dict[str, _Job] = {}
+        """By delivery tag."""
+        self._by_key: dict[int, _Job] = {}
+        self._next_key = 0
+        self._stopping = threading.Event()
+        self._step_started: float | None = None
+        self._steps = self._tokens = 0
+        prefix, leases = settings.redis.prefix, settings.queue
+        self._consumer = LeaseConsumer(redis, owner, prefix, leases)
+        self._keeper = LeaseKeeper(
+            redis,
+            owner,
+            prefix,
+            leases,
+            on_lost=lambda delivery: self._inbox.put(lambda: self._drop(delivery)),
+            on_cancel=self._cancel_soon,
+            progress=self._progresses,
+        )
+        self._publisher = Publisher(
+            redis,
+            prefix,
+            leases,
+            on_lost=lambda delivery: self._inbox.put(lambda: self._drop(delivery)),
+            on_cancel=self._cancel_soon,
+            on_finished=self._keeper.release,
+        )
+        self._heartbeat = Heartbeat(redis, owner, self.status, prefix)
+
+    def run(self) -> None:
+        """Serve until `stop`, then drain for `queue.drain_s` and hand back what is left."""
+        self._publisher.start()
+        self._keeper.start()
+        self._heartbeat.start()
+        intake = threading.Thread(target=self._take_in, name="intake")
+        intake.start()
+        try:
+            while not self._stopping.is_set():
+                self._advance()
+            drain_until = time.monotonic() + self._settings.queue.drain_s
+            while self._jobs and time.monotonic() < drain_until:
+                self._advance()
+        finally:
+            self.stop()
+            intake.join()
+            self._leave()
+
+    def stop(self) -> None:
+        """Take no more jobs; `run` drains and returns. For any thread, and for signal handlers."""
+        self._stopping.set()
+        self._room.close()
+        self._consumer.interrupt()
+        self._inbox.put(lambda: None)
+
+    def status(self) -> dict[str, object]:
+        """What the registry shows of this worker. For any thread."""
+        info = self._engine.info
+        return {
+            "model": self._model.name,
+            "engine": info.name,
+            "device": info.device,
+            "weights": info.weights,
+            "slots": self._settings.scheduler.max_batch,
+            "running": self._scheduler.running,
+            "waiting": self._scheduler.waiting,
+            "context": self._model.context,
+            "global_blocks": info.global_blocks,
+            "window_blocks": info.window_blocks,
+            "steps": self._steps,
+            "tokens": self._tokens,
+            "preemptions": self._scheduler.preemptions,
+        }
+
+    # --- engine thread ----------------------------------------------------------------------------
+
+    def _advance(self) -> None:
+        """Do what the inbox asks, then one step; with nothing to step, wait for the inbox."""
+        self._empty_inbox(block=self._scheduler.idle)
+        self._expire()
+        plan = self._scheduler.plan()
+        if plan is None:
+            return
+        self._room.expect(self._scheduler.ending_soon())
+        self._step_started = time.monotonic()
+        result = self._engine.step(plan)
+        self._step_started = None
+        self._steps += 1
+        for out in self._scheduler.apply(result):
+            job = self._by_key.get(out.key)
+            if job is not None:
+                self._tokens += 1
+                event = job.generation.take(job.keys[out.key], out.token)
+                self._publisher.publish(job.delivery, [event])
+                if "finish_reason" in event:
+                    self._end_choice(job, out.key)
+        self._room.expect(0)
+
+    def _empty_inbox(self, *, block: bool) -> None:
+        timeout = self._until_deadline() if block else None
+        try:
+            self._inbox.get(block=block, timeout=timeout)()
+            while True:
+                self._inbox.get_nowait()()
+        except queue.Empty:
+            return
+
+    def _begin(self, job: _Job) -> None:
+        requests = list(job.generation.requests(self._next_key))
+        self._next_key += job.generation.body.n
+        self._jobs[job.delivery.tag] = job
+        self._publisher.publish(job.delivery, [job.generation.opening])
+        try:
+            for index, request in requests:
+                self._scheduler.add(request)
+                job.keys[request.key] = index
+                self._by_key[request.key] = job
+        except WicoreError as err:
+            self._end(job, "failed", err)
+            return
+        # Choices that an earlier attempt finished need no slot; all of them, if it died before the end.
+        self._room.release(job.generation.body.n - len(requests))
+        if job.generation.finished:
+            self._end(job, "done")
+
+    def _end_choice(self, job: _Job, key: int) -> None:
+        self._scheduler.remove(key)
+        del job.keys[key], self._by_key[key]
+        self._room.release(1)
+        if job.generation.finished:
+            self._end(job, "done")
+
+    def _end(self, job: _Job, kind: TerminalType, error: WicoreError | None = None) -> None:
+        event = job.generation.end(kind, error.body() if error else None)
+        created_s = job.delivery.created_ms // 1000
+        result = job.generation.result(self._model.name, created_s) if kind == "done" else None
+        self._publisher.finish(job.delivery, event, result)
+        self._forget(job)
+
+    def _forget(self, job: _Job) -> None:
+        self._jobs.pop(job.delivery.tag, None)
+        for key in job.keys:
+            self._scheduler.remove(key)
+            del self._by_key[key]
+        self._room.release(len(job.keys))
+        job.keys.clear()
+
+    def _drop(self, delivery: Delivery) -> None:
+        """The lease is lost: another worker has the job, and nothing of ours may be written."""
+        job = self._jobs.get(delivery.tag)
+        if job is not None:
+            log.warning("job %s: lease lost in attempt %d; dropped", delivery.job_id, delivery.attempt)
+            self._keeper.release(delivery)
+            self._forget(job)
+
+    def _cancel(self, delivery: Delivery) -> None:
+        job = self._jobs.get(delivery.tag)
+        if job is not None:
+            self._end(job, "cancelled", Cancelled("cancelled by the client"))
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for job in [j for j in self._jobs.values() if j.deadline is not None and j.deadline <= now]:
+            self._end(job, "expired", Expired(f"timeout_s: the job's deadline passed while it ran"))
+
+    def _until_deadline(self) -> float | None:
+        deadlines = [job.deadline for job in self._jobs.values() if job.deadline is not None]
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+
+    def _leave(self) -> None:
+        """Flush, hand back what is unfinished, stop the threads."""
+        left = [job.delivery for job in self._jobs.values()]
+        self._publisher.stop()
+        self._keeper.stop()
+        self._consumer.hand_back(left)
+        self._heartbeat.stop()
+        self._consumer.close()
+        self._engine.close()
+        log.info("stopped; %d jobs handed back", len(left))
+
+    # --- other threads ----------------------------------------------------------------------------
+
+    def _cancel_soon(self, delivery: Delivery) -> None:
+        self._inbox.put(lambda: self._cancel(delivery))
+
+    def _progresses(self) -> bool:
+        """Whether the engine still makes progress; a hung one must lose its leases."""
+        started = self._step_started
+        return started is None or time.monotonic() - started < self._settings.queue.stall_s
+
+    def _take_in(self) -> None:
+        while room := self._room.wait():
+            try:
+                deliveries = self._consumer.pop(room, held=[job.delivery for job in list(self._jobs.values())])
+                for delivery in deliveries:
+                    self._accept(delivery)
+                if not deliveries:
+                    self._consumer.wait(_POLL_S)
+            except WicoreError as err:
+                log.warning("the queue is out of reach, trying again: %s", err.message)
+                self._stopping.wait(_POLL_S)
+
+    def _accept(self, delivery: Delivery) -> None:
+        """Turn a delivery into a job for the engine thread, or into its failure."""
+        self._keeper.hold(delivery)
+        try:
+            job = self._prepare(delivery)
+        except WicoreError as err:
+            event = terminal_event(delivery.job_id, delivery.seq + 1, "failed", error=err.body())
+            self._publisher.finish(delivery, event)
+            return
+        self._room.claim(delivery.body.n)
+        self._inbox.put(lambda: self._begin(job))
+
+    def _prepare(self, delivery: Delivery) -> _Job:
+        body = delivery.body
+        if body.model not in (None, self._model.name):
+            raise UnknownModel(
+                f"model: {body.model!r} is not served here; use {self._model.name!r}", param="model"
+            )
+        if body.n > self._settings.scheduler.max_batch:
+            raise InvalidRequest(
+                f"n: {body.n} is over scheduler.max_batch, {self._settings.scheduler.max_batch}", param="n"
+            )
+        prompt = prepare(body, self._model.tokenizer, self._model.checkpoint.config, self._model.context)
+        events = read_log(self._redis, delivery.job_id, prefix=self._settings.redis.prefix) if delivery.seq else []
+        generation = Generation(
+            delivery.job_id,
+            body,
+            prompt,
+            self._model.tokenizer,
+            priority=delivery.level,
+            attempt=delivery.attempt,
+            log=events,
+        )
+        deadline = None
+        if delivery.deadline_ms is not None:
+            deadline = time.monotonic() + (delivery.deadline_ms - delivery.popped_ms) / 1000
+        return _Job(delivery, generation, deadline)
