@@ -147,7 +147,8 @@ class SamplingState:
         """Take `token` as the output at `position`, and move on to the next."""
         self.position += 1
         if self.penalised:
-            self._counts[self._slot(token)] += 1
+            slot = self._slot(token)
+            self._counts[slot] += 1
 
     def _slot(self, token: int) -> int:
         slot = self._slots.setdefault(token, len(self._slots))

@@ -135,11 +135,11 @@ class NullEngine:
             or sequence.window_first > first
             or sequence.window_first + len(sequence.window_table) < blocks
         ):
+            last = sequence.window_first + len(sequence.window_table) - 1
             raise ValueError(
-                f"sequence {sequence.key}: positions {sequence.start} to {end - 1} need {blocks} global"
-                f" blocks and window blocks {first} to {blocks - 1}, within {self._info.max_context} positions; got"
-                f" {len(sequence.global_table)} global blocks and window blocks {sequence.window_first} to"
-                f" {sequence.window_first + len(sequence.window_table) - 1}"
+                f"sequence {sequence.key}: positions {sequence.start} to {end - 1} (limit"
+                f" {self._info.max_context}) need {blocks} global blocks and window blocks {first} to"
+                f" {blocks - 1}; got {len(sequence.global_table)} and {sequence.window_first} to {last}"
             )
 
 

@@ -1,0 +1,109 @@
+"""An engine that stores, in place of KV, what each slot must hold, and verifies every read.
+
+Position p of a sequence stands for a hash of its tokens 0 .. p. A step recomputes it from the slot
+before, so a table that points at the wrong block, an evicted block, a block overwritten while shared or
+a slot read before it was written is found at once, or changes the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from wicore.engine.base import KVLayout, SequenceInput, SequenceOutput, StepPlan, StepResult
+from wicore.sampling import SampledToken, SamplingState, sample
+
+VOCABULARY = 24
+_EMPTY = -1
+
+
+def next_state(state: int, token: int, position: int) -> int:
+    """What a slot holds: a hash of everything up to its position."""
+    mixed = (state ^ (token + 1) * 0x9E3779B97F4A7C15 ^ (position + 1) << 17) % 2**64
+    mixed = (mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9 % 2**64
+    return (mixed ^ mixed >> 32) % 2**62
+
+
+def draw(state: int, sampling: SamplingState) -> SampledToken:
+    logits = np.random.default_rng(state).normal(0, 2, (1, VOCABULARY)).astype(np.float32)
+    return sample(logits, [sampling])[0]
+
+
+def undisturbed(prompt: Sequence[int], tokens: int, sampling: SamplingState) -> list[int]:
+    """The output of a sequence that runs alone, without a cache. Advances `sampling`."""
+    state = 0
+    for position, token in enumerate(prompt):
+        state = next_state(state, token, position)
+    output: list[int] = []
+    for position in range(len(prompt), len(prompt) + tokens):
+        token = draw(state, sampling).id
+        sampling.observe(token)
+        output.append(token)
+        state = next_state(state, token, position)
+    return output
+
+
+class CheckingEngine:
+    """Steps plans over two pools of `layout`. Any breach of the contract is an AssertionError."""
+
+    def __init__(self, layout: KVLayout, global_blocks: int, window_blocks: int) -> None:
+        self.layout = layout
+        self.computed = 0
+        """Tokens computed since the start."""
+        self.pools = {
+            name: np.full((blocks, layout.block_tokens, 2), _EMPTY, np.int64)
+            for name, blocks in (("global", global_blocks), ("window", window_blocks))
+        }
+
+    def step(self, plan: StepPlan) -> StepResult:
+        assert plan.sequences, "a step computes something"
+        keys = [sequence.key for sequence in plan.sequences]
+        assert len(set(keys)) == len(keys), "every sequence at most once"
+        self._assert_writers_own_their_blocks(plan)
+        return StepResult({sequence.key: self._run(sequence) for sequence in plan.sequences})
+
+    def _assert_writers_own_their_blocks(self, plan: StepPlan) -> None:
+        size = self.layout.block_tokens
+        holders: dict[tuple[str, int], set[int]] = {}
+        written: set[tuple[str, int]] = set()
+        for s in plan.sequences:
+            for pool, table, first in (
+                ("global", s.global_table, 0),
+                ("window", s.window_table, s.window_first),
+            ):
+                assert table.dtype == np.int32
+                assert len(set(table.tolist())) == len(table), "a table names a block once"
+                for index, block in enumerate(table.tolist()):
+                    holders.setdefault((pool, block), set()).add(s.key)
+                    if (first + index + 1) * size > s.start:
+                        written.add((pool, block))
+        for place in written:
+            assert len(holders[place]) == 1, f"{place} is written while {holders[place]} hold it"
+
+    def _run(self, s: SequenceInput) -> SequenceOutput:
+        size, window = self.layout.block_tokens, self.layout.window
+        end = s.start + len(s.tokens)
+        blocks = -(-end // size)
+        assert len(s.tokens) >= 1
+        assert s.tokens.dtype == np.int32
+        assert len(s.global_table) == blocks, "the global table covers the new positions and no more"
+        assert s.window_first <= max(0, s.start - window + 1) // size, "the window table starts in time"
+        assert s.window_first + len(s.window_table) >= blocks, "the window table covers the new positions"
+
+        past = self.pools["global"][s.global_table].reshape(-1, 2)[: s.start]
+        np.testing.assert_array_equal(past[:, 0], np.arange(s.start), f"sequence {s.key}: global KV")
+        state = int(past[-1, 1]) if s.start else 0
+        first_seen = max(0, s.start - window + 1)
+        window_slots = self.pools["window"][s.window_table].reshape(-1, 2)
+        seen = window_slots[first_seen - s.window_first * size : s.start - s.window_first * size]
+        np.testing.assert_array_equal(seen, past[first_seen:], f"sequence {s.key}: window KV")
+
+        for position, token in enumerate(s.tokens.tolist(), s.start):
+            state = next_state(state, token, position)
+            block, slot = divmod(position, size)
+            self.pools["global"][s.global_table[block], slot] = position, state
+            self.pools["window"][s.window_table[block - s.window_first], slot] = position, state
+        self.computed += len(s.tokens)
+        mass = np.full(blocks, 1 / blocks, np.float32)
+        return SequenceOutput(None if s.sampling is None else draw(state, s.sampling), mass)
