@@ -7,6 +7,7 @@ whether repeating the same call can succeed; an instance adds the message, the f
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 
@@ -164,3 +165,16 @@ class EngineError(WicoreError):
     """The engine cannot start or a step failed."""
 
     code = "engine_error"
+
+
+def error_from_body(body: Mapping[str, Any]) -> WicoreError:
+    """The error whose `body()` this is, e.g. of a failed job; an unknown code gives the root class."""
+    classes = {cls.code: cls for cls in _tree(WicoreError)}
+    found = classes.get(str(body.get("code")), WicoreError)
+    return found(str(body.get("message", "Unknown failure")), param=body.get("param"))
+
+
+def _tree(cls: type[WicoreError]) -> Iterator[type[WicoreError]]:
+    yield cls
+    for child in cls.__subclasses__():
+        yield from _tree(child)

@@ -217,9 +217,7 @@ def _invalid(err: ValidationError) -> InvalidRequest:
     if first["type"] == "extra_forbidden":
         return InvalidRequest(f"{param}: unknown or unsupported field; remove it", param=param)
     value = first.get("input")
-    shown = (
-        "" if isinstance(value, Mapping | list) or first["type"] == "missing" else f" (got {_short(value)})"
-    )
+    shown = "" if isinstance(value, Mapping | list) or first["type"] == "missing" else f" (got {_short(value)})"
     return InvalidRequest(f"{param}: {message}{shown}", param=param)
 
 
