@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from wicore.exit_codes import ExitCode
+from wicore.supervisor import reaper
 
 API = """
 import os, signal, sys, threading
@@ -172,13 +173,43 @@ def test_what_a_dead_process_left_behind_is_killed_before_it_starts_again(up: Ca
     assert gone(left_behind, seconds=0)
 
 
-def test_no_process_survives_when_it_is_killed_itself(up: Callable[..., Up]) -> None:
-    service = up({"api": API, "worker": PARENT})
+def test_when_it_is_killed_itself_the_rest_stops_in_good_order(up: Callable[..., Up], tmp_path: Path) -> None:
+    handed_back = tmp_path / "handed back"
+    worker = WORKER.replace("print(", f"open({str(handed_back)!r}, 'w').close()\n    print(", 1)
+    service = up({"api": API, "worker": worker})
     service.wait_for("ready at")
-    pids = service.pid("api"), service.pid("parent"), service.pid("worker")
+    pids = service.pid("api"), service.pid("worker")
     service.process.kill()
-    service.process.wait()
     assert gone(*pids)
+    assert handed_back.exists()
+
+
+def test_the_reaper_kills_what_does_not_stop_in_time() -> None:
+    read, write = os.pipe()
+    command = [sys.executable, "-c", STUBBORN]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as stubborn:
+        assert stubborn.stdout is not None
+        assert stubborn.stdout.readline().startswith(b"worker pid")
+        with subprocess.Popen([sys.executable, "-I", "-S", reaper.__file__, "0.2"], stdin=read) as process:
+            os.close(read)
+            os.write(write, b"+%d\n" % stubborn.pid)
+            os.close(write)
+            assert process.wait(20) == 0
+        assert stubborn.wait(20) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("lines", "left"),
+    [
+        ([b"+7\n", b"+8\n", b"-7\n"], [8]),
+        ([b"+7\n", b"+8\n"], [7, 8]),
+        ([b"+7\n", b"-7\n", b"+7\n"], [7]),
+        ([b"+7\n", b"+12"], [7]),
+        ([], []),
+    ],
+)
+def test_the_reaper_stops_exactly_the_groups_that_have_not_ended(lines: list[bytes], left: list[int]) -> None:
+    assert reaper.groups_left(lines) == left
 
 
 def test_a_second_signal_kills_what_does_not_stop(up: Callable[..., Up]) -> None:

@@ -26,7 +26,7 @@ from pydantic_settings.sources.utils import parse_env_vars
 
 from wicore.errors import ConfigError
 
-REDIS_SCHEMES = ("redis://", "rediss://", "unix://", "sentinel://")
+REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 
 
 class _Section(BaseModel):
