@@ -26,7 +26,7 @@ from pydantic_settings.sources.utils import parse_env_vars
 
 from wicore.errors import ConfigError
 
-REDIS_SCHEMES = ("redis://", "rediss://", "unix://", "sentinel://")
+REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 
 
 class _Section(BaseModel):
@@ -75,6 +75,8 @@ class QueueSettings(_Section):
     """Seconds that a finished job's record, log and result are kept."""
     background_share: float = Field(0.1, ge=0, lt=1)
     """Share of pops that look at the lowest level first, so that it is not starved."""
+    stall_s: float = Field(120.0, ge=1)
+    """A worker whose engine has been in one step for this many seconds gives up its jobs' leases."""
     drain_s: float = Field(20.0, ge=0)
     """A stopping worker finishes for this many seconds, then hands back what is left."""
 
@@ -107,7 +109,7 @@ class SchedulerSettings(_Section):
 
 
 class HmtSettings(_Section):
-    block_tokens: int = Field(32, ge=8, le=256)
+    block_tokens: Literal[16, 32, 64, 128] = 32
     """Positions a KV block holds."""
     device_tokens: int = Field(16_384, ge=256)
     """Positions the device pool holds, over all sequences and cached prefixes."""

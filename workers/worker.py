@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -75,6 +76,8 @@ class Worker:
         self._jobs: dict[str, _Job] = {}
         """By delivery tag."""
         self._by_key: dict[int, _Job] = {}
+        self._held: dict[str, Delivery] = {}
+        """Leases that this worker has, by tag, from the pop until the end is stored."""
         self._next_key = 0
         self._stopping = threading.Event()
         self._step_started: float | None = None
@@ -96,7 +99,7 @@ class Worker:
             leases,
             on_lost=lambda delivery: self._inbox.put(lambda: self._drop(delivery)),
             on_cancel=self._cancel_soon,
-            on_finished=self._keeper.release,
+            on_finished=self._let_go,
         )
         self._heartbeat = Heartbeat(redis, owner, self.status, prefix)
 
@@ -116,7 +119,7 @@ class Worker:
         finally:
             self.stop()
             intake.join()
-            self._leave()
+            self._leave(healthy=sys.exc_info()[0] is None)
 
     def stop(self) -> None:
         """Take no more jobs; `run` drains and returns. For any thread, and for signal handlers."""
@@ -188,6 +191,7 @@ class Worker:
                 job.keys[request.key] = index
                 self._by_key[request.key] = job
         except WicoreError as err:
+            self._room.release(job.generation.body.n - len(job.keys))
             self._end(job, "failed", err)
             return
         # Choices that an earlier attempt finished need no slot; all of them, if it died before the end.
@@ -222,7 +226,7 @@ class Worker:
         job = self._jobs.get(delivery.tag)
         if job is not None:
             log.warning("job %s: lease lost in attempt %d; dropped", delivery.job_id, delivery.attempt)
-            self._keeper.release(delivery)
+            self._let_go(delivery)
             self._forget(job)
 
     def _cancel(self, delivery: Delivery) -> None:
@@ -233,17 +237,21 @@ class Worker:
     def _expire(self) -> None:
         now = time.monotonic()
         for job in [j for j in self._jobs.values() if j.deadline is not None and j.deadline <= now]:
-            self._end(job, "expired", Expired(f"timeout_s: the job's deadline passed while it ran"))
+            self._end(job, "expired", Expired("timeout_s: the job's deadline passed while it ran"))
 
     def _until_deadline(self) -> float | None:
         deadlines = [job.deadline for job in self._jobs.values() if job.deadline is not None]
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
-    def _leave(self) -> None:
-        """Flush, hand back what is unfinished, stop the threads."""
-        left = [job.delivery for job in self._jobs.values()]
+    def _leave(self, *, healthy: bool) -> None:
+        """Flush, hand back what is unfinished, stop the threads.
+
+        After a failure of the engine nothing is handed back: the leases run out and the attempt counts,
+        so that a job that brings engines down does so a bounded number of times.
+        """
         self._publisher.stop()
         self._keeper.stop()
+        left = list(self._held.values()) if healthy else []
         self._consumer.hand_back(left)
         self._heartbeat.stop()
         self._consumer.close()
@@ -255,6 +263,10 @@ class Worker:
     def _cancel_soon(self, delivery: Delivery) -> None:
         self._inbox.put(lambda: self._cancel(delivery))
 
+    def _let_go(self, delivery: Delivery) -> None:
+        self._keeper.release(delivery)
+        self._held.pop(delivery.tag, None)
+
     def _progresses(self) -> bool:
         """Whether the engine still makes progress; a hung one must lose its leases."""
         started = self._step_started
@@ -263,7 +275,7 @@ class Worker:
     def _take_in(self) -> None:
         while room := self._room.wait():
             try:
-                deliveries = self._consumer.pop(room, held=[job.delivery for job in list(self._jobs.values())])
+                deliveries = self._consumer.pop(room, held=list(self._held.values()))
                 for delivery in deliveries:
                     self._accept(delivery)
                 if not deliveries:
@@ -274,6 +286,7 @@ class Worker:
 
     def _accept(self, delivery: Delivery) -> None:
         """Turn a delivery into a job for the engine thread, or into its failure."""
+        self._held[delivery.tag] = delivery
         self._keeper.hold(delivery)
         try:
             job = self._prepare(delivery)

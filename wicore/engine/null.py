@@ -23,6 +23,7 @@ from wicore.engine.base import (
     StepPlan,
     StepResult,
 )
+from wicore.engine.plans import check_plan
 from wicore.sampling import SampledToken, philox
 
 _FIRST_TOKEN = 256
@@ -91,8 +92,7 @@ class NullEngine:
 
     def step(self, plan: StepPlan) -> StepResult:
         deadline = time.monotonic() + self._step_s
-        for sequence in plan.sequences:
-            self._validate(sequence)
+        check_plan(plan, self._info)
         sampled = [sequence for sequence in plan.sequences if sequence.sampling is not None]
         tokens = dict(zip((sequence.key for sequence in sampled), self._tokens(sampled), strict=True))
         outputs = {}
@@ -122,25 +122,6 @@ class NullEngine:
         span = self._info.vocab_size - _FIRST_TOKEN
         ids = (words % np.uint32(span) + np.uint32(_FIRST_TOKEN)).tolist()
         return [_certain(token, sequence) for token, sequence in zip(ids, sequences, strict=True)]
-
-    def _validate(self, sequence: SequenceInput) -> None:
-        layout = self._info.layout
-        end = sequence.start + len(sequence.tokens)
-        blocks = -(-end // layout.block_tokens)
-        first = max(0, sequence.start - layout.window + 1) // layout.block_tokens
-        if (
-            not len(sequence.tokens)
-            or end > self._info.max_context
-            or len(sequence.global_table) != blocks
-            or sequence.window_first > first
-            or sequence.window_first + len(sequence.window_table) < blocks
-        ):
-            last = sequence.window_first + len(sequence.window_table) - 1
-            raise ValueError(
-                f"sequence {sequence.key}: positions {sequence.start} to {end - 1} (limit"
-                f" {self._info.max_context}) need {blocks} global blocks and window blocks {first} to"
-                f" {blocks - 1}; got {len(sequence.global_table)} and {sequence.window_first} to {last}"
-            )
 
 
 def _certain(token: int, sequence: SequenceInput) -> SampledToken:

@@ -1,0 +1,263 @@
+"""The commands that talk to a service, against a small server that misbehaves on purpose."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from wicore.cli import main
+from wicore.commands.client import Client, server_sent_events
+from wicore.errors import Unavailable, UnknownJob
+from wicore.exit_codes import ExitCode
+
+Event = dict[str, Any]
+
+
+def story(*texts: str, end: Event | None = None) -> list[Event]:
+    events: list[Event] = [{"seq": 1, "type": "started", "attempt": 1}]
+    for text in texts:
+        events.append({"seq": len(events) + 1, "type": "token", "index": 0, "text": text})
+    return [*events, {"seq": len(events) + 1, **(end or {"type": "done"})}]
+
+
+class Service(ThreadingHTTPServer):
+    """Keeps one job's events, and sends at most `events_a_connection` before it drops the line."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Door)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.stories = {"j1": story("Once ", "upon ", "a ", "time")}
+        self.next_job = iter(self.stories)
+        self.events_a_connection = 1000
+        self.submitted: list[Event] = []
+        self.asked_after: list[int] = []
+        self.refusals = 0
+        """How many requests to answer 503 first."""
+
+
+class Door(BaseHTTPRequestHandler):
+    server: Service
+
+    def answer(self, status: int, value: Any = None) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def refuse(self, status: int, code: str, message: str) -> None:
+        self.answer(status, {"error": {"message": message, "type": "x", "code": code, "param": None}})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if body.get("max_tokens") == 0:
+            self.refuse(400, "invalid_request", "max_tokens: must be at least 1 (got 0)")
+            return
+        self.server.submitted.append(body)
+        self.answer(202, {"id": next(self.server.next_job)})
+
+    def do_DELETE(self) -> None:
+        job = self.path.rsplit("/", 1)[1]
+        if job in self.server.stories:
+            self.answer(200, {"id": job, "status": "running"})
+        else:
+            self.refuse(404, "unknown_job", f"no job {job}")
+
+    def do_GET(self) -> None:
+        job = self.path.split("/")[3]
+        if self.server.refusals:
+            self.server.refusals -= 1
+            self.refuse(503, "unavailable", "Redis is not reachable")
+        elif job not in self.server.stories:
+            self.refuse(404, "unknown_job", f"no job {job}")
+        else:
+            last = int(self.headers["Last-Event-ID"])
+            self.server.asked_after.append(last)
+            left = [event for event in self.server.stories[job] if event["seq"] > last]
+            self.send_response(200 if left else 204)
+            self.end_headers()
+            if left:
+                self.wfile.write(b": comment\n\n")
+            for event in left[: self.server.events_a_connection]:
+                self.wfile.write(f"id: {event['seq']}\ndata: {json.dumps(event)}\n\n".encode())
+            if len(left) > self.server.events_a_connection:
+                self.wfile.write(b'id: 99\ndata: {"seq": 99, "ty')
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    with Service() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def wicore(service: Service) -> Callable[..., Any]:
+    def run(*arguments: str, **options: Any) -> Any:
+        return CliRunner().invoke(main, [arguments[0], "--url", service.url, *arguments[1:]], **options)
+
+    return run
+
+
+def test_watch_prints_the_text_and_ends_with_the_job(wicore: Callable[..., Any]) -> None:
+    result = wicore("watch", "j1")
+    assert (result.exit_code, result.output) == (ExitCode.OK, "Once upon a time\n")
+
+
+def test_watch_from_a_number_starts_there(wicore: Callable[..., Any]) -> None:
+    assert wicore("watch", "j1", "--from", "4").output == "a time\n"
+
+
+def test_watch_from_after_the_end_prints_nothing_and_ends(wicore: Callable[..., Any]) -> None:
+    result = wicore("watch", "j1", "--from", "100")
+    assert (result.exit_code, result.output) == (ExitCode.OK, "")
+
+
+def test_a_dropped_stream_goes_on_with_no_gap_and_no_repeat(
+    service: Service, wicore: Callable[..., Any]
+) -> None:
+    service.events_a_connection = 2
+    assert wicore("watch", "j1").output == "Once upon a time\n"
+    assert service.asked_after == [0, 2, 4]
+
+
+def test_a_service_that_is_away_for_a_moment_is_asked_again(
+    service: Service, wicore: Callable[..., Any]
+) -> None:
+    service.refusals = 2
+    assert wicore("watch", "j1").output == "Once upon a time\n"
+
+
+def test_a_stream_without_progress_is_given_up_and_says_how_to_go_on(service: Service) -> None:
+    service.refusals = 10**6
+    with Client(service.url, patience_s=0.3) as client, pytest.raises(Unavailable) as caught:
+        list(client.events("j1"))
+    assert "wicore watch j1 --from 1" in caught.value.message
+
+
+def test_an_unknown_job_is_an_error_at_once(service: Service, wicore: Callable[..., Any]) -> None:
+    with Client(service.url) as client, pytest.raises(UnknownJob):
+        list(client.events("j9"))
+    result = wicore("cancel", "j9")
+    assert (result.exit_code, result.output) == (ExitCode.REFUSED, "error: no job j9\n")
+
+
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        ({"type": "failed", "error": {"message": "it broke", "code": "worker_lost"}}, "it broke"),
+        ({"type": "cancelled"}, "the job was cancelled"),
+        ({"type": "expired"}, "the job's deadline passed"),
+    ],
+)
+def test_a_job_that_did_not_end_well_is_a_failure(
+    service: Service, wicore: Callable[..., Any], end: Event, message: str
+) -> None:
+    service.stories["j1"] = story("Once", end=end)
+    result = wicore("watch", "j1")
+    assert result.exit_code == ExitCode.FAILED
+    assert result.stdout == "Once\n"
+    assert message in result.stderr
+
+
+def test_further_choices_follow_the_first(service: Service, wicore: Callable[..., Any]) -> None:
+    service.stories["j1"] = [
+        {"seq": 1, "type": "token", "index": 1, "text": "other"},
+        {"seq": 2, "type": "token", "index": 0, "text": "first"},
+        {"seq": 3, "type": "done"},
+    ]
+    assert wicore("watch", "j1").output == "first\n--- choice 1 ---\nother\n"
+
+
+def test_submit_prints_the_id_and_sends_only_what_was_given(
+    service: Service, wicore: Callable[..., Any]
+) -> None:
+    result = wicore("submit", "Hello", "--temperature", "0", "--stop", ".", "--priority", "batch")
+    assert (result.exit_code, result.stdout) == (ExitCode.OK, "j1\n")
+    assert service.submitted == [
+        {"kind": "completion", "prompt": "Hello", "temperature": 0.0, "stop": ["."], "priority": "batch"}
+    ]
+
+
+def test_submit_and_wait_prints_the_text_alone(wicore: Callable[..., Any]) -> None:
+    result = wicore("submit", "Hello", "--wait")
+    assert (result.stdout, result.stderr) == ("Once upon a time\n", "j1\n")
+
+
+def test_submit_chat_reads_standard_input(service: Service, wicore: Callable[..., Any]) -> None:
+    wicore("submit", "--system", "Be brief.", "-", input="What is it?")
+    assert service.submitted[0]["kind"] == "chat"
+    assert [message["content"] for message in service.submitted[0]["messages"]] == [
+        "Be brief.",
+        "What is it?",
+    ]
+
+
+def test_a_refused_request_is_one_line_and_its_exit_code(wicore: Callable[..., Any]) -> None:
+    result = wicore("submit", "Hello", "--max-tokens", "0")
+    assert (result.exit_code, result.stderr) == (
+        ExitCode.REFUSED,
+        "error: max_tokens: must be at least 1 (got 0)\n",
+    )
+
+
+def test_cancel_says_what_became_of_the_job(wicore: Callable[..., Any]) -> None:
+    assert wicore("cancel", "j1").output == "j1 is being cancelled\n"
+
+
+def test_chat_sends_the_conversation_so_far(service: Service, wicore: Callable[..., Any]) -> None:
+    service.stories = {"j1": story("Hi", "!"), "j2": story("Fine."), "j3": story("Yes.")}
+    service.next_job = iter(service.stories)
+    result = wicore("chat", "--system", "Be kind.", input="Hello\nHow are you?\n/reset\nNew?\n/quit\nnever\n")
+    assert result.exit_code == ExitCode.OK
+    assert result.stdout.splitlines() == ["Hi!", "Fine.", "The conversation starts anew.", "Yes."]
+    said = [[message["content"] for message in body["messages"]] for body in service.submitted]
+    assert said == [
+        ["Be kind.", "Hello"],
+        ["Be kind.", "Hello", "Hi!", "How are you?"],
+        ["Be kind.", "New?"],
+    ]
+
+
+def test_a_failed_answer_does_not_end_the_chat(service: Service, wicore: Callable[..., Any]) -> None:
+    failed = {"type": "failed", "error": {"message": "too long", "code": "too_large"}}
+    service.stories = {"j1": [{"seq": 1, **failed}], "j2": story("Fine.")}
+    service.next_job = iter(service.stories)
+    result = wicore("chat", input="Long\nShort\n")
+    assert result.exit_code == ExitCode.OK
+    assert "error: too long" in result.stderr
+    assert [message["content"] for message in service.submitted[1]["messages"]] == ["Short"]
+
+
+def test_a_service_that_is_not_there_is_an_error_with_the_fix(service: Service) -> None:
+    service.server_close()
+    result = CliRunner().invoke(main, ["submit", "--url", service.url, "Hello"])
+    assert result.exit_code == ExitCode.UNAVAILABLE
+    assert "wicore up" in result.stderr
+    assert "--url" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_what_is_not_wicore_is_told_apart(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Door, "do_POST", lambda door: door.send_error(502))
+    result = CliRunner().invoke(main, ["submit", "--url", service.url, "Hello"])
+    assert "not from WiCore" in result.stderr
+
+
+def test_event_streams_are_read_as_the_standard_says() -> None:
+    lines = [": hello", "", "id: 1", "data: a", "data:b", "", "event: x", "", "data: cut off"]
+    assert list(server_sent_events(lines)) == ["a\nb"]

@@ -1,0 +1,87 @@
+"""`wicore chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from wicore.commands.client import Client, failure_of
+from wicore.commands.jobs import given, sampling_options
+from wicore.commands.options import service_url, url_option
+from wicore.errors import WicoreError
+from wicore.request import TERMINAL_TYPES
+
+HELP = "/reset forgets the conversation, /quit ends it, Ctrl-C stops an answer."
+
+
+@click.command()
+@click.option("--system", help="Instructions for the whole conversation.")
+@sampling_options
+@url_option
+def chat(system: str | None, url: str | None, **fields: Any) -> None:
+    """Talk to the model in the terminal.
+
+    Each question is sent with the conversation before it. /reset forgets the conversation, /quit or
+    Ctrl-D ends it, Ctrl-C stops an answer; what was said until then is kept.
+
+    \b
+    Examples:
+      wicore chat
+      wicore chat --system "Answer in one sentence." --temperature 0.7
+    """
+    opening = [{"role": "system", "content": system}] if system is not None else []
+    messages = list(opening)
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  (gives input() editing and history)
+
+        click.echo(HELP)
+    with Client(service_url(url)) as client:
+        while (line := _question()) is not None:
+            if line == "/quit":
+                return
+            if line == "/reset":
+                messages = list(opening)
+                click.echo("The conversation starts anew.")
+            elif line.startswith("/"):
+                click.echo(HELP)
+            elif line:
+                _turn(client, messages, line, given(fields))
+
+
+def _question() -> str | None:
+    """The next line; None at the end of the input."""
+    while True:
+        try:
+            return input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            click.echo(f"\n{HELP}")
+
+
+def _turn(client: Client, messages: list[dict[str, str]], line: str, fields: dict[str, Any]) -> None:
+    """Ask, stream the answer, and add both to the conversation, unless there was no answer."""
+    question = {"role": "user", "content": line}
+    answer = ""
+    try:
+        job = client.submit(
+            {"kind": "chat", "messages": [*messages, question], "priority": "interactive", **fields}
+        )
+        try:
+            for event in client.events(job):
+                if event["type"] == "token":
+                    answer += event["text"]
+                    click.echo(event["text"], nl=False)
+                    sys.stdout.flush()
+                elif event["type"] in TERMINAL_TYPES and (err := failure_of(event)) is not None:
+                    raise err
+        except KeyboardInterrupt:
+            client.cancel(job)
+            click.echo(" [stopped]", nl=False)
+        click.echo()
+    except WicoreError as err:
+        click.echo(f"\nerror: {err.message}", err=True)
+    if answer:
+        messages += [question, {"role": "assistant", "content": answer}]
