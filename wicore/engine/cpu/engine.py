@@ -30,7 +30,7 @@ from wicore.engine.base import (
     StepResult,
     Ticket,
 )
-from wicore.engine.cpu.graph import Graph, build_body, build_head
+from wicore.engine.cpu.graph import build_body, build_head
 from wicore.engine.cpu.pool import Completed, KVPool
 from wicore.engine.cpu.weights import WeightFormat, embed, load_final_norm, load_head, load_layer
 from wicore.engine.plans import check_plan
@@ -122,10 +122,10 @@ class CpuEngine:
         threads = threads or os.cpu_count() or 1
         # One after the other, and the file's pages given back, so that the peak is one copy of the weights
         # and not three.
-        self._head = _session(build_head(config, load_head(checkpoint, weights)), "head", threads)
+        self._head = build_head(config, load_head(checkpoint, weights)).session("head", threads)
         checkpoint.release_pages()
         layers = [load_layer(checkpoint, i, weights) for i in range(config.layers)]
-        self._body = _session(build_body(config, layers, load_final_norm(checkpoint)), "body", threads)
+        self._body = build_body(config, layers, load_final_norm(checkpoint)).session("body", threads)
         del layers
         checkpoint.release_pages()
         self._binding = self._body.io_binding()
@@ -307,16 +307,3 @@ def _layer_pools(config: Gemma3Config, pools: dict[Pool, KVPool]) -> Iterator[tu
         index[kind] += 1
         yield f"k_{layer}", k
         yield f"v_{layer}", v
-
-
-def _session(graph: Graph, name: str, threads: int) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    # Shapes change from step to step, so a remembered allocation pattern would only hold memory.
-    options.enable_mem_pattern = False
-    # Between runs the cores belong to the queue threads and to the other processes of the host.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    values = [ort.OrtValue.ortvalue_from_numpy(array) for array in graph.external.values()]
-    options.add_external_initializers(list(graph.external), values)
-    return ort.InferenceSession(graph.model(name), options, providers=["CPUExecutionProvider"])

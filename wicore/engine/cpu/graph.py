@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -139,14 +140,24 @@ class Graph:
         self._remainders[x] = self.op("Reshape", [both, self.ints(1, -1, w.in_features)])
         return self._remainders[x]
 
-    def model(self, name: str) -> bytes:
+    def session(self, name: str, threads: int) -> ort.InferenceSession:
+        """The graph, compiled for this CPU."""
         graph = helper.make_graph(self.nodes, name, self.inputs, self.outputs, self.initializers)
         model = helper.make_model(
             graph,
             opset_imports=[helper.make_opsetid("", _OPSET), helper.make_opsetid(_MS, 1)],
             ir_version=9,
         )
-        return bytes(model.SerializeToString())
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        # Shapes change from step to step, so a remembered allocation pattern would only hold memory.
+        options.enable_mem_pattern = False
+        # Between runs the cores belong to the queue threads and to the other processes of the host.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in self.external.values()]
+        options.add_external_initializers(list(self.external), values)
+        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def build_body(config: Gemma3Config, layers: Sequence[LayerWeights], final_norm: NDArray[np.float32]) -> Graph:

@@ -1,0 +1,91 @@
+"""`wicore bench`: measurements as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Mapping
+
+import click
+
+from wicore.commands.options import config_option
+from wicore.config import load_settings
+
+
+@click.group()
+def bench() -> None:
+    """Measure the engine and the service: one JSON line a measurement.
+
+    Each line names the hardware, the setting and the share of the bandwidth or compute ceiling, which is
+    measured in the same run.
+    """
+
+
+@bench.command()
+@config_option
+@click.option("--engine", "kind", type=click.Choice(["cpu"]), default="cpu", show_default=True)
+@click.option("--peer", type=click.Choice(["llama.cpp"]), help="Measure it in the same run.")
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(1), default=(1, 8, 16), show_default=True)
+@click.option("--context", default=128, show_default=True, help="Prompt tokens before decoding.")
+@click.option("--prompt", "prompts", multiple=True, type=click.IntRange(1), default=(512,), show_default=True)
+@click.option("--steps", default=32, show_default=True, help="Decode steps a round.")
+@click.option("--rounds", default=5, show_default=True)
+def engine(
+    config: tuple[str, ...],
+    kind: str,
+    peer: str | None,
+    batches: tuple[int, ...],
+    context: int,
+    prompts: tuple[int, ...],
+    steps: int,
+    rounds: int,
+) -> None:
+    """Decode and prefill rates of an engine, sampling included, beside a peer's."""
+    import os
+
+    from wicore.bench.engine import Ours, measure
+    from wicore.bench.hardware import measure_ceiling
+    from wicore.bench.peer_llama import LlamaCpp
+    from wicore.engine.factory import create_engine
+    from wicore.gemma3.checkpoint import models_folder
+    from wicore.model import load_model
+
+    overrides = {"engine.kind": kind, "scheduler.max_batch": max(*batches, 1)}
+    settings = load_settings(config or None, overrides=overrides)
+    model = load_model(settings)
+    threads = settings.engine.threads or os.cpu_count() or 1
+    ceiling = measure_ceiling(threads)
+    built = create_engine(settings, model)
+    ours = Ours(built, settings.scheduler.max_batch, max(settings.scheduler.token_budget, *prompts))
+    other = None
+    if peer:
+        longest = max(context + steps + 8, *prompts)
+        models_folder().mkdir(parents=True, exist_ok=True)
+        other = LlamaCpp(model.checkpoint, models_folder(), threads, max(batches), longest)
+    _print(
+        {
+            "measurement": "ceiling",
+            "read_gb_s": round(ceiling.read_gb_s, 1),
+            "int8_gflop_s": round(ceiling.int8_gflop_s),
+        }
+    )
+    for line in measure(
+        ours,
+        other,
+        model.checkpoint.config,
+        built.info.layout,
+        ceiling,
+        batches=batches,
+        context=context,
+        prompts=prompts,
+        steps=steps,
+        rounds=rounds,
+    ):
+        _print({"model": model.name, **line})
+    _print(
+        {"measurement": "memory", "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+    )
+
+
+def _print(line: Mapping[str, object]) -> None:
+    click.echo(json.dumps(line))
