@@ -94,6 +94,7 @@ class CpuEngine:
         config = self._config = checkpoint.config
         self._checkpoint = checkpoint
         self._rope = RopeTables(config)
+        self._padding_limit = _padding_limit(config)
         layout = KVLayout(
             block_tokens=block_tokens,
             global_layers=config.global_layers,
@@ -187,7 +188,7 @@ class CpuEngine:
         for sequence in sequences:
             if len(sequence.tokens) > 1:
                 yield from self._chunks(sequence)
-        for batch in _batches(single, self._padding_limit()):
+        for batch in _batches(single, self._padding_limit):
             yield _Run(
                 inputs=tuple(batch),
                 tokens=np.stack([s.tokens for s in batch]),
@@ -207,12 +208,6 @@ class CpuEngine:
                 last=(at + size == n,),
             )
             at += size
-
-    def _padding_limit(self) -> int:
-        """Positions of padding that cost as much as one more pass over the stack's weights."""
-        c = self._config
-        weights = c.parameters - c.vocab_size * c.hidden_size
-        return weights // (2 * c.kv_heads * c.head_dim * max(1, c.global_layers) * 4)
 
     def _run(self, run: _Run, *, every_row: bool = False) -> tuple[Float, Float]:
         """(hidden rows [R, hidden], mass by logical block [B, blocks]).
@@ -283,6 +278,13 @@ class CpuEngine:
         logits = self._project(np.concatenate(rows))
         states = [s.sampling for s in samplers if s.sampling is not None]
         return {s.key: token for s, token in zip(samplers, sample(logits, states), strict=True)}
+
+
+def _padding_limit(config: Gemma3Config) -> int:
+    """Positions of padding that cost as much as one more pass over the stack's weights."""
+    weights = config.parameters - config.vocab_size * config.hidden_size
+    position = 2 * config.kv_heads * config.head_dim * max(1, config.global_layers) * 4
+    return weights // position
 
 
 def _batches(single: Sequence[SequenceInput], limit: int) -> Iterator[list[SequenceInput]]:
