@@ -1,13 +1,14 @@
-"""Taking jobs out under a lease. `keeper.py` keeps the lease."""
+"""Taking jobs out under a lease, and keeping the lease."""
 
 from __future__ import annotations
 
 import json
-import select
+import logging
 import socket
+import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,17 @@ import redis
 from wicore.config import QueueSettings
 from wicore.errors import Unavailable
 from wicore.queue.codec import MalformedMessage, Message, decode
-from wicore.queue.connection import dedicated_connection, unavailable_on_failure
+from wicore.queue.connection import is_outage, unavailable_on_failure
+from wicore.queue.doorbell import Doorbell
 from wicore.queue.producer import record_fields
 from wicore.queue.schema import Keys
-from wicore.queue.scripts import Arg, Scripts
+from wicore.queue.scripts import Arg, Call, Scripts
 from wicore.request import JobBody, Priority
+
+log = logging.getLogger(__name__)
+
+_SWEEP_S = 1.0
+"""How often the sweep runs at most: how late a dead worker or a passed deadline may be noticed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +102,9 @@ class LeaseConsumer:
 
     def _admit(self, rows: list[list[Any]]) -> list[Delivery]:
         """Read the bodies; end what is malformed or late, complete the records that the pop made."""
-        deliveries, calls, adopted = [], [], set()
+        deliveries: list[Delivery] = []
+        calls: list[Call] = []
+        adopted: set[int] = set()
         for row in rows:
             raw, tag, job_id, attempt = row[0], row[1].decode(), row[2].decode(), row[3]
             fence = f"{self._owner}:{attempt}"
@@ -182,88 +191,96 @@ def _rejection(job_id: str, fence: str, err: MalformedMessage) -> list[Arg]:
     return [job_id, fence, "failed", "", "", "", "", error, "", type(err).__name__, err.message, err.reason]
 
 
-class Doorbell:
-    """Tells when one of several lists has something in it, without polling and without taking it.
+class LeaseKeeper:
+    """Thread that renews the leases held, every third of a lease, and sweeps for those of dead workers.
 
-    `BLMOVE list list RIGHT RIGHT` blocks until the list has an element and then moves its last element to
-    where it was: one atomic command that changes nothing, so that no crash can lose a message. One
-    connection a list stays blocked in it; `select` waits for all. Not thread-safe but for `interrupt`.
+    It uses connections of its own. When `progress()` returns False (the engine hangs) it stops renewing,
+    so that another worker takes over. `on_lost(delivery)` and `on_cancel(delivery)` are called from its
+    thread: the lease is gone, drop all work on the job; or someone called the job off, finish it as
+    cancelled (may come more than once). It goes on through any outage of Redis; after one it renews first
+    and lets a whole lease pass before it takes jobs from others, who may have been cut off just as well.
     """
 
-    _BLOCK_S = 10.0
-    """How long the server blocks before it answers "nothing" and is asked anew: finds dead connections."""
+    def __init__(
+        self,
+        client: redis.Redis,
+        owner: str,
+        prefix: str = "wicore",
+        settings: QueueSettings | None = None,
+        *,
+        on_lost: Callable[[Delivery], None],
+        on_cancel: Callable[[Delivery], None],
+        progress: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._owner = owner
+        self._settings = settings or QueueSettings()
+        self._scripts = Scripts(client, Keys(prefix), self._settings)
+        self._on_lost = on_lost
+        self._on_cancel = on_cancel
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._held: dict[str, Delivery] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="lease-keeper", daemon=True)
 
-    def __init__(self, client: redis.Redis, lists: Iterable[str]) -> None:
-        self._client = client
-        self._lists = list(lists)
-        self._pending: dict[str, tuple[Any, float]] = {}
-        """By list: the connection blocked in BLMOVE, and when it should have answered at the latest."""
-        self._idle: dict[str, Any] = {}
-        self._wake_out, self._wake_in = socket.socketpair()
-        self._wake_out.setblocking(False)
-        self._wake_in.setblocking(False)
+    def start(self) -> None:
+        self._thread.start()
 
-    def wait(self, timeout: float, ignored: Iterable[str] = ()) -> bool:
-        """True when a list that is not ignored may have something. Raises redis.ConnectionError."""
-        lists = [name for name in self._lists if name not in set(ignored)]
-        end = time.monotonic() + timeout
-        try:
-            while True:
-                for name in lists:
-                    self._ask(name)
-                now = time.monotonic()
-                if self._overdue(now):
-                    raise redis.ConnectionError("no answer to a blocking read")
-                waiting = {self._pending[name][0]._sock: name for name in lists}
-                soonest = min(self._pending[name][1] for name in lists)
-                left = max(0.0, min(end, soonest) - now)
-                ready, _, _ = select.select([self._wake_out, *waiting], [], [], left)
-                if self._wake_out in ready:
-                    self._drain()
-                    return False
-                if any([self._answer(waiting[sock]) for sock in ready]):
-                    return True
-                if not ready and time.monotonic() >= end:
-                    return False
-        except BaseException:
-            self._disconnect()
-            raise
+    def hold(self, delivery: Delivery) -> None:
+        """Renew this lease from now on."""
+        with self._lock:
+            self._held[delivery.tag] = delivery
 
-    def interrupt(self) -> None:
-        try:
-            self._wake_in.send(b"!")
-        except BlockingIOError:  # full of wake-ups already
-            pass
+    def release(self, delivery: Delivery) -> None:
+        """Stop renewing: the job ended, was lost or was handed back. Idempotent."""
+        with self._lock:
+            if self._held.get(delivery.tag) is delivery:
+                del self._held[delivery.tag]
 
-    def close(self) -> None:
-        self._disconnect()
-        self._wake_out.close()
-        self._wake_in.close()
+    def held(self) -> list[Delivery]:
+        """All leases being renewed."""
+        with self._lock:
+            return list(self._held.values())
 
-    def _ask(self, name: str) -> None:
-        if name in self._pending:
+    def stop(self) -> None:
+        """Stop the thread and wait for it. Idempotent; leases still held run out."""
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        lease = self._settings.lease_s
+        renew_every, sweep_every = lease / 3, min(_SWEEP_S, lease / 3)
+        next_renewal = next_sweep = time.monotonic()
+        while not self._stop.wait(max(0.0, min(next_renewal, next_sweep) - time.monotonic())):
+            now = time.monotonic()
+            try:
+                if now >= next_renewal:
+                    next_renewal = now + renew_every
+                    self._renew()
+                if now >= next_sweep:
+                    next_sweep = now + sweep_every
+                    self._scripts.call("reap")
+            except redis.RedisError as err:
+                level = logging.WARNING if is_outage(err) else logging.ERROR
+                log.log(level, "%s: leases cannot be renewed: %s", self._owner, err)
+                next_renewal = time.monotonic() + sweep_every
+                next_sweep = time.monotonic() + lease
+
+    def _renew(self) -> None:
+        held = self.held()
+        if not held or not self._progress():
             return
-        connection = self._idle.pop(name, None) or dedicated_connection(self._client)
-        connection.send_command("BLMOVE", name, name, "RIGHT", "RIGHT", self._BLOCK_S, check_health=False)
-        self._pending[name] = (connection, time.monotonic() + 2 * self._BLOCK_S)
+        triples = [part for d in held for part in (d.job_id, d.tag, d.fence)]
+        lost, cancelled = self._scripts.call("renew", *triples)
+        by_tag = {delivery.tag.encode(): delivery for delivery in held}
+        for tag in lost:
+            # A job that ended between the snapshot and the renewal has been released: not lost.
+            if self._drop(by_tag[tag]):
+                self._on_lost(by_tag[tag])
+        for tag in cancelled:
+            self._on_cancel(by_tag[tag])
 
-    def _answer(self, name: str) -> bool:
-        connection, _ = self._pending.pop(name)
-        self._idle[name] = connection
-        return connection.read_response(disable_decoding=True) is not None
-
-    def _overdue(self, now: float) -> bool:
-        return any(latest <= now for _, latest in self._pending.values())
-
-    def _drain(self) -> None:
-        try:
-            while self._wake_out.recv(4096):
-                pass
-        except BlockingIOError:
-            pass
-
-    def _disconnect(self) -> None:
-        for connection in [*self._idle.values(), *(connection for connection, _ in self._pending.values())]:
-            connection.disconnect()
-        self._idle.clear()
-        self._pending.clear()
+    def _drop(self, delivery: Delivery) -> bool:
+        with self._lock:
+            return self._held.pop(delivery.tag, None) is delivery

