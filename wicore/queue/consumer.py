@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import socket
+import threading
+import time
+import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import redis
 
 from wicore.config import QueueSettings
+from wicore.errors import Unavailable
+from wicore.queue.codec import MalformedMessage, Message, decode
+from wicore.queue.connection import is_outage, unavailable_on_failure
+from wicore.queue.doorbell import Doorbell
+from wicore.queue.producer import record_fields
+from wicore.queue.schema import Keys
+from wicore.queue.scripts import Arg, Call, Scripts
 from wicore.request import JobBody, Priority
+
+log = logging.getLogger(__name__)
+
+_SWEEP_S = 1.0
+"""How often the sweep runs at most: how late a dead worker or a passed deadline may be noticed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,48 +67,138 @@ class LeaseConsumer:
         prefix: str = "wicore",
         settings: QueueSettings | None = None,
     ) -> None:
-        """`owner` names this process and must never be used by another one, not even later."""
-        raise NotImplementedError
+        """`owner` names this process and must never be used by another one, not even later: `new_owner`."""
+        self._client = client
+        self._owner = owner
+        keys = Keys(prefix)
+        self._scripts = Scripts(client, keys, settings or QueueSettings())
+        self._doorbell = Doorbell(client, [*keys.queues().values(), keys.suspect])
+        self._suspect = keys.suspect
+        self._taken = 0
+        self._uncertain = False
+        """A pop's answer was lost: there may be leases we know nothing of."""
+        self._suspects_allowed = True
 
     def pop(self, n: int, *, held: Iterable[Delivery] = ()) -> list[Delivery]:
         """Take up to n messages in priority order, each under a lease of `lease_s`.
 
-        `held` are the deliveries the worker still has: while one of them is a suspect, no other suspect
-        is taken. Jobs that must not run (cancelled, expired, finished, malformed) are ended here and not
-        returned, so fewer than n may come although more wait.
+        `held` are all the deliveries the worker still has: while one of them is a suspect, no other
+        suspect is taken. Jobs that must not run (cancelled, expired, finished, malformed) are ended here
+        and not returned, so fewer than n may come although more wait.
         """
-        raise NotImplementedError
+        holding = list(held)
+        self._suspects_allowed = not any(delivery.suspect for delivery in holding)
+        try:
+            with unavailable_on_failure(self._client):
+                if self._uncertain:
+                    self._scripts.call("recover", self._owner, *(delivery.tag for delivery in holding))
+                    self._uncertain = False
+                rows = self._scripts.call("pop", self._owner, n, int(self._suspects_allowed), self._taken)
+                self._taken += len(rows)
+                return self._admit(rows)
+        except Unavailable:
+            self._uncertain = True
+            raise
+
+    def _admit(self, rows: list[list[Any]]) -> list[Delivery]:
+        """Read the bodies; end what is malformed or late, complete the records that the pop made."""
+        deliveries: list[Delivery] = []
+        calls: list[Call] = []
+        adopted: set[int] = set()
+        for row in rows:
+            raw, tag, job_id, attempt = row[0], row[1].decode(), row[2].decode(), row[3]
+            fence = f"{self._owner}:{attempt}"
+            try:
+                message = decode(raw)
+            except MalformedMessage as err:
+                calls.append(("finish", _rejection(job_id, fence, err)))
+                continue
+            deadline = int(row[7]) if row[7] else None
+            if row[10]:
+                deadline = _deadline_ms(message, created_ms=row[6])
+                fields = [part for item in record_fields(message.body).items() for part in item]
+                calls.append(("adopt", [job_id, fence, "" if deadline is None else deadline, *fields]))
+                adopted.add(len(calls) - 1)
+            deliveries.append(
+                Delivery(
+                    job_id=job_id,
+                    tag=tag,
+                    attempt=attempt,
+                    fence=fence,
+                    level=Priority(row[4]),
+                    suspect=bool(row[5]),
+                    raw=raw,
+                    body=message.body,
+                    created_ms=row[6],
+                    popped_ms=row[9],
+                    deadline_ms=deadline,
+                    seq=row[8],
+                )
+            )
+        if not calls:
+            return deliveries
+        ended = set()
+        for i, ((_, args), reply) in enumerate(zip(calls, self._scripts.call_many(calls), strict=True)):
+            if isinstance(reply, Exception):
+                raise reply
+            if i in adopted and reply == 0:
+                ended.add(args[0])
+        return [delivery for delivery in deliveries if delivery.job_id not in ended]
 
     def wait(self, timeout: float) -> bool:
         """Block until a message can be popped; True: call `pop`; False: timeout or `interrupt`.
 
         Wakes on pushes from any client, takes nothing itself, and may wake for nothing.
         """
-        raise NotImplementedError
+        ignored = () if self._suspects_allowed else (self._suspect,)
+        with unavailable_on_failure(self._client):
+            return self._doorbell.wait(timeout, ignored)
 
     def interrupt(self) -> None:
         """Make the `wait` under way, or the next one, return at once."""
-        raise NotImplementedError
+        self._doorbell.interrupt()
 
     def hand_back(self, deliveries: Iterable[Delivery]) -> None:
         """Put jobs back at the head of their queue, their attempt not counted; lost ones are skipped.
 
         Flush the publisher first: a handed-back delivery can append nothing more.
         """
-        raise NotImplementedError
+        triples = [part for d in deliveries for part in (d.job_id, d.tag, d.fence)]
+        if triples:
+            with unavailable_on_failure(self._client):
+                self._scripts.call("hand_back", *triples)
 
     def close(self) -> None:
         """Close the connections; leases are left to `hand_back` or expiry."""
-        raise NotImplementedError
+        self._doorbell.close()
+
+
+def new_owner() -> str:
+    """A name for this process that no other ever has: host, then a random part."""
+    return f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
+
+
+def _deadline_ms(message: Message, created_ms: int) -> int | None:
+    """The sooner of Celery's `expires` and `timeout_s` counted from when the message was first seen."""
+    timeout = message.body.timeout_s
+    limits = [message.expires_ms, None if timeout is None else created_ms + round(timeout * 1000)]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _rejection(job_id: str, fence: str, err: MalformedMessage) -> list[Arg]:
+    """Arguments of finish.lua that fail the job and bury its message."""
+    error = json.dumps(err.body())
+    return [job_id, fence, "failed", "", "", "", "", error, "", type(err).__name__, err.message, err.reason]
 
 
 class LeaseKeeper:
-    """Thread that renews the leases held, every third of a lease, and reaps those of dead workers.
+    """Thread that renews the leases held, every third of a lease, and sweeps for those of dead workers.
 
-    It has its own connection. When `progress()` returns False (the engine hangs) it stops renewing, so
-    that another worker takes over. `on_lost(delivery)` and `on_cancel(delivery)` are called from its
+    It uses connections of its own. When `progress()` returns False (the engine hangs) it stops renewing,
+    so that another worker takes over. `on_lost(delivery)` and `on_cancel(delivery)` are called from its
     thread: the lease is gone, drop all work on the job; or someone called the job off, finish it as
-    cancelled. It goes on through any outage of Redis.
+    cancelled (may come more than once). It goes on through any outage of Redis; after one it renews first
+    and lets a whole lease pass before it takes jobs from others, who may have been cut off just as well.
     """
 
     def __init__(
@@ -103,19 +212,75 @@ class LeaseKeeper:
         on_cancel: Callable[[Delivery], None],
         progress: Callable[[], bool] = lambda: True,
     ) -> None:
-        raise NotImplementedError
+        self._owner = owner
+        self._settings = settings or QueueSettings()
+        self._scripts = Scripts(client, Keys(prefix), self._settings)
+        self._on_lost = on_lost
+        self._on_cancel = on_cancel
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._held: dict[str, Delivery] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="lease-keeper", daemon=True)
 
     def start(self) -> None:
-        raise NotImplementedError
+        self._thread.start()
 
     def hold(self, delivery: Delivery) -> None:
         """Renew this lease from now on."""
-        raise NotImplementedError
+        with self._lock:
+            self._held[delivery.tag] = delivery
 
     def release(self, delivery: Delivery) -> None:
-        """Stop renewing: the job ended or was handed back."""
-        raise NotImplementedError
+        """Stop renewing: the job ended, was lost or was handed back. Idempotent."""
+        with self._lock:
+            if self._held.get(delivery.tag) is delivery:
+                del self._held[delivery.tag]
+
+    def held(self) -> list[Delivery]:
+        """All leases being renewed."""
+        with self._lock:
+            return list(self._held.values())
 
     def stop(self) -> None:
-        """Stop the thread and wait for it."""
-        raise NotImplementedError
+        """Stop the thread and wait for it. Idempotent; leases still held run out."""
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        lease = self._settings.lease_s
+        renew_every, sweep_every = lease / 3, min(_SWEEP_S, lease / 3)
+        next_renewal = next_sweep = time.monotonic()
+        while not self._stop.wait(max(0.0, min(next_renewal, next_sweep) - time.monotonic())):
+            now = time.monotonic()
+            try:
+                if now >= next_renewal:
+                    next_renewal = now + renew_every
+                    self._renew()
+                if now >= next_sweep:
+                    next_sweep = now + sweep_every
+                    self._scripts.call("reap")
+            except redis.RedisError as err:
+                level = logging.WARNING if is_outage(err) else logging.ERROR
+                log.log(level, "%s: leases cannot be renewed: %s", self._owner, err)
+                next_renewal = time.monotonic() + sweep_every
+                next_sweep = time.monotonic() + lease
+
+    def _renew(self) -> None:
+        held = self.held()
+        if not held or not self._progress():
+            return
+        triples = [part for d in held for part in (d.job_id, d.tag, d.fence)]
+        lost, cancelled = self._scripts.call("renew", *triples)
+        by_tag = {delivery.tag.encode(): delivery for delivery in held}
+        for tag in lost:
+            # A job that ended between the snapshot and the renewal has been released: not lost.
+            if self._drop(by_tag[tag]):
+                self._on_lost(by_tag[tag])
+        for tag in cancelled:
+            self._on_cancel(by_tag[tag])
+
+    def _drop(self, delivery: Delivery) -> bool:
+        with self._lock:
+            return self._held.pop(delivery.tag, None) is delivery

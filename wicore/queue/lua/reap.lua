@@ -1,0 +1,59 @@
+-- The sweep: leases of dead workers, waiting jobs past their deadline, records past their retention.
+-- keys: leases, unacked, deliveries, suspect, dead, deadlines, finished, jobs, jobs:*, job:{id};
+--       for jobs that end here, those of terminate (common.lua)
+-- args: none
+-- returns: {messages made suspect, jobs ended}
+-- safe: any worker may call it at any time; each lease is taken once, and with it goes its fence, so that
+--       the former holder can write nothing more.
+local BATCH = 100
+local suspects, ended = 0, 0
+
+local function give_up(id, raw, attempts)
+  local message = 'The worker died or hung in each of ' .. attempts .. ' attempts.'
+  bury(raw, message)
+  terminate(id, {type = 'failed', exc_type = 'WorkerLost', message = message,
+    error = error_body(message, 'server_error', 'worker_lost')})
+end
+
+local function reap(tag, value)
+  local head, raw = read_unacked(value)
+  local id = head[3]
+  local record = record_of(id, 'deadline_ms', 'cancel')
+  local attempts = tonumber(redis.call('HGET', K.deliveries, tag) or '0')
+  if is_cancel_wished(id, record) then
+    terminate_cancelled(id)
+  elseif is_past_deadline(record) then
+    terminate_expired(id)
+  elseif attempts >= C.max_attempts then
+    give_up(id, raw, attempts)
+  else
+    requeue(id, tag, 'LPUSH', K.suspect, raw)
+    suspects = suspects + 1
+    return
+  end
+  ended = ended + 1
+end
+
+for _, tag in ipairs(redis.call('ZRANGEBYSCORE', K.leases, '-inf', NOW, 'LIMIT', 0, BATCH)) do
+  local value = redis.call('HGET', K.unacked, tag)
+  if value then
+    reap(tag, value)
+  else
+    redis.call('ZREM', K.leases, tag) -- only someone else's hand can have done this
+  end
+end
+
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', K.deadlines, '-inf', NOW, 'LIMIT', 0, BATCH)) do
+  terminate_expired(id)
+  ended = ended + 1
+end
+
+local forgotten = NOW - C.retention_s * 1000
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', K.finished, '-inf', forgotten, 'LIMIT', 0, BATCH)) do
+  redis.call('ZREM', K.finished, id)
+  redis.call('ZREM', K.jobs, id)
+  for status in pairs(TERMINAL) do
+    redis.call('ZREM', K.jobs_by_status[status], id)
+  end
+end
+return {suspects, ended}

@@ -1,0 +1,107 @@
+"""Who works: each worker's heartbeat in one hash.
+
+A worker is alive while its last heartbeat, by Redis TIME, is less than three of its periods old. A
+stopping worker takes its entry away; what a crash leaves is swept after an hour by whoever reads.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import redis
+
+from wicore.queue.connection import unavailable_on_failure
+from wicore.queue.schema import Keys
+
+log = logging.getLogger(__name__)
+
+ALIVE_PERIODS = 3
+_FORGET_MS = 3_600_000
+
+
+class Heartbeat:
+    """Thread that writes what `status()` says of this worker, every `period_s`, through any outage."""
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        worker: str,
+        status: Callable[[], Mapping[str, Any]],
+        prefix: str = "wicore",
+        period_s: float = 5.0,
+    ) -> None:
+        """`worker` is its owner name. `status` gives JSON values and is called from the thread."""
+        self._client = client
+        self._key = Keys(prefix).workers
+        self._worker = worker
+        self._status = status
+        self._period_s = period_s
+        self._started_ms = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop the thread and take the entry away; when Redis is away that is left to the sweep."""
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        try:
+            self._client.hdel(self._key, self._worker)
+        except redis.RedisError as err:
+            log.warning("%s: could not sign off: %s", self._worker, err)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self._beat()
+            except redis.RedisError as err:
+                log.warning("%s: no heartbeat: %s", self._worker, err)
+            if self._stop.wait(self._period_s):
+                return
+
+    def _beat(self) -> None:
+        now = _now_ms(self._client)
+        self._started_ms = self._started_ms or now
+        entry = {
+            **self._status(),
+            "worker": self._worker,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started_ms": self._started_ms,
+            "at_ms": now,
+            "period_s": self._period_s,
+        }
+        self._client.hset(self._key, self._worker, json.dumps(entry))
+
+
+def alive_workers(client: redis.Redis, prefix: str = "wicore") -> list[dict[str, Any]]:
+    """The heartbeats of the workers alive now, by name. Raises Unavailable.
+
+    Besides what the worker's `status` gave: worker, host, pid, started_ms, at_ms, period_s.
+    """
+    key = Keys(prefix).workers
+    alive = []
+    with unavailable_on_failure(client):
+        now = _now_ms(client)
+        for worker, text in sorted(client.hgetall(key).items()):
+            entry = json.loads(text)
+            age = now - entry["at_ms"]
+            if age < ALIVE_PERIODS * entry["period_s"] * 1000:
+                alive.append(entry)
+            elif age > _FORGET_MS:
+                client.hdel(key, worker)
+    return alive
+
+
+def _now_ms(client: redis.Redis) -> int:
+    seconds, micros = client.time()
+    return seconds * 1000 + micros // 1000

@@ -1,0 +1,107 @@
+"""Loading and calling the Lua scripts.
+
+A script's text is a header with the key names and settings (so that both have one source), `common.lua`,
+then its own file. Keys are built in the scripts and not declared: see schema.py about Redis Cluster.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cache
+from importlib import resources
+from typing import Any, Literal
+
+import redis
+from redis.exceptions import NoScriptError
+
+from wicore.config import QueueSettings
+from wicore.queue.schema import Keys
+from wicore.request import STATUS_OF_TERMINAL, JobStatus
+
+Name = Literal[
+    "submit", "pop", "adopt", "renew", "append", "finish", "hand_back", "recover", "reap", "cancel"
+]
+Arg = str | bytes | int
+Call = tuple[Name, Sequence[Arg]]
+
+_RECORD_STATES: tuple[JobStatus, ...] = ("queued", "running", *STATUS_OF_TERMINAL.values())
+
+
+class Scripts:
+    """The scripts under one prefix and one set of queue settings. Thread-safe."""
+
+    def __init__(self, client: redis.Redis, keys: Keys, settings: QueueSettings) -> None:
+        self._client: Any = client  # redis-py does not type execute_command
+        self._header = _header(keys, settings)
+
+    def call(self, name: Name, *args: Arg) -> Any:
+        """Run one script. Raises what redis-py raises."""
+        text, digest = _text(self._header, name)
+        try:
+            return self._client.execute_command("EVALSHA", digest, 0, *args)
+        except NoScriptError:  # the server restarted or never saw it
+            return self._client.execute_command("EVAL", text, 0, *args)
+
+    def call_many(self, calls: Sequence[Call]) -> list[Any]:
+        """Run scripts in order in one round trip; a script's own failure is returned, as an exception.
+
+        Raises ConnectionError or TimeoutError when it is unknown which of them ran.
+        """
+        replies = self._pipeline(calls)
+        if any(isinstance(reply, NoScriptError) for reply in replies):
+            for name in {name for name, _ in calls}:
+                self._client.script_load(_text(self._header, name)[0])
+            missing = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+            for i, reply in zip(missing, self._pipeline([calls[i] for i in missing]), strict=True):
+                replies[i] = reply
+        return replies
+
+    def _pipeline(self, calls: Sequence[Call]) -> list[Any]:
+        with self._client.pipeline(transaction=False) as pipe:
+            for name, args in calls:
+                pipe.execute_command("EVALSHA", _text(self._header, name)[1], 0, *args)
+            return list(pipe.execute(raise_on_error=False))
+
+
+@cache
+def _text(header: str, name: str) -> tuple[str, str]:
+    lua = resources.files("wicore.queue") / "lua"
+    text = "\n".join((header, (lua / "common.lua").read_text(), (lua / f"{name}.lua").read_text()))
+    return text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
+def _header(keys: Keys, settings: QueueSettings) -> str:
+    names: dict[str, Any] = {
+        name: getattr(keys, name)
+        for name in (
+            *("suspect", "dead", "unacked", "leases", "deliveries", "deadlines", "tombstones"),
+            *("jobs", "finished", "control"),
+        )
+    }
+    # Keys of one job: the name up to the id, which the scripts append.
+    names |= {name: getattr(keys, name)("") for name in ("job", "log", "events", "cancel", "celery_result")}
+    names["idempotency"] = keys.idempotency("")
+    names["jobs_by_status"] = {status: keys.jobs_by_status(status) for status in _RECORD_STATES}
+    names["queues"] = list(keys.queues().values())
+    names["levels"] = {name: str(int(level)) for level, name in keys.queues().items()}
+    share = settings.background_share
+    constants = {
+        "lease_ms": round(settings.lease_s * 1000),
+        "max_attempts": settings.max_attempts,
+        "max_jobs": settings.max_jobs,
+        "retention_s": settings.retention_s,
+        "background_every": round(1 / share) if share else 0,
+    }
+    return f"local K = {_lua(names)}\nlocal C = {_lua(constants)}"
+
+
+def _lua(value: Any) -> str:
+    """A Lua literal. Strings are escaped byte by byte, so that Kombu's control characters survive."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"[{_lua(key)}] = {_lua(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "{" + ", ".join(map(_lua, value)) + "}"
+    if isinstance(value, str):
+        return '"' + "".join(c if c.isalnum() or c in "-_:." else f"\\{ord(c):03d}" for c in value) + '"'
+    return str(value)
