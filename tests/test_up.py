@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -268,3 +269,60 @@ def test_a_procfile_without_processes_is_an_error(up: Callable[..., Up]) -> None
     service = up({})
     assert service.end() == ExitCode.CONFIG
     assert "lists no process" in service.output
+
+
+REMEMBER = """
+import os, redis
+client = redis.Redis.from_url(os.environ["WICORE_REDIS__URL"])
+print("seen", client.incr("starts"), client.config_get("append*")["appendonly"], flush=True)
+"""
+EMBEDDED = {"WICORE_REDIS__URL": ""}
+
+
+@pytest.fixture
+def data_dir() -> Iterator[str]:
+    """Short, because a socket lives in it."""
+    with tempfile.TemporaryDirectory(prefix="wicore") as folder:
+        yield folder
+
+
+@pytest.mark.valkey
+def test_the_embedded_valkey_keeps_what_it_accepted_over_a_restart(
+    up: Callable[..., Up], data_dir: str
+) -> None:
+    env = {**EMBEDDED, "WICORE_REDIS__DATA_DIR": data_dir}
+    first = up({"api": API, "worker": REMEMBER + WORKER}, **env)
+    first.wait_for("seen 1 yes")
+    first.process.send_signal(signal.SIGINT)
+    assert first.end() == ExitCode.OK
+    second = up({"api": API, "worker": REMEMBER + WORKER}, **env)
+    second.wait_for("seen 2 yes")
+
+
+@pytest.mark.valkey
+def test_two_services_cannot_share_a_data_folder(up: Callable[..., Up], data_dir: str) -> None:
+    env = {**EMBEDDED, "WICORE_REDIS__DATA_DIR": data_dir}
+    up({"api": API}, **env).wait_for("ready at")
+    second = up({"api": API}, **env)
+    assert second.end() == ExitCode.CONFIG
+    assert "error: redis.data_dir: another server uses" in second.output
+
+
+@pytest.mark.valkey
+def test_when_valkey_dies_everything_stops_and_says_so(up: Callable[..., Up], data_dir: str) -> None:
+    script = REMEMBER + "print('valkey', client.info('server')['process_id'], flush=True)\n" + WORKER
+    service = up({"api": API, "worker": script}, **EMBEDDED, WICORE_REDIS__DATA_DIR=data_dir)
+    service.wait_for("worker pid")
+    os.kill(int(service.output.split("valkey ")[1].split()[0]), signal.SIGKILL)
+    assert service.end() == ExitCode.FAILED
+    assert "the embedded Valkey died" in service.output
+
+
+@pytest.mark.valkey
+def test_valkey_does_not_outlive_a_killed_service(up: Callable[..., Up], data_dir: str) -> None:
+    script = REMEMBER + "print('valkey', client.info('server')['process_id'], flush=True)\n" + WORKER
+    service = up({"api": API, "worker": script}, **EMBEDDED, WICORE_REDIS__DATA_DIR=data_dir)
+    service.wait_for("worker pid")
+    pids = int(service.output.split("valkey ")[1].split()[0]), service.pid("worker")
+    service.process.kill()
+    assert gone(*pids)

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 import click
 from honcho.environ import parse_procfile
+from redis import ConnectionError, Redis, TimeoutError
 
 from wicore.commands.options import base_url, config_option
 from wicore.config import Settings, load_settings
@@ -96,8 +97,27 @@ def _redis(settings: Settings, stack: ExitStack) -> tuple[str, Callable[[], str 
         return settings.redis.url, lambda: None
     from wicore.queue.embedded import EmbeddedValkey
 
-    valkey = stack.enter_context(EmbeddedValkey(settings.redis.data_dir))
-    return valkey.url, lambda: None if valkey.alive() else f"the embedded Valkey died; see {valkey.log}"
+    folder = data_folder(settings, os.environ)
+    valkey = stack.enter_context(EmbeddedValkey(folder))
+    client = stack.enter_context(Redis.from_url(valkey.url, socket_timeout=1.0, retry=None))
+
+    def fault() -> str | None:
+        try:
+            client.ping()
+        except TimeoutError:
+            return None  # busy, not dead
+        except ConnectionError:
+            return f"the embedded Valkey died, see valkey.log in {folder}; stopping"
+        return None
+
+    return valkey.url, fault
+
+
+def data_folder(settings: Settings, environ: Mapping[str, str]) -> Path:
+    """Where the embedded Valkey keeps the jobs: redis.data_dir, else in the user's data folder."""
+    if settings.redis.data_dir is not None:
+        return Path(settings.redis.data_dir)
+    return Path(environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "wicore" / "valkey"
 
 
 def read_procfile(path: Path) -> dict[str, str]:
