@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -113,7 +114,15 @@ class Up:
 
 
 @pytest.fixture
-def up(tmp_path: Path) -> Iterator[Callable[..., Up]]:
+def data_dir() -> Iterator[str]:
+    """Short, because a socket lives in it."""
+    with tempfile.TemporaryDirectory(prefix="wicore") as folder:
+        yield folder
+
+
+@pytest.fixture
+def up(tmp_path: Path, data_dir: str) -> Iterator[Callable[..., Up]]:
+    """Starts services; ends them in good order, before their data folder goes."""
     started: list[Up] = []
 
     def start(scripts: dict[str, str], **env: str) -> Up:
@@ -123,8 +132,12 @@ def up(tmp_path: Path) -> Iterator[Callable[..., Up]]:
     yield start
     for running in started:
         with suppress(ProcessLookupError):
+            running.process.terminate()
+        try:
+            running.process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
             running.process.kill()
-        running.process.communicate()
+            running.process.communicate()
 
 
 def alive(pid: int) -> bool:
@@ -279,13 +292,6 @@ print("seen", client.incr("starts"), client.config_get("append*")["appendonly"],
 EMBEDDED = {"WICORE_REDIS__URL": ""}
 
 
-@pytest.fixture
-def data_dir() -> Iterator[str]:
-    """Short, because a socket lives in it."""
-    with tempfile.TemporaryDirectory(prefix="wicore") as folder:
-        yield folder
-
-
 @pytest.mark.valkey
 def test_the_embedded_valkey_keeps_what_it_accepted_over_a_restart(
     up: Callable[..., Up], data_dir: str
@@ -319,10 +325,14 @@ def test_when_valkey_dies_everything_stops_and_says_so(up: Callable[..., Up], da
 
 
 @pytest.mark.valkey
-def test_valkey_does_not_outlive_a_killed_service(up: Callable[..., Up], data_dir: str) -> None:
+def test_valkey_does_not_outlive_a_killed_service_even_if_it_cannot_save(
+    up: Callable[..., Up], data_dir: str
+) -> None:
     script = REMEMBER + "print('valkey', client.info('server')['process_id'], flush=True)\n" + WORKER
     service = up({"api": API, "worker": script}, **EMBEDDED, WICORE_REDIS__DATA_DIR=data_dir)
     service.wait_for("worker pid")
     pids = int(service.output.split("valkey ")[1].split()[0]), service.pid("worker")
+    shutil.rmtree(data_dir)
     service.process.kill()
     assert gone(*pids)
+    Path(data_dir).mkdir()

@@ -21,7 +21,8 @@ from wicore.commands.options import base_url, config_option
 from wicore.config import Settings, load_settings
 from wicore.errors import ConfigError
 from wicore.exit_codes import ExitCode
-from wicore.supervisor.supervisor import Supervisor
+from wicore.supervisor.children import Reaper
+from wicore.supervisor.supervisor import STOP_MARGIN_S, Supervisor
 
 PROCFILE = Path(__file__).parent.parent / "Procfile"
 
@@ -68,11 +69,13 @@ def up(
     require_free_port(settings)
     signal.signal(signal.SIGTERM, _leave)
     with ExitStack() as stack:
-        url, fault = _redis(settings, stack)
+        reaper = stack.enter_context(Reaper(settings.queue.drain_s + STOP_MARGIN_S))
+        url, fault = _redis(settings, reaper, stack)
         env = child_environment(os.environ, config, settings, url)
         supervisor = Supervisor(
             commands,
             env,
+            reaper,
             sys.stdout,
             settings.queue.drain_s,
             ready=lambda: answers(f"{base_url(settings)}/ready"),
@@ -91,7 +94,7 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(ExitCode.OK)
 
 
-def _redis(settings: Settings, stack: ExitStack) -> tuple[str, Callable[[], str | None]]:
+def _redis(settings: Settings, reaper: Reaper, stack: ExitStack) -> tuple[str, Callable[[], str | None]]:
     """The URL of Redis, and what tells that it failed; an embedded one stops with `stack`."""
     if settings.redis.url is not None:
         return settings.redis.url, lambda: None
@@ -99,6 +102,9 @@ def _redis(settings: Settings, stack: ExitStack) -> tuple[str, Callable[[], str 
 
     folder = data_folder(settings, os.environ)
     valkey = stack.enter_context(EmbeddedValkey(folder))
+    assert valkey.pid is not None
+    # It leads a group. Told to stop, it stays if it cannot save (a full disk), so it must be known here.
+    reaper.watch(valkey.pid)
     client = stack.enter_context(Redis.from_url(valkey.url, socket_timeout=1.0, retry=None))
 
     def fault() -> str | None:
