@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -112,7 +114,15 @@ class Up:
 
 
 @pytest.fixture
-def up(tmp_path: Path) -> Iterator[Callable[..., Up]]:
+def data_dir() -> Iterator[str]:
+    """Short, because a socket lives in it."""
+    with tempfile.TemporaryDirectory(prefix="wicore") as folder:
+        yield folder
+
+
+@pytest.fixture
+def up(tmp_path: Path, data_dir: str) -> Iterator[Callable[..., Up]]:
+    """Starts services; ends them in good order, before their data folder goes."""
     started: list[Up] = []
 
     def start(scripts: dict[str, str], **env: str) -> Up:
@@ -122,8 +132,12 @@ def up(tmp_path: Path) -> Iterator[Callable[..., Up]]:
     yield start
     for running in started:
         with suppress(ProcessLookupError):
+            running.process.terminate()
+        try:
+            running.process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
             running.process.kill()
-        running.process.communicate()
+            running.process.communicate()
 
 
 def alive(pid: int) -> bool:
@@ -268,3 +282,57 @@ def test_a_procfile_without_processes_is_an_error(up: Callable[..., Up]) -> None
     service = up({})
     assert service.end() == ExitCode.CONFIG
     assert "lists no process" in service.output
+
+
+REMEMBER = """
+import os, redis
+client = redis.Redis.from_url(os.environ["WICORE_REDIS__URL"])
+print("seen", client.incr("starts"), client.config_get("append*")["appendonly"], flush=True)
+"""
+EMBEDDED = {"WICORE_REDIS__URL": ""}
+
+
+@pytest.mark.valkey
+def test_the_embedded_valkey_keeps_what_it_accepted_over_a_restart(
+    up: Callable[..., Up], data_dir: str
+) -> None:
+    env = {**EMBEDDED, "WICORE_REDIS__DATA_DIR": data_dir}
+    first = up({"api": API, "worker": REMEMBER + WORKER}, **env)
+    first.wait_for("seen 1 yes")
+    first.process.send_signal(signal.SIGINT)
+    assert first.end() == ExitCode.OK
+    second = up({"api": API, "worker": REMEMBER + WORKER}, **env)
+    second.wait_for("seen 2 yes")
+
+
+@pytest.mark.valkey
+def test_two_services_cannot_share_a_data_folder(up: Callable[..., Up], data_dir: str) -> None:
+    env = {**EMBEDDED, "WICORE_REDIS__DATA_DIR": data_dir}
+    up({"api": API}, **env).wait_for("ready at")
+    second = up({"api": API}, **env)
+    assert second.end() == ExitCode.CONFIG
+    assert "error: redis.data_dir: another server uses" in second.output
+
+
+@pytest.mark.valkey
+def test_when_valkey_dies_everything_stops_and_says_so(up: Callable[..., Up], data_dir: str) -> None:
+    script = REMEMBER + "print('valkey', client.info('server')['process_id'], flush=True)\n" + WORKER
+    service = up({"api": API, "worker": script}, **EMBEDDED, WICORE_REDIS__DATA_DIR=data_dir)
+    service.wait_for("worker pid")
+    os.kill(int(service.output.split("valkey ")[1].split()[0]), signal.SIGKILL)
+    assert service.end() == ExitCode.FAILED
+    assert "the embedded Valkey died" in service.output
+
+
+@pytest.mark.valkey
+def test_valkey_does_not_outlive_a_killed_service_even_if_it_cannot_save(
+    up: Callable[..., Up], data_dir: str
+) -> None:
+    script = REMEMBER + "print('valkey', client.info('server')['process_id'], flush=True)\n" + WORKER
+    service = up({"api": API, "worker": script}, **EMBEDDED, WICORE_REDIS__DATA_DIR=data_dir)
+    service.wait_for("worker pid")
+    pids = int(service.output.split("valkey ")[1].split()[0]), service.pid("worker")
+    shutil.rmtree(data_dir)
+    service.process.kill()
+    assert gone(*pids)
+    Path(data_dir).mkdir()

@@ -54,7 +54,7 @@ class RedisSettings(_Section):
     prefix: str = Field("wicore", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     """Every key and channel begins with it."""
     data_dir: str | None = None
-    """Where the embedded Valkey keeps its data; unset: the user's data folder."""
+    """Where the embedded Valkey keeps its data; unset: ~/.local/share/wicore/valkey."""
 
     @field_validator("url")
     @classmethod

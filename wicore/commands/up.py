@@ -15,12 +15,14 @@ from typing import NoReturn
 
 import click
 from honcho.environ import parse_procfile
+from redis import ConnectionError, Redis, TimeoutError
 
 from wicore.commands.options import base_url, config_option
 from wicore.config import Settings, load_settings
 from wicore.errors import ConfigError
 from wicore.exit_codes import ExitCode
-from wicore.supervisor.supervisor import Supervisor
+from wicore.supervisor.children import Reaper
+from wicore.supervisor.supervisor import STOP_MARGIN_S, Supervisor
 
 PROCFILE = Path(__file__).parent.parent / "Procfile"
 
@@ -67,11 +69,13 @@ def up(
     require_free_port(settings)
     signal.signal(signal.SIGTERM, _leave)
     with ExitStack() as stack:
-        url, fault = _redis(settings, stack)
+        reaper = stack.enter_context(Reaper(settings.queue.drain_s + STOP_MARGIN_S))
+        url, fault = _redis(settings, reaper, stack)
         env = child_environment(os.environ, config, settings, url)
         supervisor = Supervisor(
             commands,
             env,
+            reaper,
             sys.stdout,
             settings.queue.drain_s,
             ready=lambda: answers(f"{base_url(settings)}/ready"),
@@ -90,14 +94,36 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(ExitCode.OK)
 
 
-def _redis(settings: Settings, stack: ExitStack) -> tuple[str, Callable[[], str | None]]:
+def _redis(settings: Settings, reaper: Reaper, stack: ExitStack) -> tuple[str, Callable[[], str | None]]:
     """The URL of Redis, and what tells that it failed; an embedded one stops with `stack`."""
     if settings.redis.url is not None:
         return settings.redis.url, lambda: None
     from wicore.queue.embedded import EmbeddedValkey
 
-    valkey = stack.enter_context(EmbeddedValkey(settings.redis.data_dir))
-    return valkey.url, lambda: None if valkey.alive() else f"the embedded Valkey died; see {valkey.log}"
+    folder = data_folder(settings, os.environ)
+    valkey = stack.enter_context(EmbeddedValkey(folder))
+    assert valkey.pid is not None
+    # It leads a group. Told to stop, it stays if it cannot save (a full disk), so it must be known here.
+    reaper.watch(valkey.pid)
+    client = stack.enter_context(Redis.from_url(valkey.url, socket_timeout=1.0, retry=None))
+
+    def fault() -> str | None:
+        try:
+            client.ping()
+        except TimeoutError:
+            return None  # busy, not dead
+        except ConnectionError:
+            return f"the embedded Valkey died, see valkey.log in {folder}; stopping"
+        return None
+
+    return valkey.url, fault
+
+
+def data_folder(settings: Settings, environ: Mapping[str, str]) -> Path:
+    """Where the embedded Valkey keeps the jobs: redis.data_dir, else in the user's data folder."""
+    if settings.redis.data_dir is not None:
+        return Path(settings.redis.data_dir)
+    return Path(environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "wicore" / "valkey"
 
 
 def read_procfile(path: Path) -> dict[str, str]:

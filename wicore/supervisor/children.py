@@ -35,7 +35,11 @@ class Output:
 
 
 class Reaper:
-    """Our end of the pipe to `reaper.py`, which stops the children should this process be killed."""
+    """Our end of the pipe to `reaper.py`, which stops the children should this process be killed.
+
+    A context manager: leave it when every child has ended; the reaper then has nothing to stop, and ends.
+    Children get `grace_s` seconds to stop before they are killed.
+    """
 
     def __init__(self, grace_s: float) -> None:
         read, self.pipe = os.pipe()
@@ -44,11 +48,17 @@ class Reaper:
         )
         os.close(read)
 
+    def watch(self, group: int) -> None:
+        """For a process group that does not report itself, as a `Child` does."""
+        os.write(self.pipe, b"+%d\n" % group)
+
     def forget(self, group: int) -> None:
         os.write(self.pipe, b"-%d\n" % group)
 
-    def close(self) -> None:
-        """Call when every child has ended: the reaper then has nothing to stop, and ends."""
+    def __enter__(self) -> Reaper:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         os.close(self.pipe)
         self._process.wait()
 

@@ -51,6 +51,7 @@ class Supervisor:
 
     Args:
         env: the environment of every child.
+        reaper: what stops the children if this process is killed; outlives `run`.
         stream: where all output goes.
         drain_s: how long a process may finish its work once it is told to stop.
         ready: whether the service is able to serve; called in another thread until it says so.
@@ -62,13 +63,14 @@ class Supervisor:
         self,
         commands: Mapping[str, str],
         env: Mapping[str, str],
+        reaper: Reaper,
         stream: IO[str],
         drain_s: float,
         ready: Callable[[], bool],
         on_ready: Callable[[], None],
         fault: Callable[[], str | None] = lambda: None,
     ) -> None:
-        self._env = env
+        self._env, self._reaper = env, reaper
         self._stop_s = drain_s + STOP_MARGIN_S
         self._ready, self._on_ready, self._fault = ready, on_ready, fault
         self._slots = [
@@ -90,7 +92,6 @@ class Supervisor:
 
         Call it in the main thread. A second signal kills what is still stopping.
         """
-        self._reaper = Reaper(self._stop_s)
         before = {
             number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)
         }
@@ -103,7 +104,6 @@ class Supervisor:
             for slot in self._slots:
                 if slot.child is not None:
                     slot.child.kill()
-            self._reaper.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
         return self._result
