@@ -47,8 +47,29 @@ local function drop_lease(tag)
   redis.call('ZREM', K.leases, tag)
 end
 
+-- Well-formed UTF-8 sequences, the Unicode Standard's table 3-7.
+local UTF8 = {'[\194-\223][\128-\191]', '\224[\160-\191][\128-\191]', '[\225-\236\238\239][\128-\191][\128-\191]',
+  '\237[\128-\159][\128-\191]', '\240[\144-\191][\128-\191][\128-\191]',
+  '[\241-\243][\128-\191][\128-\191][\128-\191]', '\244[\128-\143][\128-\191][\128-\191]'}
+
+-- Bytes as a text that JSON can hold: UTF-8 as it is, anything else byte by byte as Latin-1.
+local function as_text(raw)
+  local rest = raw
+  for _, sequence in ipairs(UTF8) do
+    rest = string.gsub(rest, sequence, ' ')
+  end
+  if not string.find(rest, '[\128-\255]') then
+    return raw
+  end
+  return (string.gsub(raw, '[\128-\255]', function(c)
+    local byte = string.byte(c)
+    return string.char(192 + math.floor(byte / 64), 128 + byte % 64)
+  end))
+end
+
 local function bury(raw, reason)
-  redis.call('LPUSH', K.dead, cjson.encode({reason = reason, at_ms = NOW, message = raw}))
+  local entry = {reason = reason, at_ms = NOW, message = as_text(raw)}
+  redis.call('LPUSH', K.dead, cjson.encode(entry))
   redis.call('LTRIM', K.dead, 0, DEAD_KEPT - 1)
 end
 
