@@ -14,7 +14,8 @@ import uuid
 
 from wicore.config import load_settings
 from wicore.engine.factory import create_engine
-from wicore.errors import WicoreError
+from wicore.errors import ConfigError, WicoreError
+from wicore.exit_codes import exit_code
 from wicore.model import load_model
 from wicore.queue.connection import connect
 from workers.worker import Worker
@@ -28,12 +29,17 @@ def main() -> int:
         logging.basicConfig(
             level=settings.telemetry.log_level.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s"
         )
+        if settings.redis.url is None:
+            raise ConfigError(
+                "redis.url: not set; set WICORE_REDIS__URL, or run the whole service by `wicore up`",
+                param="redis.url",
+            )
         model = load_model(settings)
         redis = connect(settings.redis.url)
         engine = create_engine(settings, model)
     except WicoreError as err:
         print(f"error: {err.message}", file=sys.stderr)
-        return 1
+        return exit_code(err)
     owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     worker = Worker(settings, model, engine, redis, owner)
     for number in (signal.SIGTERM, signal.SIGINT):

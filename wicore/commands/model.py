@@ -32,10 +32,7 @@ def fetch_command(name: str, quiet: bool) -> None:
     """
     there = (models_folder() / name).is_dir()
     with _Bars(disabled=quiet or there) as bars:
-        try:
-            path = fetch(name, bars.update)
-        except WicoreError as err:
-            raise click.ClickException(err.message) from err
+        path = fetch(name, bars.update)
     if not there:
         click.echo(REGISTRY[name].licence, err=True)
     click.echo(path)
@@ -57,9 +54,9 @@ def inspect_command(name_or_path: str, as_json: bool) -> None:
     known = published(name_or_path)
     try:
         checkpoint = open_checkpoint(resolve_model(name_or_path))
-    except WicoreError as err:
+    except WicoreError:
         if known is None or (models_folder() / name_or_path).exists():
-            raise click.ClickException(err.message) from err
+            raise
         report = inspect(name_or_path, known)
     else:
         report = inspect(
