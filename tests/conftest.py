@@ -17,6 +17,8 @@ from wicore.errors import ConfigError
 from wicore.queue.connection import connect
 from wicore.queue.embedded import EmbeddedValkey
 
+pytest_plugins = ["tests.fixtures.plugin"]
+
 
 @pytest.fixture(scope="session")
 def valkey_server() -> Iterator[EmbeddedValkey]:

@@ -88,8 +88,8 @@ def fetch(name: str, on_progress: Progress = lambda stage, done, total: None) ->
                 _publish(model, target, on_progress)
     except OSError as err:
         raise CheckpointError(
-            f"could not store the model in {target.parent}: {err}; it needs {5 * model.size / 1e9:.1f} GB free "
-            "while converting; set WICORE_CACHE to choose another folder"
+            f"could not store the model in {target.parent}: {err}; it needs {5 * model.size / 1e9:.1f} GB "
+            "free while converting; set WICORE_CACHE to choose another folder"
         ) from err
     return target
 

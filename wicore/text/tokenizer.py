@@ -4,6 +4,7 @@ SentencePiece (Kudo and Richardson, 2018, arXiv:1808.06226) matches user-defined
 occur in a text. Gemma's control pieces, `<start_of_turn>` among them, are user-defined, so a user
 could type one and speak as the model. Here they are retyped as control pieces, which no text ever
 becomes; only code asks for them, by id. HTML tags and white-space runs stay user-defined, as trained.
+U+2581 in a text is a space: SentencePiece writes spaces so, and cannot tell the two apart.
 """
 
 from __future__ import annotations
