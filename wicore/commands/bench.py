@@ -87,5 +87,18 @@ def engine(
     )
 
 
+@bench.command()
+@config_option
+@click.option("--windows", default=4, show_default=True, help="Texts of 384 tokens scored of each kind.")
+def accuracy(config: tuple[str, ...], windows: int) -> None:
+    """How far 8-bit weights are from float32: agreement of the likeliest token, and KL divergence."""
+    from wicore.bench.accuracy import measure
+    from wicore.model import load_model
+
+    model = load_model(load_settings(config or None))
+    for line in measure(model, windows):
+        _print({"model": model.name, **line})
+
+
 def _print(line: Mapping[str, object]) -> None:
     click.echo(json.dumps(line))
