@@ -396,7 +396,7 @@ def test_misuse_is_named():
 def test_planning_sixteen_decodes_is_cheap():
     service = Service(blocks=16 * 200, max_batch=16, budget=4096)
     for key in range(16):
-        service.add(key, words(key, 500) + [key], max_tokens=200)
+        service.add(key, [*words(key, 500), key], max_tokens=200)
     while service.scheduler.running < 16 or any(len(out) < 2 for out in service.outputs.values()):
         service.step()
     times = []
