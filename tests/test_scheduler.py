@@ -324,6 +324,34 @@ def test_a_sequence_held_back_goes_on_when_the_one_it_waits_for_is_cancelled():
     assert list(service.finished) == [2]
 
 
+def test_nobody_waits_for_blocks_that_are_computed_already_but_lost_from_the_window():
+    service = Service(blocks=64, window_blocks=6, window=5, budget=8)
+    service.add(1, words(0, 80))
+    for _ in range(6):
+        service.step()
+    service.add(2, words(0, 20))
+    service.step()
+    assert (service.scheduler.running, service.scheduler.waiting) == (2, 0)
+    assert len(service.outputs[1]) == 0
+    service.drain()
+
+
+def test_a_long_prompt_is_not_overtaken_for_good_by_an_endless_stream_of_short_ones():
+    service = Service(blocks=12, max_batch=4, budget=16)
+    key = 1
+    for step in range(200):
+        while service.scheduler.waiting < 2:
+            key += 1
+            service.add(key, words(key, 5), max_tokens=3)
+        if step == 5:
+            service.add(1, words(1, 40), max_tokens=5)
+        service.step()
+        if 1 in service.finished:
+            break
+    assert 1 in service.finished
+    service.drain()
+
+
 def test_batch_work_finishes_under_an_endless_stream_of_interactive_work():
     service = Service(max_batch=2, budget=16)
     service.add(1, words(1, 12), max_tokens=20, priority=Priority.BACKGROUND)

@@ -28,7 +28,7 @@ Table = NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class PrefixMatch:
-    """The longest reusable prefix of a chain, as the cache stands now; stale after any change."""
+    """The longest reusable prefix of a chain, as the cache stands now. It holds until a block is taken."""
 
     tokens: int
     """Positions that need not be computed; a multiple of the block size."""
@@ -198,7 +198,7 @@ class CacheManager:
     # --- taking -----------------------------------------------------------------------------------
 
     def open(self, key: int, chain: TokenChain, match: PrefixMatch, positions: int) -> int:
-        """Start a sequence with `match`, which must be fresh, and global blocks for `positions`.
+        """Start a sequence with `match`, which must still hold, and global blocks for `positions`.
 
         Returns how many positions are computed already. Call it only after `can_open` said yes. The
         caller appends to `chain` as the sequence grows.
