@@ -340,9 +340,9 @@ def test_a_long_prompt_is_not_overtaken_for_good_by_an_endless_stream_of_short_o
     service = Service(blocks=12, max_batch=4, budget=16)
     key = 1
     for step in range(200):
-        while service.scheduler.waiting < 2:
+        while service.scheduler.waiting < 4:
             key += 1
-            service.add(key, words(key, 5), max_tokens=3)
+            service.add(key, words(key, 5), max_tokens=2 + key % 5)
         if step == 5:
             service.add(1, words(1, 40), max_tokens=5)
         service.step()
