@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+from wicore.errors import EngineError
+
 
 class Room:
     """Slots of a worker. A slot is claimed when its job is popped and released when its sequence ends.
@@ -46,6 +48,11 @@ class Room:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    def check(self, present: int) -> None:
+        """Raise EngineError unless `present` sequences have as many slots claimed."""
+        if self._claimed != present:
+            raise EngineError(f"{self._claimed} of {self._slots} slots are claimed for {present} sequences")
 
     def _free(self) -> int:
         return self._slots - self._claimed + self._ending

@@ -147,6 +147,11 @@ class Worker:
             "preemptions": self._scheduler.preemptions,
         }
 
+    def check(self) -> None:
+        """Raise EngineError when blocks, sequences or slots do not add up. Call it when `run` has ended."""
+        self._scheduler.check()
+        self._room.check(sum(len(job.keys) for job in self._jobs.values()))
+
     # --- engine thread ----------------------------------------------------------------------------
 
     def _advance(self) -> None:

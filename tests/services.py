@@ -1,0 +1,71 @@
+"""Workers in this process and in processes of their own, for tests against the embedded Valkey."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from redis import Redis
+
+from wicore.config import Settings, load_settings
+from wicore.engine.base import Engine
+from wicore.engine.factory import create_engine
+from wicore.model import load_model
+from wicore.queue.connection import connect
+from wicore.request import Event
+from wicore.stream.relay import Relay
+from workers.worker import Worker
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "tests" / "fixtures" / "tiny"
+PATIENCE_S = 60.0
+
+
+def settings_for(url: str, **overrides: Any) -> Settings:
+    """Settings of a service on the tiny checkpoint; overrides as `section__key`."""
+    given = {"redis.url": url, "model.path": str(TINY), "hmt.device_tokens": 4096, "queue.lease_s": 2.0}
+    given |= {name.replace("__", "."): value for name, value in overrides.items()}
+    return load_settings(environ={}, overrides=given)
+
+
+@contextmanager
+def running_worker(settings: Settings, owner: str = "test-worker", engine: Engine | None = None) -> Iterator[Worker]:
+    """A worker on a thread of this process; stopped, and its accounts checked, at the end."""
+    model = load_model(settings)
+    assert settings.redis.url is not None
+    client = connect(settings.redis.url)
+    worker = Worker(settings, model, engine or create_engine(settings, model), client, owner)
+    thread = threading.Thread(target=worker.run, name=owner)
+    thread.start()
+    try:
+        yield worker
+    finally:
+        worker.stop()
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+        worker.check()
+        client.close()
+
+
+def worker_process(settings: Settings) -> subprocess.Popen[bytes]:
+    """`python -m workers.gpu` with these settings."""
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("WICORE_")}
+    for section, values in settings.model_dump(exclude_defaults=True).items():
+        environ |= {f"WICORE_{section}__{key}".upper(): str(value) for key, value in values.items()}
+    return subprocess.Popen([sys.executable, "-m", "workers.gpu"], cwd=ROOT, env=environ)
+
+
+def follow(client: Redis, job_id: str, after: int = 0) -> Iterator[Event]:
+    """The job's events, one by one, to the terminal one."""
+    relay = Relay(client)
+    try:
+        for batch in relay.follow(job_id, after):
+            yield from batch
+    finally:
+        relay.close()

@@ -1,0 +1,77 @@
+"""An accepted job ends in exactly one terminal event, and its tokens survive the worker."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from tests.services import follow, running_worker, settings_for, worker_process
+from wicore.queue.producer import Producer
+from wicore.request import Event, Priority, parse_job
+
+pytestmark = pytest.mark.valkey
+JOBS = {
+    "greedy": {"temperature": 0.0},
+    "seeded": {"temperature": 0.9, "top_p": 0.95, "seed": 11, "repetition_penalty": 1.2},
+    "two choices": {"temperature": 0.8, "n": 2},
+}
+
+
+def submit(redis_client, job_id: str, **fields: object) -> str:
+    body = {"kind": "completion", "prompt": "Once upon a time", "max_tokens": 400, "ignore_eos": True, **fields}
+    return Producer(redis_client).submit(parse_job(body), Priority.NORMAL, job_id=job_id).id
+
+
+def texts(events: list[Event]) -> dict[int, str]:
+    parts: dict[int, str] = {}
+    for event in events:
+        if event["type"] == "token":
+            parts[event["index"]] = parts.get(event["index"], "") + event["text"]
+    return parts
+
+
+@pytest.mark.parametrize("fields", JOBS.values(), ids=JOBS.keys())
+def test_a_killed_worker_costs_no_token_and_changes_none(redis_client, valkey_url, fields) -> None:
+    settings = settings_for(valkey_url, queue__lease_s=1.0)
+    with running_worker(settings, "undisturbed"):
+        expected = list(follow(redis_client, submit(redis_client, "job", **fields)))
+    redis_client.flushall()
+
+    job = submit(redis_client, "job", **fields)
+    first = worker_process(settings)
+    events = []
+    for event in follow(redis_client, job):
+        events.append(event)
+        if event["seq"] == 25:
+            first.kill()
+            first.wait()
+            second = worker_process(settings)
+    second.send_signal(signal.SIGTERM)
+    assert second.wait(30) == 0
+
+    assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
+    kinds = [event["type"] for event in events if event["type"] != "token"]
+    assert kinds == ["started", "resumed", "done"]
+    assert texts(events) == texts(expected)
+    assert Producer(redis_client).record(job).attempts == 2
+    assert not redis_client.hlen("wicore:unacked")
+    assert not redis_client.zcard("wicore:leases")
+
+
+def test_a_stopped_worker_hands_its_job_back_and_no_attempt_is_counted(redis_client, valkey_url) -> None:
+    settings = settings_for(valkey_url, queue__drain_s=0.0)
+    job = submit(redis_client, "job", temperature=0.0)
+    events = []
+    with running_worker(settings, "first") as worker:
+        for event in follow(redis_client, job):
+            events.append(event)
+            if event["seq"] == 10:
+                worker.stop()
+                break
+    with running_worker(settings, "second"):
+        events += follow(redis_client, job, after=10)
+    assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
+    assert events[-1]["type"] == "done"
+    assert events[-1]["usage"]["completion_tokens"] == 400
+    assert Producer(redis_client).record(job).attempts == 1

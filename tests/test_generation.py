@@ -1,0 +1,137 @@
+"""One job from tokens to events and result, and its resumption at any point. No engine, no Redis."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from wicore.gemma3.checkpoint import Checkpoint
+from wicore.generation import Generation
+from wicore.request import Event, JobBody, Priority, parse_job
+from wicore.sampling import SampledToken
+from wicore.text.prompt import prepare
+from wicore.text.tokenizer import Tokenizer
+
+QUIET = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def start(body: JobBody, tiny: Checkpoint, tokenizer: Tokenizer, log: list[Event] = ()) -> Generation:  # type: ignore[assignment]
+    prompt = prepare(body, tokenizer, tiny.config)
+    attempt = 2 if log else 1
+    return Generation("j", body, prompt, tokenizer, priority=Priority.NORMAL, attempt=attempt, log=log)
+
+
+def completion(**fields: object) -> JobBody:
+    return parse_job({"kind": "completion", "prompt": "Hello", **fields})
+
+
+def run(generation: Generation, tokens: list[list[int]]) -> list[Event]:
+    """Feed each choice its tokens in turn, from where it stands, until the job is finished."""
+    events = [generation.opening]
+    waiting = {index: tokens[index][len(request.generated) :] for index, request in generation.requests(0)}
+    while not generation.finished:
+        for index in [i for i in waiting if waiting[i]]:
+            event = generation.take(index, SampledToken(waiting[index].pop(0), -0.5, ((7, -0.5),)))
+            events.append(event)
+            if "finish_reason" in event:
+                waiting[index] = []
+    events.append(generation.end("done"))
+    return events
+
+
+def text_of(events: list[Event], index: int = 0) -> str:
+    return "".join(e["text"] for e in events if e["type"] == "token" and e["index"] == index)
+
+
+def test_events_are_numbered_from_one_and_end_once(tiny, tiny_tokenizer) -> None:
+    events = run(start(completion(max_tokens=5), tiny, tiny_tokenizer), [[300, 301, 302, 303, 304]])
+    assert [e["seq"] for e in events] == list(range(1, 8))
+    assert [e["type"] for e in events] == ["started", *["token"] * 5, "done"]
+    assert events[-1]["usage"] == {"prompt_tokens": events[-1]["usage"]["prompt_tokens"], "completion_tokens": 5,
+                                   "total_tokens": events[-1]["usage"]["prompt_tokens"] + 5}  # fmt: skip
+    assert events[-1]["finish_reason"] == "length"
+
+
+def test_an_end_token_stops_the_text_and_is_not_part_of_it(tiny, tiny_tokenizer) -> None:
+    events = run(start(completion(max_tokens=9), tiny, tiny_tokenizer), [[300, 301, tiny_tokenizer.eos]])
+    assert events[-1]["finish_reason"] == "stop"
+    assert text_of(events) == tiny_tokenizer.decode([300, 301])
+
+
+def test_end_tokens_are_ignored_when_asked(tiny, tiny_tokenizer) -> None:
+    body = completion(max_tokens=3, ignore_eos=True)
+    events = run(start(body, tiny, tiny_tokenizer), [[300, tiny_tokenizer.eos, 301]])
+    assert events[-1]["finish_reason"] == "length"
+
+
+def test_a_stop_string_ends_the_choice_before_it(tiny, tiny_tokenizer) -> None:
+    ids = tiny_tokenizer.encode("one two three four five", bos=False)
+    events = run(start(completion(max_tokens=99, stop=["ee fo"]), tiny, tiny_tokenizer), [ids])
+    assert text_of(events) == "one two thr"
+    assert events[-1]["finish_reason"] == "stop"
+
+
+def test_logprobs_come_with_each_token_and_in_the_result(tiny, tiny_tokenizer) -> None:
+    generation = start(completion(max_tokens=2, logprobs=1), tiny, tiny_tokenizer)
+    events = run(generation, [[300, 301]])
+    assert all(len(e["logprobs"]) == 1 for e in events if e["type"] == "token")
+    result = generation.result("m", 1)
+    assert result["choices"][0]["logprobs"]["token_logprobs"] == [-0.5, -0.5]
+
+
+def test_the_result_holds_every_choice_and_the_usage(tiny, tiny_tokenizer) -> None:
+    generation = start(completion(max_tokens=3, n=2), tiny, tiny_tokenizer)
+    run(generation, [[300, 301, 302], [310, 311, 312]])
+    result = generation.result("m", 1)
+    assert [c["text"] for c in result["choices"]] == [
+        tiny_tokenizer.decode([300, 301, 302]),
+        tiny_tokenizer.decode([310, 311, 312]),
+    ]
+    assert result["usage"]["completion_tokens"] == 6
+
+
+def test_choices_draw_from_seeds_of_their_own_and_an_attempt_does_not_change_them(tiny, tiny_tokenizer) -> None:
+    body = completion(max_tokens=3, n=3)
+    first = [r.sampling.seed for _, r in start(body, tiny, tiny_tokenizer).requests(0)]
+    again = [r.sampling.seed for _, r in start(body, tiny, tiny_tokenizer).requests(50)]
+    assert first == again
+    assert len(set(first)) == 3
+
+
+@QUIET
+@given(data=st.data())
+def test_a_job_cut_off_after_any_event_ends_with_the_same_text_and_no_gap(data, tiny, tiny_tokenizer) -> None:
+    n = data.draw(st.integers(1, 3))
+    token = st.integers(5, tiny.config.vocab_size - 1)
+    tokens = [data.draw(st.lists(token, min_size=12, max_size=12)) for _ in range(n)]
+    stop = data.draw(st.lists(st.sampled_from(["a", "e ", "\n", "ing"]), max_size=2))
+    body = completion(max_tokens=12, n=n, stop=stop, logprobs=1)
+    whole = start(body, tiny, tiny_tokenizer)
+    undisturbed = run(whole, tokens)
+    cut = data.draw(st.integers(1, len(undisturbed) - 1))
+    resumed = start(body, tiny, tiny_tokenizer, undisturbed[:cut])
+    after = run(resumed, tokens)
+    assert after[0] == {"job": "j", "seq": cut + 1, "type": "resumed", "attempt": 2}
+    events = undisturbed[:cut] + after
+    assert [e["seq"] for e in events] == list(range(1, len(events) + 1))
+    for index in range(n):
+        assert text_of(events, index) == text_of(undisturbed, index)
+    assert resumed.result("m", 1) == whole.result("m", 1)
+
+
+def test_a_resumed_sequence_goes_on_at_the_position_where_it_was(tiny, tiny_tokenizer) -> None:
+    body = completion(max_tokens=9, temperature=0.5, seed=4)
+    log = run(start(body, tiny, tiny_tokenizer), [[300] * 9])[:4]
+    [(_, request)] = start(body, tiny, tiny_tokenizer, log).requests(0)
+    assert list(request.generated) == [300, 300, 300]
+    assert request.sampling.position == 3
+
+
+@pytest.mark.parametrize("kind", ["failed", "cancelled", "expired"])
+def test_a_job_called_off_ends_with_the_usage_so_far(tiny, tiny_tokenizer, kind) -> None:
+    generation = start(completion(max_tokens=9), tiny, tiny_tokenizer)
+    generation.take(0, SampledToken(300, None, ()))
+    event = generation.end(kind, {"code": "x"})
+    assert (event["type"], event["usage"]["completion_tokens"]) == (kind, 1)
+    assert event["error"] == {"code": "x"}

@@ -1,0 +1,140 @@
+"""The worker against the real queue, with a real engine on the tiny checkpoint."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.services import follow, running_worker, settings_for
+from wicore.errors import EngineError
+from wicore.queue.producer import Producer
+from wicore.request import Priority, parse_job
+
+pytestmark = pytest.mark.valkey
+
+
+def submit(redis_client, **fields: object) -> str:
+    body = parse_job({"kind": "completion", "prompt": "Hello there", "temperature": 0.0, **fields})
+    return Producer(redis_client).submit(body, Priority.NORMAL).id
+
+
+def ending(redis_client, job: str) -> dict:
+    return list(follow(redis_client, job))[-1]
+
+
+@pytest.fixture
+def worker(redis_client, valkey_url):
+    with running_worker(settings_for(valkey_url)) as running:
+        yield running
+
+
+def test_a_job_succeeds_and_its_record_holds_the_result(worker, redis_client) -> None:
+    job = submit(redis_client, max_tokens=8, ignore_eos=True)
+    events = list(follow(redis_client, job))
+    record = Producer(redis_client).record(job)
+    assert record.status == "succeeded"
+    text = "".join(e["text"] for e in events if e["type"] == "token")
+    assert record.result["choices"][0]["text"] == text
+    assert record.usage == events[-1]["usage"]
+
+
+def test_many_jobs_at_once_get_the_text_each_gets_alone(worker, redis_client) -> None:
+    prompts = [f"Number {i} says" * (1 + i % 5) for i in range(40)]
+
+    def run(prompt: str) -> str:
+        return submit(redis_client, prompt=prompt, max_tokens=12)
+
+    alone = []
+    for prompt in prompts[:5]:
+        job = run(prompt)
+        ending(redis_client, job)
+        alone.append(Producer(redis_client).record(job).result["choices"])
+    jobs = [run(prompt) for prompt in prompts]
+    for job in jobs:
+        assert ending(redis_client, job)["type"] == "done"
+    together = [Producer(redis_client).record(job).result["choices"] for job in jobs[:5]]
+    assert together == alone
+
+
+def test_a_running_job_can_be_cancelled(worker, redis_client) -> None:
+    job = submit(redis_client, max_tokens=3000, ignore_eos=True)
+    events = []
+    for event in follow(redis_client, job):
+        events.append(event)
+        if event["seq"] == 5:
+            Producer(redis_client).cancel(job)
+    assert events[-1]["type"] == "cancelled"
+    assert 0 < events[-1]["usage"]["completion_tokens"] < 3000
+    assert Producer(redis_client).record(job).status == "cancelled"
+
+
+def test_a_job_past_its_deadline_expires_wherever_it_is(worker, redis_client) -> None:
+    job = submit(redis_client, max_tokens=3500, ignore_eos=True, timeout_s=0.3)
+    event = ending(redis_client, job)
+    assert (event["type"], event["error"]["code"]) == ("expired", "expired")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"model": "gpt-4"}, "model"),
+        ({"prompt": "word " * 6000}, "prompt"),
+        ({"max_tokens": 100_000}, "max_tokens"),
+        ({"prompt": [5, 100_000]}, "prompt"),
+        ({"logit_bias": {"99999": 1.0}}, "logit_bias"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_job_that_cannot_run_fails_with_the_field_at_fault(worker, redis_client, fields, param) -> None:
+    event = ending(redis_client, submit(redis_client, **fields))
+    assert (event["type"], event["error"]["param"]) == ("failed", param)
+    assert ending(redis_client, submit(redis_client, max_tokens=2))["type"] == "done"
+
+
+def test_a_plain_redis_client_gets_its_answer(worker, redis_client) -> None:
+    kwargs = {"kind": "completion", "prompt": "Hello", "max_tokens": 4, "temperature": 0.0}
+    message = {
+        "body": json.dumps([[], kwargs, {}]),
+        "content-type": "application/json",
+        "content-encoding": "utf-8",
+        "headers": {"task": "wicore.generate", "id": "from-elsewhere"},
+        "properties": {"delivery_tag": "t1", "priority": 3},
+    }
+    pubsub = redis_client.pubsub()
+    pubsub.subscribe("wicore:events:from-elsewhere")
+    redis_client.lpush("wicore\x06\x163", json.dumps(message))
+    for received in pubsub.listen():
+        if received["type"] == "message" and json.loads(received["data"])["type"] == "done":
+            break
+    pubsub.close()
+    assert Producer(redis_client).record("from-elsewhere").status == "succeeded"
+    stored = json.loads(redis_client.get("celery-task-meta-from-elsewhere"))
+    assert stored["status"] == "SUCCESS"
+
+
+def test_an_engine_that_fails_ends_the_worker_and_keeps_the_job(redis_client, valkey_url) -> None:
+    class Broken:
+        def __init__(self, engine) -> None:
+            self.info = engine.info
+            self.close = engine.close
+
+        def step(self, plan):
+            raise EngineError("the device is gone")
+
+    from wicore.engine.factory import create_engine
+    from wicore.model import load_model
+    from wicore.queue.connection import connect
+    from workers.worker import Worker
+
+    settings = settings_for(valkey_url, queue__lease_s=0.5)
+    model = load_model(settings)
+    client = connect(valkey_url)
+    job = submit(redis_client, max_tokens=4)
+    worker = Worker(settings, model, Broken(create_engine(settings, model)), client, "broken")
+    with pytest.raises(EngineError, match="device is gone"):
+        worker.run()
+    client.close()
+    with running_worker(settings, "healthy"):
+        assert ending(redis_client, job)["type"] == "done"
+    assert Producer(redis_client).record(job).attempts == 2
