@@ -1,5 +1,1 @@
 """The HTTP and websocket front end: each door reduces its request to a job and delivers its events."""
-
-from api.app import create_app
-
-__all__ = ["create_app"]

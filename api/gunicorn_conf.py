@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from typing import Any
 
 from gevent import monkey
@@ -10,8 +11,11 @@ from gevent import monkey
 # Before anything imports ssl, threading or redis: what is imported earlier keeps blocking calls.
 monkey.patch_all()
 
+from gunicorn.arbiter import Arbiter  # noqa: E402
+
 from api.services import EXTENSION  # noqa: E402
 from wicore.config import load_settings  # noqa: E402
+from wicore.errors import WicoreError  # noqa: E402
 
 _settings = load_settings()
 
@@ -35,6 +39,8 @@ accesslog = None
 errorlog = "-"
 loglevel = _settings.telemetry.log_level
 proc_name = "wicore-api"
+# Its path is one for all services of a user.
+control_socket_disable = True
 
 
 def when_ready(server: Any) -> None:
@@ -51,4 +57,8 @@ def post_worker_init(worker: Any) -> None:
     """Load tokenizer and connections before the first request; tell streams when to end."""
     services = worker.wsgi.extensions[EXTENSION]
     services.stopping = lambda: not worker.alive
-    services.get()
+    try:
+        services.get()
+    except WicoreError as err:
+        worker.log.error("%s", err.message)
+        sys.exit(Arbiter.APP_LOAD_ERROR)  # which also stops the master

@@ -10,7 +10,7 @@ import select
 import socket
 import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import redis.exceptions
 from flask import Flask, Response, g, request
@@ -59,10 +59,13 @@ def _refuse_constant(name: str) -> Any:
 
 
 def read_json() -> Any:
-    """The JSON body of the current request; its size is bounded by Flask's MAX_CONTENT_LENGTH."""
-    if not request.is_json:
+    """The JSON body of the current request; its size is bounded by Flask's MAX_CONTENT_LENGTH.
+
+    Whatever type it is declared as, since `curl -d` declares a form, and unless it can only be one.
+    """
+    if request.mimetype.startswith("multipart/"):
         raise UnsupportedMediaType(
-            f"Content-Type: must be application/json (got {request.content_type or 'none'})"
+            f"Content-Type: must be application/json, with the JSON as the body (got {request.mimetype})"
         )
     return loads(request.get_data(cache=False))
 
@@ -89,7 +92,7 @@ def _http_error(err: HTTPException) -> Response:
     """Werkzeug's errors (no such route, method, media type, size) in OpenAI's form, headers kept."""
     status = err.code or 500
     if status < 400:
-        return Response.force_type(err.get_response(), request.environ)
+        return cast(Response, Response.force_type(err.get_response(), request.environ))
     if isinstance(err, RequestEntityTooLarge):
         limit = request.max_content_length
         return error_reply(TooLarge(f"body: larger than the {limit} bytes that api.max_body_bytes allows"))

@@ -11,6 +11,7 @@ from flask import Blueprint, Response, request
 from api import http, streams
 from api.services import current, stopping
 from wicore.errors import InvalidRequest
+from wicore.queue.producer import JobRecord
 from wicore.request import STATUS_OF_TERMINAL, Event, Priority, parse_job
 
 ENDED = frozenset(STATUS_OF_TERMINAL.values())
@@ -49,7 +50,10 @@ def listing() -> Response:
     limit = streams.sequence_number(request.args.get("limit", 20), "limit")
     if not 1 <= limit <= MAX_PAGE:
         raise InvalidRequest(f"limit: must be from 1 to {MAX_PAGE} (got {limit})", param="limit")
-    return http.reply(current().producer.list(status, limit, request.args.get("after")))
+    # One more than asked for, to know whether more follow.
+    found = current().producer.list(status, limit + 1, request.args.get("after"))
+    page = [public(record) for record in found[:limit]]
+    return http.reply({"object": "list", "data": page, "has_more": len(found) > limit})
 
 
 @door.delete("/<job_id>")
@@ -95,5 +99,5 @@ def links(job_id: str) -> dict[str, str]:
     return {"self": base, "events": f"{base}/events", "stream": f"{base}/stream"}
 
 
-def public(record: Any) -> dict[str, Any]:
+def public(record: JobRecord) -> dict[str, Any]:
     return {"object": "job", **record.public(), "links": links(record.id)}

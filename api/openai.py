@@ -78,7 +78,9 @@ class _Call:
         for batch in self._batches():
             if batch and (error := streams.failure(batch[-1])):
                 raise error
-        return self._services.producer.record(self.job_id).result
+        result = self._services.producer.record(self.job_id).result
+        assert result is not None  # `done` and the result are stored in one step
+        return result
 
     def pieces(self) -> Iterator[str]:
         """The job as OpenAI's stream; a failure is sent as an `error` event, since the status is gone."""
@@ -140,5 +142,5 @@ def _model(services: Services) -> dict[str, Any]:
         "object": "model",
         "created": served.created_s,
         "owned_by": "wicore",
-        "max_context": served.max_context,
+        "max_context": served.context,
     }

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import redis.exceptions
 from flask import Blueprint, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from api import http
 from api.services import current
 from wicore.errors import InvalidRequest, WicoreError
-from wicore.request import Message, Text, parse_model
+from wicore.request import JobBody, Message, Text, parse_model
+from wicore.text.prompt import prompt_ids
 
 door = Blueprint("service", __name__)
 
@@ -32,8 +32,6 @@ def ready() -> Response:
         workers = len(services.workers())
         if not workers:
             missing.append(f"no live worker serves {services.model.name!r}; start one with `wicore worker`")
-    except redis.exceptions.RedisError as err:
-        missing.append(f"Redis does not answer: {err}")
     except WicoreError as err:
         missing.append(err.message)
     answer = {"ready": not missing, "workers": workers, "missing": missing}
@@ -44,7 +42,7 @@ class _TokenizeForm(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     model: Text | None = None
-    prompt: Text | None = None
+    prompt: Annotated[Text | None, Field(min_length=1)] = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
 
 
@@ -55,5 +53,9 @@ def tokenize() -> Response:
     services.check_model(form.model)
     if (form.prompt is None) == (form.messages is None):
         raise InvalidRequest("prompt: send either prompt or messages", param="prompt")
-    tokens = services.tokenize(form.prompt if form.messages is None else form.messages)
+    if form.messages is None:
+        body = JobBody(kind="completion", prompt=form.prompt)
+    else:
+        body = JobBody(kind="chat", messages=form.messages)
+    tokens = prompt_ids(body, services.model.tokenizer, services.model.context)
     return http.reply({"tokens": tokens, "count": len(tokens)})

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 from flask import current_app
+from redis import Redis
 
 from api.slots import Slots
 from wicore.config import Settings
-from wicore.errors import UnknownModel
-from wicore.request import JobBody, Message, Priority
+from wicore.errors import ConfigError, InvalidRequest, UnknownModel
+from wicore.model import Model, load_model
+from wicore.queue.connection import connect
+from wicore.queue.producer import Producer, Submission
+from wicore.queue.registry import alive_workers
+from wicore.request import JobBody, Priority
+from wicore.stream.relay import Relay
+from wicore.text.prompt import prepare
 
 EXTENSION = "wicore"
-
-
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """The one model that this service serves."""
-
-    name: str
-    created_s: int
-    """Unix time of its checkpoint, as `GET /v1/models` reports it."""
-    max_context: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,28 +29,35 @@ class Services:
     """Everything a door needs; built once, shared by all greenlets of a process."""
 
     settings: Settings
-    model: ServedModel
-    producer: Any
-    relay: Any
-    count_prompt: Callable[[JobBody], int]
-    """Tokens of a body's prompt. Raises TooLarge or InvalidRequest for a body that cannot be served."""
-    tokenize: Callable[[str | Sequence[Message]], list[int]]
-    """Token ids of a text, or of a chat in the model's template."""
-    workers: Callable[[], Sequence[Any]]
-    """Live workers. Raises a Redis error when Redis is away."""
+    model: Model
+    redis: Redis
+    producer: Producer
+    relay: Relay
     slots: Slots
     """Open websockets and event streams, bounded by `api.max_sockets`."""
 
-    def accept(self, body: JobBody, default: Priority, idempotency_key: str | None = None) -> Any:
+    def accept(self, body: JobBody, default: Priority, idempotency_key: str | None = None) -> Submission:
         """Check what the form of a body cannot show, then put the job on the queue.
 
-        Raises UnknownModel, TooLarge, InvalidRequest, QueueFull, Conflict or a Redis error; then no
-        job was accepted.
+        Raises UnknownModel, TooLarge, InvalidRequest, QueueFull, Conflict or Unavailable; then no job
+        was accepted.
         """
         self.check_model(body.model)
-        tokens = self.count_prompt(body)
-        priority = default if body.priority is None else body.priority
-        return self.producer.submit(body, priority, idempotency_key=idempotency_key, prompt_tokens=tokens)
+        slots = self.settings.scheduler.max_batch
+        if body.n > slots:
+            raise InvalidRequest(f"n: must be at most scheduler.max_batch, {slots} (got {body.n})", param="n")
+        prompt = prepare(body, self.model.tokenizer, self.model.checkpoint.config, self.model.context)
+        return self.producer.submit(
+            body,
+            default if body.priority is None else body.priority,
+            idempotency_key=idempotency_key,
+            prompt_tokens=len(prompt.token_ids),
+        )
+
+    def workers(self) -> list[dict[str, Any]]:
+        """The heartbeats of live workers that serve the model. Raises Unavailable."""
+        alive = alive_workers(self.redis, self.settings.redis.prefix)
+        return [worker for worker in alive if worker["model"] == self.model.name]
 
     def check_model(self, name: str | None) -> None:
         """Raises UnknownModel unless `name` is the served model's or left out."""
@@ -61,6 +65,28 @@ class Services:
             raise UnknownModel(
                 f"model: {name!r} is not served here; the model is {self.model.name!r}", param="model"
             )
+
+
+def build(settings: Settings) -> Services:
+    """The real thing; no connection is made before the first command.
+
+    Raises ConfigError without redis.url, CheckpointError when the model is missing or bad.
+    """
+    url = settings.redis.url
+    if url is None:
+        raise ConfigError(
+            "redis.url: not set; set WICORE_REDIS__URL, or run the whole service by `wicore up`",
+            param="redis.url",
+        )
+    client, prefix = connect(url), settings.redis.prefix
+    return Services(
+        settings=settings,
+        model=load_model(settings),
+        redis=client,
+        producer=Producer(client, prefix, settings.queue),
+        relay=Relay(client, prefix, settings.api.stream_buffer),
+        slots=Slots(settings.api.max_sockets),
+    )
 
 
 class LazyServices:
@@ -89,7 +115,8 @@ def current() -> Services:
 
 def stopping() -> Callable[[], bool]:
     """Tells, also outside of a request, whether this process was told to stop."""
-    return lambda extension=lazy(): extension.stopping()
+    extension = lazy()
+    return lambda: extension.stopping()
 
 
 def lazy() -> LazyServices:

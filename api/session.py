@@ -163,7 +163,8 @@ class Session:
         waited = 0.0
         while not self._closed.is_set():
             try:
-                return self._outbox.put(frame, timeout=streams.TICK_S)
+                self._outbox.put(frame, timeout=streams.TICK_S)
+                return
             except queue.Full:
                 waited += streams.TICK_S
                 if waited >= STALL_S:

@@ -27,6 +27,7 @@ MAX_UNWANTED_BYTES = 1024
 SERVER_SOCKETS = frozenset({"gunicorn.socket", "werkzeug.socket"})
 """Where the servers put a connection's socket, and simple_websocket looks for it."""
 
+
 def server_options(settings: ApiSettings) -> dict[str, Any]:
     """What every websocket is opened with; a message is bounded as a request body is."""
     return {"ping_interval": PING_S, "max_message_size": settings.max_body_bytes}

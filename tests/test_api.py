@@ -262,7 +262,11 @@ def test_ready_says_what_is_missing(backend: FakeBackend) -> None:
     def away() -> list[str]:
         raise redis.exceptions.ConnectionError("refused")
 
-    for workers, status, word in ((lambda: ["w"], 200, ""), (lambda: [], 503, "worker"), (away, 503, "Redis")):
+    for workers, status, word in (
+        (lambda: ["w"], 200, ""),
+        (lambda: [], 503, "worker"),
+        (away, 503, "Redis"),
+    ):
         services = make_services(backend, workers)
         answer = create_app(services.settings, services).test_client().get("/ready")
         assert answer.status_code == status
@@ -373,7 +377,9 @@ def test_duplicate_keys_mean_the_last_one(client: FlaskClient) -> None:
 
 
 @pytest.mark.parametrize("content_type", [None, "text/plain", "application/x-www-form-urlencoded", "garbage"])
-def test_a_body_that_does_not_say_it_is_json_is_refused(client: FlaskClient, content_type: str | None) -> None:
+def test_a_body_that_does_not_say_it_is_json_is_refused(
+    client: FlaskClient, content_type: str | None
+) -> None:
     answer = client.post(CHAT, data=json.dumps(HELLO), content_type=content_type)
     assert (answer.status_code, answer.json["error"]["code"]) == (415, "unsupported_media_type")
 

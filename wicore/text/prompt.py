@@ -35,14 +35,10 @@ def prepare(body: JobBody, tokenizer: Tokenizer, config: Gemma3Config, context: 
     """
     limit = config.max_context if context is None else min(context, config.max_context)
     _check_ids(body.logit_bias, config.vocab_size, "logit_bias")
-    field = "messages" if body.kind == "chat" else "prompt"
-    # A body may hold megabytes: what cannot fit is refused before the seconds of tokenising it.
-    at_least = _characters(body) // tokenizer.longest_piece
-    if at_least > limit:
-        raise TooLarge(f"{field}: at least {at_least} tokens, over the context of {limit}", param=field)
-    token_ids = _prompt_ids(body, tokenizer)
+    token_ids = prompt_ids(body, tokenizer, limit)
     room = limit - len(token_ids)
     if room < 1:
+        field = _field(body)
         raise TooLarge(
             f"{field}: {len(token_ids)} tokens leave no room for an answer in the context of {limit}; "
             "shorten it",
@@ -61,7 +57,16 @@ def prepare(body: JobBody, tokenizer: Tokenizer, config: Gemma3Config, context: 
     return Prompt(token_ids, max_tokens, stop_ids)
 
 
-def _prompt_ids(body: JobBody, tokenizer: Tokenizer) -> list[int]:
+def prompt_ids(body: JobBody, tokenizer: Tokenizer, limit: int) -> list[int]:
+    """Token ids of a body's prompt or chat; they may be somewhat more than `limit`. Pure.
+
+    A body may hold megabytes: what is sure to exceed `limit` raises TooLarge, without the seconds of
+    tokenising it. Raises InvalidRequest as `prepare` does.
+    """
+    at_least = _characters(body) // tokenizer.longest_piece
+    if at_least > limit:
+        field = _field(body)
+        raise TooLarge(f"{field}: at least {at_least} tokens, over the context of {limit}", param=field)
     if body.kind == "chat":
         return render_chat(body.messages or [], tokenizer)
     if isinstance(body.prompt, str):
@@ -69,6 +74,10 @@ def _prompt_ids(body: JobBody, tokenizer: Tokenizer) -> list[int]:
     token_ids = list(body.prompt or [])
     _check_ids(token_ids, tokenizer.vocab_size, "prompt")
     return token_ids
+
+
+def _field(body: JobBody) -> str:
+    return "messages" if body.kind == "chat" else "prompt"
 
 
 def _characters(body: JobBody) -> int:
