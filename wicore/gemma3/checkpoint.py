@@ -249,7 +249,7 @@ def _shards(index: Path) -> list[str]:
         if not isinstance(name, str) or Path(name).name != name:
             raise CheckpointError(f"{index}: expected names of files beside it, found {name!r}")
         if not (index.parent / name).is_file():
-            raise CheckpointError(f"{index.parent / name}: expected this shard (the index names it), found none")
+            raise CheckpointError(f"{index.parent / name}: expected this shard (the index names it)")
     return sorted(set(shards.values()))
 
 
@@ -297,10 +297,9 @@ def _stored_tensor(path: Path, name: str, entry: Mapping[str, object], data: Byt
         ) from None
     if dtype not in _ITEM_BYTES:
         raise CheckpointError(f"{path}: {name}: expected one of {', '.join(_ITEM_BYTES)}, found {dtype}")
-    if not 0 <= begin <= end or not shape or min(shape) < 1:
+    if not 0 <= begin <= end or any(n < 0 for n in shape):
         raise CheckpointError(
-            f"{path}: {name}: expected a tensor of at least one element, found {list(shape)} "
-            f"in bytes {begin} to {end}"
+            f"{path}: {name}: expected a shape and a range of bytes, found {list(shape)}, {begin} to {end}"
         )
     if end > data.size:
         raise CheckpointError(
@@ -311,4 +310,5 @@ def _stored_tensor(path: Path, name: str, entry: Mapping[str, object], data: Byt
             f"{path}: {name}: expected bytes for {dtype} {list(shape)}, found {end - begin}"
         )
     rows = math.prod(shape[:-1])
-    return StoredTensor(shape, dtype, data[begin:end].reshape(rows, -1), decode_plain(dtype))
+    row_bytes = math.prod(shape[-1:]) * _ITEM_BYTES[dtype]
+    return StoredTensor(shape, dtype, data[begin:end].reshape(rows, row_bytes), decode_plain(dtype))
