@@ -170,3 +170,10 @@ def test_the_error_carries_the_key_as_it_was_written() -> None:
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(ValidationError):
         Settings().api.port = 1  # type: ignore[misc]
+
+
+def test_the_null_engine_can_be_named_in_a_variable(tmp_path):
+    assert load_settings(environ={"WICORE_ENGINE__KIND": "null"}).engine.kind == "null"
+    file = tmp_path / "settings.yaml"
+    file.write_text("engine: {kind: null}")
+    assert load_settings(file, environ={}).engine.kind == "null"

@@ -11,12 +11,11 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from wicore.errors import EngineError, InvalidRequest
+from wicore.errors import EngineError
 from wicore.request import SamplingParams
 from wicore.sampling import (
     SampledToken,
     SamplingState,
-    check_vocabulary,
     choice_seed,
     philox,
     sample,
@@ -342,9 +341,3 @@ def test_a_row_with_every_token_banned_is_an_error():
 def test_logits_that_do_not_fit_the_states_are_refused():
     with pytest.raises(ValueError, match=r"shape \(2, 4\) for 1 states"):
         sample(np.zeros((2, 4), np.float32), [SamplingState(SamplingParams(), 0)])
-
-
-def test_a_bias_outside_the_vocabulary_is_refused_by_name():
-    check_vocabulary(SamplingParams(logit_bias={9: 1.0}), 10)
-    with pytest.raises(InvalidRequest, match=r"logit_bias\.10.*0 to 9"):
-        check_vocabulary(SamplingParams(logit_bias={10: 1.0}), 10)

@@ -100,5 +100,20 @@ def accuracy(config: tuple[str, ...], windows: int) -> None:
         _print({"model": model.name, **line})
 
 
+@bench.command()
+@config_option
+@click.option("--jobs", default=3000, show_default=True, help="Jobs of the saturated run.")
+@click.option("--rate", default=100.0, show_default=True, help="Requests a second of the latency run.")
+@click.option("--seconds", default=20.0, show_default=True, help="Length of the latency run.")
+@click.option("--port", default=8099, show_default=True, help="Port of the API under test.")
+def service(config: tuple[str, ...], jobs: int, rate: float, seconds: float, port: int) -> None:
+    """Throughput and latency of queue, worker and API around an engine that computes nothing."""
+    from wicore.bench.service import Setting, latency, saturated
+
+    setting = Setting(model=load_settings(config or None).model.path, port=port)
+    _print(saturated(setting, jobs))
+    _print(latency(setting, rate, seconds))
+
+
 def _print(line: Mapping[str, object]) -> None:
     click.echo(json.dumps(line))
