@@ -42,20 +42,14 @@ def app(redis_client: redis.Redis, valkey_server: EmbeddedValkey) -> Iterator[ce
     app.close()
 
 
-@pytest.fixture
-def site(redis_client: redis.Redis) -> Iterator[Site]:
-    site = Site(redis_client)
-    yield site
-    site.check()
-    site.close()
-
-
 def send(app: celery.Celery, **options: Any) -> Any:
     return app.send_task("wicore.generate", kwargs=KWARGS, task_id=str(uuid.uuid4()), **options)
 
 
 @pytest.mark.parametrize("level", Priority)
-def test_a_task_sent_by_celery_is_a_job_of_its_priority(app: celery.Celery, site: Site, level: Priority) -> None:
+def test_a_task_sent_by_celery_is_a_job_of_its_priority(
+    app: celery.Celery, site: Site, level: Priority
+) -> None:
     sent = send(app, priority=int(level), expires=60)
     (delivery,) = site.worker().pop(2)
     assert (delivery.job_id, delivery.level, delivery.body.prompt) == (sent.id, level, "Once")

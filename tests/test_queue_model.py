@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
+from tests.messages import pushed
 from tests.queue_site import Site
-from tests.test_queue import pushed
 from wicore.queue.consumer import Delivery
 from wicore.queue.scripts import Arg
 from wicore.request import STATUS_OF_TERMINAL, Priority, terminal_event
@@ -45,7 +45,11 @@ class QueueMachine(RuleBasedStateMachine):
         job = "same" if same_id else f"p{self.names}"
         self.client.lpush(self.site.keys.queue(level), pushed(job, "same" if same_tag else f"t{self.names}"))
 
-    @rule(raw=st.sampled_from([b"garbage", json.dumps({"headers": {"id": "bare"}}).encode(), pushed("odd", top_p=9)]))
+    @rule(
+        raw=st.sampled_from(
+            [b"garbage", json.dumps({"headers": {"id": "bare"}}).encode(), pushed("odd", top_p=9)]
+        )
+    )
     def push_malformed(self, raw: bytes) -> None:
         self.client.lpush("wicore", raw)
 
