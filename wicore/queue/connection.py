@@ -23,8 +23,8 @@ def connect(url: str, *, timeout: float = 5.0, max_connections: int = 100) -> re
 
     Commands that fail for want of a connection are tried twice more within a second, then raise. That can
     run a command twice: everything here that writes is safe to repeat. Connecting and answering may take
-    `timeout` seconds; idle connections are checked every 15 s before use. With all `max_connections` in
-    use a command waits for one, `timeout` seconds at most.
+    `timeout` seconds; idle connections are checked every 15 s before use. Who finds all
+    `max_connections` in use waits for one, up to `timeout`.
     Raises ConfigError for a URL that cannot be read.
     """
     # A unix socket needs no keepalive, and redis-py refuses to be asked.
@@ -32,8 +32,8 @@ def connect(url: str, *, timeout: float = 5.0, max_connections: int = 100) -> re
     try:
         pool = redis.BlockingConnectionPool.from_url(
             url,
-            **tcp,
             timeout=timeout,
+            **tcp,
             protocol=2,  # what the dedicated connections of consumer and relay speak, too
             decode_responses=False,
             socket_timeout=timeout,
@@ -42,12 +42,12 @@ def connect(url: str, *, timeout: float = 5.0, max_connections: int = 100) -> re
             retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), 2),
             max_connections=max_connections,
         )
-        return redis.Redis.from_pool(pool)
     except ValueError as err:
         raise ConfigError(
             f"redis.url: {err} (allowed: redis://host:port/db, rediss://..., unix:///path?db=0)",
             param="redis.url",
         ) from None
+    return redis.Redis.from_pool(pool)
 
 
 def address(client: redis.Redis) -> str:
