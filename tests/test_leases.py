@@ -365,3 +365,31 @@ def test_the_keeper_reports_a_job_called_off(new_site: Callable[..., Site]) -> N
         site.producer.cancel(job.id)
         assert keeper.told.wait(5)
     assert keeper.cancelled[0] == delivery
+
+
+def test_after_an_outage_the_keeper_renews_before_it_takes_from_others(
+    new_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = new_site(lease_s=0.3)
+    site.submit()
+    (delivery,) = site.worker().pop(1)
+    keeper = Keeper(site)
+    call, failures = keeper.keeper._scripts.call, iter(range(3))
+    after: list[str] = []
+    reaped = threading.Event()
+
+    def flaky(name: Any, *args: Any) -> Any:
+        if next(failures, None) is not None:
+            raise redis.ConnectionError("gone")
+        after.append(name)
+        if name == "reap":
+            reaped.set()
+        return call(name, *args)
+
+    monkeypatch.setattr(keeper.keeper._scripts, "call", flaky)
+    keeper.keeper.hold(delivery)
+    with keeper:
+        assert reaped.wait(5)
+
+    assert after[: after.index("reap")].count("renew") >= 2
+    assert keeper.lost == []
