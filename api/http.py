@@ -59,15 +59,26 @@ def _refuse_constant(name: str) -> Any:
 
 
 def read_json() -> Any:
-    """The JSON body of the current request; its size is bounded by Flask's MAX_CONTENT_LENGTH.
+    """The JSON body of the current request, at most MAX_CONTENT_LENGTH bytes of it read.
 
-    Whatever type it is declared as, since `curl -d` declares a form, and unless it can only be one.
+    Taken whatever it is declared as (`curl -d` declares a form), unless that cannot hold JSON.
+    Raises InvalidRequest as `loads` does or when the body cannot be read, and werkzeug's errors.
     """
     if request.mimetype.startswith("multipart/"):
         raise UnsupportedMediaType(
             f"Content-Type: must be application/json, with the JSON as the body (got {request.mimetype})"
         )
-    return loads(request.get_data(cache=False))
+    try:
+        data = request.get_data(cache=False)
+    except HTTPException:
+        raise
+    except Exception as err:
+        # Nothing but what the client sent can fail here, e.g. gunicorn's InvalidChunkSize.
+        raise InvalidRequest(f"body: cannot be read: {err}") from None
+    limit = request.max_content_length
+    if request.content_length is None and limit is not None and len(data) >= limit:
+        raise RequestEntityTooLarge  # werkzeug cuts a chunked body off without a word
+    return loads(data)
 
 
 def as_wicore_error(err: BaseException, request_id: str) -> WicoreError:
