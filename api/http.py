@@ -21,6 +21,8 @@ from wicore.errors import InvalidRequest, TooLarge, Unavailable, WicoreError
 log = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+MAX_KEYS = 2048
+"""No field has that many; a million unknown ones would take seconds to report."""
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 
@@ -38,11 +40,12 @@ def loads(data: bytes | str) -> Any:
     """Parse JSON from a client.
 
     Raises InvalidRequest that says where the first fault is: not UTF-8, not JSON, NaN or Infinity
-    (which Python's parser would take), nested too deeply, or a number with too many digits.
+    (which Python's parser would take), nested too deeply, a number with too many digits, or an object
+    with more than MAX_KEYS keys.
     """
     try:
         text = data.decode() if isinstance(data, bytes) else data
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_bounded_object)
     except UnicodeDecodeError as err:
         raise InvalidRequest(f"body: not valid UTF-8 at byte {err.start}") from None
     except json.JSONDecodeError as err:
@@ -52,6 +55,12 @@ def loads(data: bytes | str) -> Any:
         raise InvalidRequest("body: JSON nested too deeply") from None
     except ValueError as err:
         raise InvalidRequest(f"body: not valid JSON: {err}") from None
+
+
+def _bounded_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MAX_KEYS:
+        raise InvalidRequest(f"body: an object has {len(pairs)} keys; at most {MAX_KEYS} are allowed")
+    return dict(pairs)
 
 
 def _refuse_constant(name: str) -> Any:
