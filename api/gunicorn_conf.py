@@ -27,7 +27,8 @@ worker_class = "gevent"
 # Beyond the streams, room for the calls that come and go, so that those are still answered when all
 # streams are taken.
 worker_connections = _settings.api.max_sockets + 1000
-keepalive = 75
+# Short, because a stopping process waits for idle connections too.
+keepalive = 5
 timeout = 60
 graceful_timeout = 20
 limit_request_line = 8190

@@ -21,6 +21,8 @@ from wicore.errors import InvalidRequest, TooLarge, Unavailable, WicoreError
 log = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+MAX_KEYS = 2048
+"""No field has that many; a million unknown ones would take seconds to report."""
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 
@@ -38,11 +40,12 @@ def loads(data: bytes | str) -> Any:
     """Parse JSON from a client.
 
     Raises InvalidRequest that says where the first fault is: not UTF-8, not JSON, NaN or Infinity
-    (which Python's parser would take), nested too deeply, or a number with too many digits.
+    (which Python's parser would take), nested too deeply, a number with too many digits, or an object
+    with more than MAX_KEYS keys.
     """
     try:
         text = data.decode() if isinstance(data, bytes) else data
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_bounded_object)
     except UnicodeDecodeError as err:
         raise InvalidRequest(f"body: not valid UTF-8 at byte {err.start}") from None
     except json.JSONDecodeError as err:
@@ -54,20 +57,37 @@ def loads(data: bytes | str) -> Any:
         raise InvalidRequest(f"body: not valid JSON: {err}") from None
 
 
+def _bounded_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MAX_KEYS:
+        raise InvalidRequest(f"body: an object has {len(pairs)} keys; at most {MAX_KEYS} are allowed")
+    return dict(pairs)
+
+
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
 
 
 def read_json() -> Any:
-    """The JSON body of the current request; its size is bounded by Flask's MAX_CONTENT_LENGTH.
+    """The JSON body of the current request, at most MAX_CONTENT_LENGTH bytes of it read.
 
-    Whatever type it is declared as, since `curl -d` declares a form, and unless it can only be one.
+    Taken whatever it is declared as (`curl -d` declares a form), unless that cannot hold JSON.
+    Raises InvalidRequest as `loads` does or when the body cannot be read, and werkzeug's errors.
     """
     if request.mimetype.startswith("multipart/"):
         raise UnsupportedMediaType(
             f"Content-Type: must be application/json, with the JSON as the body (got {request.mimetype})"
         )
-    return loads(request.get_data(cache=False))
+    try:
+        data = request.get_data(cache=False)
+    except HTTPException:
+        raise
+    except Exception as err:
+        # Nothing but what the client sent can fail here, e.g. gunicorn's InvalidChunkSize.
+        raise InvalidRequest(f"body: cannot be read: {err}") from None
+    limit = request.max_content_length
+    if request.content_length is None and limit is not None and len(data) >= limit:
+        raise RequestEntityTooLarge  # werkzeug cuts a chunked body off without a word
+    return loads(data)
 
 
 def as_wicore_error(err: BaseException, request_id: str) -> WicoreError:

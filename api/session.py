@@ -41,7 +41,7 @@ class Session:
         self._services = services
         self._stopping = stopping
         self._request_id = request_id
-        self._outbox: queue.Queue[str] = queue.Queue(services.settings.api.stream_buffer)
+        self._outbox: queue.Queue[str | None] = queue.Queue(services.settings.api.stream_buffer)
         self._followed: set[str] = set()
         self._closed = threading.Event()
         self._goodbye: tuple[int, str] | None = None
@@ -62,13 +62,20 @@ class Session:
                 elif message is not None:
                     self._handle(message)
         finally:
-            self._closed.set()
+            self._close()
             writer.join()
 
     def _leave(self, code: int, reason: str) -> None:
         """Make the writer close the socket, once it is done with the frame it is sending."""
         self._goodbye = (code, reason)
+        self._close()
+
+    def _close(self) -> None:
         self._closed.set()
+        try:
+            self._outbox.put_nowait(None)  # wakes a writer that waits
+        except queue.Full:
+            pass  # then it does not wait
 
     # --- commands -------------------------------------------------------------------------------
 
@@ -94,7 +101,8 @@ class Session:
                     f"ref: must be a string or whole number of at most {MAX_REF} characters", param="ref"
                 )
             tags["ref"] = ref
-        if command.get("type") not in self._COMMANDS:
+        kind = command.get("type")
+        if not isinstance(kind, str) or kind not in self._COMMANDS:
             allowed = ", ".join(self._COMMANDS)
             raise InvalidRequest(f"type: must be one of {allowed}", param="type")
         return command
@@ -172,11 +180,8 @@ class Session:
 
     def _write(self) -> None:
         try:
-            while not self._closed.is_set():
-                try:
-                    self._ws.send(self._outbox.get(timeout=streams.TICK_S))
-                except queue.Empty:
-                    pass
+            while (frame := self._outbox.get()) is not None and not self._closed.is_set():
+                self._ws.send(frame)
             if self._goodbye is not None:
                 self._ws.close(*self._goodbye)
         except GONE:

@@ -1,26 +1,42 @@
-"""The real server process: gunicorn with gevent, real sockets, real clients; the queue in memory."""
+"""The real processes: gunicorn with gevent, a worker on the tiny checkpoint, real sockets and clients."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
-import sys
-import threading
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 import simple_websocket
 
-ROOT = Path(__file__).parent.parent
+from tests.services import api_process, settings_for, worker_process
+from wicore.config import Settings
+from wicore.queue.embedded import EmbeddedValkey
+
+pytestmark = pytest.mark.valkey
+
 START_S = 30
+MAX_SOCKETS = 20
+LONG = {"prompt": "a", "max_tokens": 3500, "ignore_eos": True}
+"""Runs for seconds: until it is cancelled."""
+HANDSHAKE = {
+    "Connection": "Upgrade",
+    "Upgrade": "websocket",
+    "Sec-WebSocket-Version": "13",
+    "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+}
 
 
 def free_port() -> int:
@@ -29,44 +45,60 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(port: int, **environ: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "gunicorn", "--config", "python:api.gunicorn_conf", "gunicorn_app:app"]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-            "WICORE_API__PORT": str(port),
-            "WICORE_API__MAX_SOCKETS": "20",
-            "WICORE_API__MAX_BODY_BYTES": str(2**20),
-            **environ,
-        },
-    )
-
-
-def wait_until_up(port: int, process: subprocess.Popen[bytes]) -> None:
+def start_api(settings: Settings) -> subprocess.Popen[bytes]:
+    """A running API process, answering."""
+    process = api_process(settings)
     deadline = time.monotonic() + START_S
     while True:
         try:
-            httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).raise_for_status()
-            return
+            httpx.get(f"http://127.0.0.1:{settings.api.port}/health", timeout=5).raise_for_status()
+            return process
         except httpx.TransportError:
             assert process.poll() is None, "gunicorn exited"
             assert time.monotonic() < deadline, "gunicorn did not start"
             time.sleep(0.05)
 
 
-@pytest.fixture(scope="module")
-def port() -> Iterator[int]:
-    port = free_port()
-    process = start(port)
+def stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
     try:
-        wait_until_up(port, process)
-        yield port
-    finally:
-        process.terminate()
         process.wait(30)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def service_settings(url: str, prefix: str) -> Settings:
+    return settings_for(
+        url,
+        redis__prefix=prefix,
+        api__port=free_port(),
+        api__max_sockets=MAX_SOCKETS,
+        api__max_body_bytes=2**20,
+        hmt__device_tokens=65_536,
+    )
+
+
+@pytest.fixture(scope="module")
+def settings(valkey_url: str) -> Settings:
+    return service_settings(valkey_url, "process")
+
+
+@pytest.fixture(scope="module")
+def port(settings: Settings) -> Iterator[int]:
+    """Of a whole service: API and worker, each a process."""
+    worker = worker_process(settings)
+    try:
+        api = start_api(settings)
+        try:
+            ready = httpx.Client(base_url=f"http://127.0.0.1:{settings.api.port}", timeout=20)
+            with ready:
+                wait_for(lambda: ready.get("/ready").status_code == 200)
+            yield settings.api.port
+        finally:
+            stop(api)
+    finally:
+        stop(worker)
 
 
 @pytest.fixture
@@ -104,10 +136,11 @@ class Socket:
         return frames
 
     def close_code(self) -> int:
-        with pytest.raises(simple_websocket.ConnectionClosed) as closed:
+        try:
             while True:
                 assert self.ws.receive(timeout=20) is not None, "not closed"
-        return int(closed.value.reason)
+        except simple_websocket.ConnectionClosed as closed:
+            return int(closed.reason)
 
     def __enter__(self) -> Socket:
         return self
@@ -118,10 +151,19 @@ class Socket:
         self.ws.thread.join(20)
 
 
-def submit(http: httpx.Client, prompt: str) -> str:
-    answer = http.post("/v1/jobs", json={"kind": "completion", "prompt": prompt})
+def submit(http: httpx.Client, **fields: Any) -> str:
+    body = {"kind": "completion", "prompt": "Once", "max_tokens": 3, "ignore_eos": True, **fields}
+    answer = http.post("/v1/jobs", json=body)
     assert answer.status_code == 202
     return str(answer.json()["id"])
+
+
+def record(http: httpx.Client, job: str) -> Any:
+    return http.get(f"/v1/jobs/{job}").json()
+
+
+def wait_for_status(http: httpx.Client, job: str, status: str) -> None:
+    wait_for(lambda: record(http, job)["status"] == status)
 
 
 def wait_for(condition: Any) -> None:
@@ -134,29 +176,42 @@ def wait_for(condition: Any) -> None:
 # --- the official client --------------------------------------------------------------------------
 
 
-def test_the_official_client_gets_a_chat_completion(ai: openai.OpenAI) -> None:
-    answer = ai.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "a b"}])
-    assert answer.choices[0].message.content == "a b "
-    assert answer.usage is not None
-    assert answer.usage.completion_tokens == 2
+CHAT: Any = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "temperature": 0}
 
 
-def test_the_official_client_streams_a_chat_and_its_usage(ai: openai.OpenAI) -> None:
-    stream = ai.chat.completions.create(
-        model="tiny",
-        messages=[{"role": "user", "content": "a b"}],
-        stream=True,
-        stream_options={"include_usage": True},
+def test_the_official_client_gets_the_same_chat_whole_and_streamed(ai: openai.OpenAI) -> None:
+    whole = ai.chat.completions.create(**CHAT, max_tokens=8)
+    chunks = list(
+        ai.chat.completions.create(**CHAT, max_tokens=8, stream=True, stream_options={"include_usage": True})
     )
-    chunks = list(stream)
-    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "a b "
-    assert chunks[-1].usage is not None
-    assert chunks[-1].usage.total_tokens == 5
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    assert text
+    assert chunks[-1].usage == whole.usage
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 8
 
 
-def test_the_official_client_streams_a_completion(ai: openai.OpenAI) -> None:
-    stream = ai.completions.create(model="tiny", prompt="a b", stream=True)
-    assert "".join(c.choices[0].text for c in stream) == "a b "
+def test_the_official_client_gets_the_same_choices_whole_and_streamed(ai: openai.OpenAI) -> None:
+    asked: Any = {"model": "tiny", "prompt": "Once", "max_tokens": 5, "n": 2, "seed": 5, "logprobs": 2}
+    whole = ai.completions.create(**asked)
+    streamed: dict[int, str] = {0: "", 1: ""}
+    tokens: dict[int, list[str]] = {0: [], 1: []}
+    for chunk in ai.completions.create(**asked, stream=True):
+        (choice,) = chunk.choices
+        streamed[choice.index] += choice.text
+        tokens[choice.index] += choice.logprobs.tokens if choice.logprobs else []
+    assert [streamed[c.index] for c in whole.choices] == [c.text for c in whole.choices]
+    assert [tokens[c.index] for c in whole.choices] == [c.logprobs.tokens for c in whole.choices]
+    assert streamed[0] != streamed[1]
+
+
+def test_the_official_client_can_stop_at_a_string(ai: openai.OpenAI) -> None:
+    asked: Any = {"model": "tiny", "prompt": "Once", "max_tokens": 30, "temperature": 0}
+    whole = ai.completions.create(**asked, extra_body={"ignore_eos": True}).choices[0].text
+    stop = whole[len(whole) // 2 :][:2]
+    cut = ai.completions.create(**asked, stop=stop, extra_body={"ignore_eos": True}).choices[0]
+    assert (cut.text, cut.finish_reason) == (whole.partition(stop)[0], "stop")
 
 
 def test_the_official_client_raises_its_own_errors(ai: openai.OpenAI) -> None:
@@ -171,29 +226,32 @@ def test_the_official_client_raises_its_own_errors(ai: openai.OpenAI) -> None:
 
 
 def test_a_token_is_sent_before_the_next_one_exists(http: httpx.Client) -> None:
-    with http.stream("POST", "/v1/completions", json={"prompt": "a wait", "stream": True}) as answer:
-        lines = answer.iter_lines()
-        assert '"text":"a "' in next(line for line in lines if line.startswith("data: "))
+    with http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as answer:
+        assert '"text":' in next(line for line in answer.iter_lines() if line.startswith("data: "))
         job = answer.headers["X-Job-Id"]
-        assert http.get(f"/v1/jobs/{job}").json()["status"] == "running"
+        assert record(http, job)["status"] == "running"
+    wait_for_status(http, job, "cancelled")
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_waiting_call_whose_client_leaves_is_cancelled(http: httpx.Client, port: int, stream: bool) -> None:
-    user = f"leaver-{stream}"
-    body = json.dumps({"prompt": "a wait", "stream": stream, "user": user}).encode()
+    leaver = {"leaver": str(stream)}
+
+    def jobs() -> list[Any]:
+        return [j for j in http.get("/v1/jobs?limit=100").json()["data"] if j["metadata"] == leaver]
+
+    body = json.dumps({**LONG, "stream": stream, "metadata": leaver}).encode()
     with socket.create_connection(("127.0.0.1", port), 20) as client:
         client.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
         )
-        wait_for(lambda: http.get(f"/test/job-of/{user}").json()["id"])
-    job = http.get(f"/test/job-of/{user}").json()["id"]
-    wait_for(lambda: http.get(f"/v1/jobs/{job}").json()["status"] == "cancelled")
+        wait_for(lambda: [job["status"] for job in jobs()] == ["running"])
+    wait_for(lambda: [job["status"] for job in jobs()] == ["cancelled"])
 
 
 def test_a_job_goes_on_when_a_follower_leaves(http: httpx.Client) -> None:
-    job = submit(http, "a wait")
+    job = submit(http, **LONG)
     with http.stream("GET", f"/v1/jobs/{job}/events") as answer:
         assert next(answer.iter_lines())
     assert http.get(f"/v1/jobs/{job}").json()["status"] == "running"
@@ -238,8 +296,8 @@ def test_garbage_on_the_wire_is_refused_and_the_server_lives(
 
 
 def test_a_socket_that_joins_late_gets_every_event(http: httpx.Client, port: int) -> None:
-    job = submit(http, "a b c")
-    wait_for(lambda: http.get(f"/v1/jobs/{job}").json()["status"] == "succeeded")
+    job = submit(http)
+    wait_for_status(http, job, "succeeded")
     with Socket(port, f"/v1/jobs/{job}/stream") as ws:
         frames = ws.until_end()
         assert [f["seq"] for f in frames] == [1, 2, 3, 4, 5]
@@ -247,14 +305,27 @@ def test_a_socket_that_joins_late_gets_every_event(http: httpx.Client, port: int
         assert ws.close_code() == 1000
 
 
-def test_a_socket_that_drops_resumes_without_gap_or_repeat(http: httpx.Client, port: int) -> None:
-    job = submit(http, "a b wait")
+def test_a_socket_that_drops_at_any_event_resumes_without_gap_or_repeat(
+    http: httpx.Client, port: int
+) -> None:
+    job = submit(http, max_tokens=12)
+    seen: list[Any] = []
+    while not seen or seen[-1]["type"] != "done":
+        with Socket(port, f"/v1/jobs/{job}/stream?from={len(seen) + 1}") as ws:
+            seen.append(ws.receive())  # and drop
+    assert [f["seq"] for f in seen] == list(range(1, 15))
+    assert "".join(f.get("text", "") for f in seen) == record(http, job)["result"]["choices"][0]["text"]
+
+
+def test_a_running_job_is_resumed_and_its_cancel_is_seen(http: httpx.Client, port: int) -> None:
+    job = submit(http, **LONG)
     with Socket(port, f"/v1/jobs/{job}/stream") as ws:
-        seen = [ws.receive()["seq"], ws.receive()["seq"]]
-    with Socket(port, f"/v1/jobs/{job}/stream?from={seen[-1] + 1}") as ws:
+        seen = [ws.receive()["seq"] for _ in range(3)]
+    with Socket(port, f"/v1/jobs/{job}/stream?from=4") as ws:
         http.delete(f"/v1/jobs/{job}")
         frames = ws.until_end()
-    assert seen + [f["seq"] for f in frames] == [1, 2, 3, 4]
+    seen += [f["seq"] for f in frames]
+    assert seen == list(range(1, len(seen) + 1))
     assert frames[-1]["type"] == "cancelled"
 
 
@@ -264,13 +335,7 @@ def test_a_socket_that_drops_resumes_without_gap_or_repeat(http: httpx.Client, p
 def test_a_handshake_that_cannot_be_served_is_an_http_error(
     http: httpx.Client, path: str, status: int
 ) -> None:
-    headers = {
-        "Connection": "Upgrade",
-        "Upgrade": "websocket",
-        "Sec-WebSocket-Version": "13",
-        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
-    }
-    answer = http.get(path, headers=headers)
+    answer = http.get(path, headers=HANDSHAKE)
     assert answer.status_code == status
     assert answer.json()["error"]["message"]
 
@@ -280,43 +345,51 @@ def test_a_plain_request_to_a_socket_is_refused(http: httpx.Client) -> None:
 
 
 def test_a_socket_that_only_sends_refuses_commands(http: httpx.Client, port: int) -> None:
-    job = submit(http, "a wait")
+    job = submit(http, **LONG)
     with Socket(port, f"/v1/jobs/{job}/stream") as ws:
         ws.send("hello")
-        kinds = [ws.receive()["type"] for _ in range(3)]
+        while ws.receive()["type"] != "error":
+            pass
         http.delete(f"/v1/jobs/{job}")
         assert ws.until_end()[-1]["type"] == "cancelled"
-    assert kinds == ["started", "token", "error"]
 
 
 # --- websocket of many jobs -----------------------------------------------------------------------
 
 
-def test_many_jobs_share_a_socket(port: int) -> None:
+TELL = {"kind": "completion", "prompt": "Tell", "max_tokens": 2, "ignore_eos": True}
+
+
+def test_many_jobs_share_a_socket(http: httpx.Client, port: int) -> None:
     with Socket(port, "/v1/stream") as ws:
         for ref in ("one", "two"):
-            ws.send({"type": "submit", "ref": ref, "kind": "completion", "prompt": f"{ref} more"})
+            ws.send({**TELL, "type": "submit", "ref": ref})
         frames: list[Any] = []
         while sum(f["type"] == "done" for f in frames) < 2:
             frames.append(ws.receive())
     jobs = {f["ref"]: f["job"] for f in frames if f["type"] == "accepted"}
-    for ref, job in jobs.items():
+    assert set(jobs) == {"one", "two"}
+    for job in jobs.values():
         own = [f for f in frames if f["job"] == job and f["type"] != "accepted"]
         assert [f["seq"] for f in own] == [1, 2, 3, 4]
-        assert "".join(f.get("text", "") for f in own) == f"{ref} more "
+        text = "".join(f.get("text", "") for f in own)
+        assert text == record(http, job)["result"]["choices"][0]["text"]
 
 
 def test_a_job_is_resumed_and_cancelled_on_another_socket(port: int) -> None:
     with Socket(port, "/v1/stream") as ws:
-        ws.send({"type": "submit", "ref": 1, "kind": "completion", "prompt": "a wait"})
+        ws.send({**TELL, **LONG, "type": "submit", "ref": 1})
         job = ws.receive()["job"]
         assert [ws.receive()["seq"], ws.receive()["seq"]] == [1, 2]
     with Socket(port, "/v1/stream") as ws:
         ws.send({"type": "resume", "job": job, "from": 2})
         assert ws.receive()["seq"] == 2
         ws.send({"type": "cancel", "ref": "c", "job": job})
-        frames = [ws.receive(), ws.receive()]
-    assert sorted(f["type"] for f in frames) == ["cancelled", "cancelling"]
+        frames = ws.until_end()
+    own = [f["seq"] for f in frames if "seq" in f]
+    assert own == list(range(3, 3 + len(own)))
+    assert [f["ref"] for f in frames if f["type"] == "cancelling"] == ["c"]
+    assert frames[-1]["type"] == "cancelled"
 
 
 @pytest.mark.parametrize(
@@ -346,16 +419,17 @@ def test_a_bad_frame_is_answered_and_the_socket_lives(port: int, message: Any, w
         answer = ws.receive()
         assert answer["type"] == "error"
         assert words in answer["error"]["message"]
-        ws.send({"type": "submit", "ref": "r", "kind": "completion", "prompt": "a"})
+        ws.send({**TELL, "type": "submit", "ref": "r"})
         assert ws.until_end()[-1]["type"] == "done"
 
 
 def test_a_job_followed_twice_on_one_socket_is_a_conflict(port: int) -> None:
     with Socket(port, "/v1/stream") as ws:
-        ws.send({"type": "submit", "kind": "completion", "prompt": "wait"})
+        ws.send({**TELL, **LONG, "type": "submit"})
         job = ws.receive()["job"]
         ws.send({"type": "resume", "ref": 2, "job": job})
-        answer = ws.receive()
+        while (answer := ws.receive())["type"] != "error":
+            pass
         assert (answer["ref"], answer["error"]["code"]) == (2, "conflict")
         ws.send({"type": "cancel", "job": job})
 
@@ -369,55 +443,129 @@ def test_a_frame_over_the_limit_closes_the_socket(http: httpx.Client, port: int)
 
 def test_a_slow_reader_gets_whole_frames(http: httpx.Client, port: int) -> None:
     # Far more than the socket buffers hold, sent while nobody reads: a part sent is not a frame sent.
-    job = submit(http, "flood8000")
-    wait_for(lambda: http.get(f"/v1/jobs/{job}").json()["status"] == "succeeded")
-    ready = threading.Event()
+    job = submit(http, n=16, max_tokens=64, logprobs=20)
+    wait_for_status(http, job, "succeeded")
     with Socket(port, "/v1/stream") as ws:
-        ws.ws.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        ws.ws.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
         ws.send({"type": "resume", "job": job})
-        ready.wait(0.5)
-        assert [f["seq"] for f in ws.until_end()] == list(range(1, 8003))
+        time.sleep(0.5)  # not reading, so that the server fills every buffer on the way
+        assert [f["seq"] for f in ws.until_end()] == list(range(1, 16 * 64 + 3))
 
 
 def test_sockets_over_the_limit_are_refused_and_room_returns(http: httpx.Client, port: int) -> None:
-    sockets = [Socket(port, "/v1/stream") for _ in range(20)]
-    try:
-        with pytest.raises(simple_websocket.ConnectionError, match="503"):
-            Socket(port, "/v1/stream")
+    with ExitStack() as held:
+        for _ in range(MAX_SOCKETS):
+            held.enter_context(Socket(port, "/v1/stream"))
+        refused = http.get("/v1/stream", headers=HANDSHAKE)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
         assert http.get("/health").status_code == 200
-    finally:
-        for ws in sockets:
-            ws.__exit__()
-
-    def room() -> bool:
-        try:
-            Socket(port, "/v1/stream").__exit__()
-        except simple_websocket.ConnectionError:
-            return False
-        return True
-
-    wait_for(room)
+    # An event stream takes a slot of the same kind.
+    wait_for(lambda: http.post("/v1/completions", json={"prompt": "a", "stream": True}).status_code == 200)
 
 
-# --- stopping -------------------------------------------------------------------------------------
+# --- events over HTTP -----------------------------------------------------------------------------
 
 
-def test_a_stopping_server_ends_streams_to_be_resumed_and_cancels_nothing() -> None:
-    port = free_port()
-    process = start(port)
+def test_events_resume_after_the_last_event_id(http: httpx.Client) -> None:
+    job = submit(http, max_tokens=6)
+    whole = http.get(f"/v1/jobs/{job}/events").text
+    assert [int(x[4:]) for x in whole.splitlines() if x.startswith("id: ")] == list(range(1, 9))
+    rest = http.get(f"/v1/jobs/{job}/events", headers={"Last-Event-ID": "5"}).text
+    assert [int(x[4:]) for x in rest.splitlines() if x.startswith("id: ")] == [6, 7, 8]
+
+
+# --- stopping, dying, coming back -----------------------------------------------------------------
+
+
+@pytest.fixture
+def second(settings: Settings) -> Settings:
+    """For another API process on the same queue."""
+    return settings.model_copy(update={"api": settings.api.model_copy(update={"port": free_port()})})
+
+
+def test_a_stopping_server_ends_streams_to_be_resumed_and_cancels_nothing(
+    http: httpx.Client, second: Settings
+) -> None:
+    api = start_api(second)
     try:
-        wait_until_up(port, process)
-        with (
-            httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as http,
-            Socket(port, "/v1/stream") as many,
-        ):
-            job = submit(http, "a wait")
-            with Socket(port, f"/v1/jobs/{job}/stream") as one:
-                assert one.receive()["type"] == "started"
-                process.send_signal(signal.SIGTERM)
+        job = submit(http, **LONG)
+        with Socket(second.api.port, "/v1/stream") as many:
+            with Socket(second.api.port, f"/v1/jobs/{job}/stream") as one:
+                assert one.receive()["seq"] == 1
+                api.send_signal(signal.SIGTERM)
                 assert one.close_code() == 1012
             assert many.close_code() == 1012
-        assert process.wait(30) == 0
+        assert api.wait(30) == 0
+        assert record(http, job)["status"] == "running"
     finally:
+        stop(api)
+    http.delete(f"/v1/jobs/{job}")
+
+
+def kill(api: subprocess.Popen[bytes]) -> None:
+    """Master first, which would replace its workers."""
+    workers = psutil.Process(api.pid).children()
+    for process in (api, *workers):
         process.kill()
-        process.wait()
+        process.wait(20)
+
+
+def test_a_killed_api_costs_no_event(http: httpx.Client, second: Settings) -> None:
+    base = f"http://127.0.0.1:{second.api.port}"
+    seen: list[int] = []
+
+    def read(job: str, until: int) -> None:
+        headers = {"Last-Event-ID": str(len(seen))}
+        with httpx.stream("GET", f"{base}/v1/jobs/{job}/events", headers=headers) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("id: "):
+                    seen.append(int(line[4:]))
+                    if len(seen) == until:
+                        return
+
+    api = start_api(second)
+    try:
+        job = httpx.post(f"{base}/v1/jobs", json={"kind": "completion", **LONG}).json()["id"]
+        read(job, 10)
+    finally:
+        kill(api)
+    api = start_api(second)
+    try:
+        read(job, 3502)
+    finally:
+        stop(api)
+    assert seen == list(range(1, 3503))
+    assert (record(http, job)["status"], record(http, job)["attempts"]) == ("succeeded", 1)
+
+
+def test_without_redis_calls_are_503_and_all_recovers_when_it_is_back() -> None:
+    folder = Path(tempfile.mkdtemp(prefix="wicore-"))
+    server = EmbeddedValkey(folder)
+    server.start()
+    settings = service_settings(server.url, "outage")
+    api = start_api(settings)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{settings.api.port}", timeout=20) as http:
+            job = submit(http)
+            with http.stream("GET", f"/v1/jobs/{job}/events") as events:
+                lines = events.iter_lines()
+                assert next(lines) == f": job {job}"
+                assert server.pid is not None
+                os.kill(server.pid, signal.SIGKILL)
+                for method, path in (("POST", "/v1/completions"), ("GET", f"/v1/jobs/{job}")):
+                    answer = http.request(method, path, json=LONG if method == "POST" else None)
+                    assert answer.status_code == 503
+                    assert "cannot be reached" in answer.json()["error"]["message"]
+                    assert int(answer.headers["Retry-After"]) >= 1
+                assert "cannot be reached" in http.get("/ready").json()["missing"][0]
+                server.stop()
+                server = EmbeddedValkey(folder)
+                server.start()
+                wait_for(lambda: http.get(f"/v1/jobs/{job}").status_code == 200)
+                http.delete(f"/v1/jobs/{job}")
+                last = [line for line in lines if line.startswith("data: ")][-1]
+                assert json.loads(last.removeprefix("data: "))["type"] == "cancelled"
+    finally:
+        stop(api)
+        server.stop()
+        shutil.rmtree(folder)

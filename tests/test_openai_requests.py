@@ -3,10 +3,11 @@
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from wicore.errors import InvalidRequest
 from wicore.openai import chat_request, completion_request
-from wicore.request import Priority
+from wicore.request import JobBody, Priority
 
 HELLO = [{"role": "user", "content": "Hello"}]
 IMAGE = [{"role": "user", "content": [{"type": "image_url", "text": ""}]}]
@@ -136,6 +137,20 @@ def test_a_bad_or_unsupported_completion_field_is_named(field: str, extra: dict[
     with pytest.raises(InvalidRequest) as caught:
         completion_request({"prompt": "a", **extra})
     assert caught.value.param == field
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kind": "completion", "prompt": [-1] * 1000},
+        {"messages": [{}] * 1000},
+        {"messages": [{"role": "user", "content": [{}] * 1000}]},
+    ],
+)
+def test_a_long_list_of_faults_fails_at_the_first_one(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        JobBody.model_validate(fields)
+    assert caught.value.error_count() < 10
 
 
 @pytest.mark.parametrize("data", [None, 3, "x", [], [{}]])

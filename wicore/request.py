@@ -135,7 +135,7 @@ class Message(_Strict):
     """One chat turn. Gemma has no system role: system text is put before the first user turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[ContentPart]
+    content: Text | Annotated[list[ContentPart], Field(fail_fast=True)]
     name: Text | None = None
 
     def text(self) -> str:
@@ -149,8 +149,12 @@ class JobBody(SamplingParams):
 
     kind: JobKind = "chat"
     model: Annotated[Text | None, Field(max_length=256)] = None
-    messages: Annotated[list[Message], Field(max_length=4096)] | None = None
-    prompt: Text | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True, max_length=4096)] | None = None
+    prompt: (
+        Text | Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True, min_length=1)] | None
+    ) = None
+    """Text or token ids. Lists that may be long fail at the first fault: 20 MB of faults, each with its
+    report, would take half a minute and gigabytes."""
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     """None: 16 for completions (OpenAI's default), the rest of the context for chat."""
     n: Annotated[int, Field(ge=1, le=16)] = 1
