@@ -127,7 +127,7 @@ def test_a_bad_variable_is_named_with_its_fix(environ: dict[str, str], parts: li
         ("api: {1: 2}", ["api.1 in ", "unknown setting"]),
         ("api: {port: [1]}", ["api.port in ", "[1]", "a whole number"]),
         ("model: {path: 5}", ["model.path in ", "5", "text"]),
-        ("hmt: {block_tokens: 3}", ["hmt.block_tokens in ", "3", "at least 8, at most 256"]),
+        ("hmt: {block_tokens: 3}", ["hmt.block_tokens in ", "3", "at least 16, at most 128"]),
         ("api: {port: null}", ["api.port in ", "null", "a whole number"]),
         ("- 1", ["mine.yaml", "must be a mapping"]),
         ("5", ["mine.yaml", "must be a mapping"]),

@@ -91,7 +91,9 @@ def test_the_result_holds_every_choice_and_the_usage(tiny, tiny_tokenizer) -> No
     assert result["usage"]["completion_tokens"] == 6
 
 
-def test_choices_draw_from_seeds_of_their_own_and_an_attempt_does_not_change_them(tiny, tiny_tokenizer) -> None:
+def test_choices_draw_from_seeds_of_their_own_and_an_attempt_does_not_change_them(
+    tiny, tiny_tokenizer
+) -> None:
     body = completion(max_tokens=3, n=3)
     first = [r.sampling.seed for _, r in start(body, tiny, tiny_tokenizer).requests(0)]
     again = [r.sampling.seed for _, r in start(body, tiny, tiny_tokenizer).requests(50)]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from wicore.engine.base import SequenceInput, StepPlan
 from wicore.engine.cpu import CpuEngine
+from wicore.engine.cpu.weights import WeightFormat
 from wicore.model import Model
 from wicore.request import SamplingParams
 from wicore.sampling import SamplingState
@@ -24,7 +25,11 @@ WINDOW = 384
 _BLOCK = 32
 _ROWS = 64
 """Positions compared at a time: a row of logits is a megabyte."""
-_STORIES = ("Once upon a time in a small village,", "The history of the city begins", "My favourite recipe is")
+_STORIES = (
+    "Once upon a time in a small village,",
+    "The history of the city begins",
+    "My favourite recipe is",
+)
 
 Float = NDArray[np.float32]
 Line = dict[str, object]
@@ -33,7 +38,7 @@ Line = dict[str, object]
 def measure(model: Model, windows: int) -> Iterator[Line]:
     """One line a kind of text and one for all: agreement of the likeliest token, and mean KL divergence
     (nats, float32 from 8-bit) a position. `windows` are scored of each kind."""
-    exact, rounded = (_engine(model, weights) for weights in ("float32", "int8"))
+    exact, rounded = _engine(model, "float32"), _engine(model, "int8")
     agree: list[NDArray[np.bool_]] = []
     divergence: list[NDArray[np.float64]] = []
     for kind, texts in _texts(model, exact, windows).items():
@@ -56,11 +61,10 @@ def _line(kind: str, agree: NDArray[np.bool_], divergence: NDArray[np.float64]) 
     }
 
 
-def _engine(model: Model, weights: str) -> CpuEngine:
+def _engine(model: Model, weights: WeightFormat) -> CpuEngine:
     blocks = WINDOW // _BLOCK + 1
-    form = "int8" if weights == "int8" else "float32"
     return CpuEngine(
-        model.checkpoint, weights=form, block_tokens=_BLOCK, global_blocks=blocks, window_blocks=blocks
+        model.checkpoint, weights=weights, block_tokens=_BLOCK, global_blocks=blocks, window_blocks=blocks
     )
 
 

@@ -111,7 +111,12 @@ def latency(setting: Setting, rate: float, seconds: float) -> Line:
 
 
 def _body(setting: Setting) -> Line:
-    return {"kind": "completion", "prompt": "Once upon a time", "max_tokens": setting.tokens, "ignore_eos": True}
+    return {
+        "kind": "completion",
+        "prompt": "Once upon a time",
+        "max_tokens": setting.tokens,
+        "ignore_eos": True,
+    }
 
 
 class _Load:

@@ -25,7 +25,9 @@ def bench() -> None:
 @config_option
 @click.option("--engine", "kind", type=click.Choice(["cpu"]), default="cpu", show_default=True)
 @click.option("--peer", type=click.Choice(["llama.cpp"]), help="Measure it in the same run.")
-@click.option("--batch", "batches", multiple=True, type=click.IntRange(1), default=(1, 8, 16), show_default=True)
+@click.option(
+    "--batch", "batches", multiple=True, type=click.IntRange(1), default=(1, 8, 16), show_default=True
+)
 @click.option("--context", default=128, show_default=True, help="Prompt tokens before decoding.")
 @click.option("--prompt", "prompts", multiple=True, type=click.IntRange(1), default=(512,), show_default=True)
 @click.option("--steps", default=32, show_default=True, help="Decode steps a round.")
