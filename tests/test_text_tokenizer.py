@@ -78,11 +78,7 @@ def test_a_byte_piece_is_one_byte_and_control_is_none(tiny_tokenizer: Tokenizer)
 
 
 def test_bytes_that_are_no_text_become_replacement_characters(tiny_tokenizer: Tokenizer) -> None:
-    first, *rest = (
-        tiny_tokenizer.encode("é", bos=False)
-        if tiny_tokenizer.encode("é", bos=False)[1:]
-        else (tiny_tokenizer.encode("\U0001f600", bos=False))
-    )
+    first, *rest = tiny_tokenizer.encode("\U0001f600", bos=False)
     assert rest
     assert tiny_tokenizer.decode([first]) == "\ufffd"
 
