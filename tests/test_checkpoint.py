@@ -326,9 +326,9 @@ def test_a_file_that_is_no_safetensors_is_refused(folder: Path, data: bytes) -> 
 
 def test_a_header_longer_than_the_format_allows_is_not_read(folder: Path) -> None:
     with (folder / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", 1 << 40))
-        file.truncate(1 << 41)  # sparse
-    assert f"found a length of {1 << 40}" in refused(folder)
+        file.write(struct.pack("<Q", 1 << 30))
+        file.truncate((1 << 30) + 8)  # sparse
+    assert f"found a length of {1 << 30}" in refused(folder)
 
 
 @pytest.mark.parametrize(
