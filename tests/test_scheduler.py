@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 
 import pytest
-from checking_engine import VOCABULARY, CheckingEngine, undisturbed
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.checking_engine import VOCABULARY, CheckingEngine, undisturbed
 from wicore.engine.base import KVLayout, StepResult
 from wicore.errors import ConfigError, EngineError, TooLarge
 from wicore.hmt import CacheManager
