@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import redis
 
@@ -22,6 +23,10 @@ from wicore.queue.connection import connect
 from wicore.queue.embedded import EmbeddedValkey
 
 pytest_plugins = ["tests.fixtures.plugin"]
+
+# How long an example takes says nothing on a shared machine.
+hypothesis.settings.register_profile("wicore", deadline=None)
+hypothesis.settings.load_profile("wicore")
 
 
 @pytest.fixture(scope="session")
