@@ -170,3 +170,13 @@ def test_the_error_carries_the_key_as_it_was_written() -> None:
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(ValidationError):
         Settings().api.port = 1  # type: ignore[misc]
+
+
+def test_the_null_engine_can_be_named_where_null_means_none(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("engine: {kind: null}\nmodel: {name: null}\n")
+    for settings in (
+        load_settings(file, environ={}),
+        load_settings(environ={"WICORE_ENGINE__KIND": "null", "WICORE_MODEL__NAME": "null"}),
+    ):
+        assert (settings.engine.kind, settings.model.name) == ("null", None)

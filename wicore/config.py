@@ -194,6 +194,8 @@ def load_with_sources(
             if key not in FIELDS:
                 raise _unknown(layer, key)
             section, name = key.split(".")
+            if value is None and "null" in get_args(FIELDS[key].annotation):
+                value = "null"  # the engine of that name, which a file or variable writes like None
             nested.setdefault(section, {})[name] = value
             origins[key] = layer
     try:
