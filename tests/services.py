@@ -35,7 +35,9 @@ def settings_for(url: str, **overrides: Any) -> Settings:
 
 
 @contextmanager
-def running_worker(settings: Settings, owner: str = "test-worker", engine: Engine | None = None) -> Iterator[Worker]:
+def running_worker(
+    settings: Settings, owner: str = "test-worker", engine: Engine | None = None
+) -> Iterator[Worker]:
     """A worker on a thread of this process; stopped, and its accounts checked, at the end."""
     model = load_model(settings)
     assert settings.redis.url is not None

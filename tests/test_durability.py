@@ -19,7 +19,13 @@ JOBS = {
 
 
 def submit(redis_client, job_id: str, **fields: object) -> str:
-    body = {"kind": "completion", "prompt": "Once upon a time", "max_tokens": 400, "ignore_eos": True, **fields}
+    body = {
+        "kind": "completion",
+        "prompt": "Once upon a time",
+        "max_tokens": 400,
+        "ignore_eos": True,
+        **fields,
+    }
     return Producer(redis_client).submit(parse_job(body), Priority.NORMAL, job_id=job_id).id
 
 

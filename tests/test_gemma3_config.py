@@ -164,6 +164,12 @@ def test_writing_a_config_and_reading_it_back_changes_nothing() -> None:
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rope_theta": float("inf")}, "rope_theta"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 8.0}}, "rope_parameters.rope_type"),
+        ({"eos_token_id": ["</s>"]}, "eos_token_id"),
+        ({"model_type": "gemma3", "text_config": {}, "eos_token_id": -1}, "eos_token_id"),
     ],
 )
 def test_a_foreign_config_is_refused_with_the_key_and_what_was_found(
@@ -175,10 +181,17 @@ def test_a_foreign_config_is_refused_with_the_key_and_what_was_found(
     assert says in caught.value.message
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "\x00\x01"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "\x00\x01", "[" * 100_000])
 def test_a_config_file_that_is_no_json_object_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"config\.json: expected"):
+        Gemma3Config.from_hf(tmp_path)
+
+
+def test_a_bad_generation_config_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG_1B))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: eos_token_id.*: expected"):
         Gemma3Config.from_hf(tmp_path)
 
 

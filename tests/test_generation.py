@@ -48,8 +48,9 @@ def test_events_are_numbered_from_one_and_end_once(tiny, tiny_tokenizer) -> None
     events = run(start(completion(max_tokens=5), tiny, tiny_tokenizer), [[300, 301, 302, 303, 304]])
     assert [e["seq"] for e in events] == list(range(1, 8))
     assert [e["type"] for e in events] == ["started", *["token"] * 5, "done"]
-    assert events[-1]["usage"] == {"prompt_tokens": events[-1]["usage"]["prompt_tokens"], "completion_tokens": 5,
-                                   "total_tokens": events[-1]["usage"]["prompt_tokens"] + 5}  # fmt: skip
+    usage = events[-1]["usage"]
+    assert usage["completion_tokens"] == 5
+    assert usage["total_tokens"] == usage["prompt_tokens"] + 5
     assert events[-1]["finish_reason"] == "length"
 
 
@@ -91,7 +92,9 @@ def test_the_result_holds_every_choice_and_the_usage(tiny, tiny_tokenizer) -> No
     assert result["usage"]["completion_tokens"] == 6
 
 
-def test_choices_draw_from_seeds_of_their_own_and_an_attempt_does_not_change_them(tiny, tiny_tokenizer) -> None:
+def test_choices_draw_from_seeds_of_their_own_and_an_attempt_does_not_change_them(
+    tiny, tiny_tokenizer
+) -> None:
     body = completion(max_tokens=3, n=3)
     first = [r.sampling.seed for _, r in start(body, tiny, tiny_tokenizer).requests(0)]
     again = [r.sampling.seed for _, r in start(body, tiny, tiny_tokenizer).requests(50)]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 
 import pytest
-from checking_engine import VOCABULARY, CheckingEngine, undisturbed
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.checking_engine import VOCABULARY, CheckingEngine, undisturbed
 from wicore.engine.base import KVLayout, StepResult
 from wicore.errors import ConfigError, EngineError, TooLarge
 from wicore.hmt import CacheManager
@@ -324,6 +324,31 @@ def test_a_sequence_held_back_goes_on_when_the_one_it_waits_for_is_cancelled():
     assert list(service.finished) == [2]
 
 
+def test_nobody_waits_for_blocks_that_are_computed_already_but_lost_from_the_window():
+    service = Service(blocks=64, window_blocks=6, window=5, budget=8)
+    service.add(1, words(0, 80))
+    for _ in range(6):
+        service.step()
+    service.add(2, words(0, 20))
+    service.step()
+    assert (service.scheduler.running, service.scheduler.waiting) == (2, 0)
+    assert len(service.outputs[1]) == 0
+    service.drain()
+
+
+def test_short_sequences_do_not_overtake_a_long_one_that_waits_for_blocks():
+    service = Service(blocks=12, max_batch=4, budget=16)
+    service.add(1, words(1, 5), max_tokens=8)
+    service.step()
+    service.add(2, words(2, 40), max_tokens=5)
+    service.add(3, words(3, 5), max_tokens=2)
+    service.step()
+    while 1 not in service.finished:
+        assert service.scheduler.waiting == 2
+        service.step()
+    service.drain()
+
+
 def test_batch_work_finishes_under_an_endless_stream_of_interactive_work():
     service = Service(max_batch=2, budget=16)
     service.add(1, words(1, 12), max_tokens=20, priority=Priority.BACKGROUND)
@@ -396,7 +421,7 @@ def test_misuse_is_named():
 def test_planning_sixteen_decodes_is_cheap():
     service = Service(blocks=16 * 200, max_batch=16, budget=4096)
     for key in range(16):
-        service.add(key, words(key, 500) + [key], max_tokens=200)
+        service.add(key, [*words(key, 500), key], max_tokens=200)
     while service.scheduler.running < 16 or any(len(out) < 2 for out in service.outputs.values()):
         service.step()
     times = []

@@ -100,6 +100,12 @@ class EngineSettings(_Section):
     null_step_ms: float = Field(5.0, ge=0)
     """Step time of the null engine, in milliseconds."""
 
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _null_is_a_name(cls, kind: object) -> object:
+        # YAML, and so a variable, reads the word as None.
+        return "null" if kind is None else kind
+
 
 class SchedulerSettings(_Section):
     max_batch: int = Field(16, ge=1, le=1024)
@@ -109,12 +115,19 @@ class SchedulerSettings(_Section):
 
 
 class HmtSettings(_Section):
-    block_tokens: Literal[16, 32, 64, 128] = 32
-    """Positions a KV block holds."""
+    block_tokens: int = Field(32, ge=16, le=128)
+    """Positions a KV block holds; 16, 32, 64 or 128."""
     device_tokens: int = Field(16_384, ge=256)
     """Positions the device pool holds, over all sequences and cached prefixes."""
     prefix_cache: bool = True
     """Keep the KV of finished prompts, so that a request that begins alike starts from it."""
+
+    @field_validator("block_tokens")
+    @classmethod
+    def _power_of_two(cls, tokens: int) -> int:
+        if tokens & (tokens - 1):
+            raise ValueError("must be 16, 32, 64 or 128")
+        return tokens
 
 
 class TelemetrySettings(_Section):
@@ -194,8 +207,6 @@ def load_with_sources(
             if key not in FIELDS:
                 raise _unknown(layer, key)
             section, name = key.split(".")
-            if value is None and "null" in get_args(FIELDS[key].annotation):
-                value = "null"  # the engine of that name, which a file or variable writes like None
             nested.setdefault(section, {})[name] = value
             origins[key] = layer
     try:

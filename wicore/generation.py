@@ -110,9 +110,7 @@ class Generation:
         if self._sampling.logprobs is not None:
             entries = [self._logprob_entry(token)]
             choice.logprobs += entries
-        return token_event(
-            self.job_id, self._next(), index, text, [token.id], entries, choice.finish_reason
-        )
+        return token_event(self.job_id, self._next(), index, text, [token.id], entries, choice.finish_reason)
 
     def end(self, kind: TerminalType, error: dict[str, object] | None = None) -> Event:
         """The terminal event, with the usage so far."""
@@ -159,5 +157,3 @@ class Generation:
         top = [(spell(token_id), logprob) for token_id, logprob in token.top]
         assert token.logprob is not None
         return logprob_entry(spell(token.id), token.logprob, top)
-
-

@@ -136,7 +136,6 @@ class Message(_Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[ContentPart], Field(fail_fast=True)]
-    name: Text | None = None
 
     def text(self) -> str:
         if isinstance(self.content, str):

@@ -27,7 +27,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from wicore.errors import EngineError, InvalidRequest
+from wicore.errors import EngineError
 from wicore.request import SamplingParams
 
 GREEDY_BELOW = 1e-5
@@ -177,16 +177,6 @@ class SamplingState:
         values -= np.float32(self.params.presence_penalty) * (counts > 0)
         row[ids] = values
         return touched, raw
-
-
-def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
-    """Raise InvalidRequest when `logit_bias` names a token outside the vocabulary."""
-    for token in params.logit_bias:
-        if token >= vocab_size:
-            raise InvalidRequest(
-                f"logit_bias.{token}: no such token; ids are 0 to {vocab_size - 1}",
-                param=f"logit_bias.{token}",
-            )
 
 
 # --- drawing --------------------------------------------------------------------------------------

@@ -27,7 +27,8 @@ def main() -> int:
     try:
         settings = load_settings()
         logging.basicConfig(
-            level=settings.telemetry.log_level.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s"
+            level=settings.telemetry.log_level.upper(),
+            format="%(asctime)s %(name)s %(levelname)s %(message)s",
         )
         if settings.redis.url is None:
             raise ConfigError(

@@ -186,6 +186,10 @@ class Worker:
             return
 
     def _begin(self, job: _Job) -> None:
+        earlier = self._jobs.get(job.delivery.tag)
+        if earlier is not None:
+            # We lost the lease, nobody told us yet, and got the job anew.
+            self._forget(earlier)
         requests = list(job.generation.requests(self._next_key))
         self._next_key += job.generation.body.n
         self._jobs[job.delivery.tag] = job
@@ -228,10 +232,10 @@ class Worker:
 
     def _drop(self, delivery: Delivery) -> None:
         """The lease is lost: another worker has the job, and nothing of ours may be written."""
+        self._let_go(delivery)
         job = self._jobs.get(delivery.tag)
-        if job is not None:
+        if job is not None and job.delivery is delivery:
             log.warning("job %s: lease lost in attempt %d; dropped", delivery.job_id, delivery.attempt)
-            self._let_go(delivery)
             self._forget(job)
 
     def _cancel(self, delivery: Delivery) -> None:
@@ -270,7 +274,8 @@ class Worker:
 
     def _let_go(self, delivery: Delivery) -> None:
         self._keeper.release(delivery)
-        self._held.pop(delivery.tag, None)
+        if self._held.get(delivery.tag) is delivery:
+            del self._held[delivery.tag]
 
     def _progresses(self) -> bool:
         """Whether the engine still makes progress; a hung one must lose its leases."""
@@ -313,7 +318,9 @@ class Worker:
                 f"n: {body.n} is over scheduler.max_batch, {self._settings.scheduler.max_batch}", param="n"
             )
         prompt = prepare(body, self._model.tokenizer, self._model.checkpoint.config, self._model.context)
-        events = read_log(self._redis, delivery.job_id, prefix=self._settings.redis.prefix) if delivery.seq else []
+        events = (
+            read_log(self._redis, delivery.job_id, prefix=self._settings.redis.prefix) if delivery.seq else []
+        )
         generation = Generation(
             delivery.job_id,
             body,

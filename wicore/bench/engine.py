@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -119,7 +120,7 @@ def measure(
             **_shares(config, layout, ceiling, batch, context, mine),
         } | _common(ours)
     for tokens in prompts:
-        mine, theirs, ratio = _alternate(lambda s, n=tokens: s.prefill(n), ours, peer, rounds)
+        mine, theirs, ratio = _alternate(partial(_prefill, tokens), ours, peer, rounds)
         flop = 2 * (config.parameters - config.vocab_size * config.hidden_size) * tokens
         yield {
             "measurement": "prefill",
@@ -138,6 +139,10 @@ def _decode_work(batch: int, context: int, steps: int) -> Callable[[Subject], fl
         return statistics.median(times[_WARM_UP:])
 
     return work
+
+
+def _prefill(tokens: int, subject: Subject) -> float:
+    return subject.prefill(tokens)
 
 
 def _alternate(

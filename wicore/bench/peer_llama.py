@@ -78,7 +78,9 @@ def _gguf_name(name: str) -> str:
 class LlamaCpp:
     """llama.cpp with the interface that `wicore.bench.engine` measures."""
 
-    def __init__(self, checkpoint: Checkpoint, folder: Path, threads: int, sequences: int, context: int) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, folder: Path, threads: int, sequences: int, context: int
+    ) -> None:
         """Raises EngineError when llama-cpp-python is missing or refuses the model."""
         try:
             import llama_cpp
@@ -95,7 +97,9 @@ class LlamaCpp:
         self._silence = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(self._silence, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
-        model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        model = llama_cpp.llama_model_load_from_file(
+            str(path).encode(), llama_cpp.llama_model_default_params()
+        )
         if not model:
             raise EngineError(f"--peer llama.cpp: cannot load {path}")
         params = llama_cpp.llama_context_default_params()
@@ -139,7 +143,8 @@ class LlamaCpp:
         return times
 
     def _prompt(self, tokens: int) -> list[int]:
-        return np.random.default_rng(0).integers(1000, self._vocab - 1000, tokens).tolist()
+        drawn = np.random.default_rng(0).integers(1000, self._vocab - 1000, tokens)
+        return [int(token) for token in drawn]
 
     def _clear(self) -> None:
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)

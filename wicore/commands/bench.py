@@ -25,7 +25,9 @@ def bench() -> None:
 @config_option
 @click.option("--engine", "kind", type=click.Choice(["cpu"]), default="cpu", show_default=True)
 @click.option("--peer", type=click.Choice(["llama.cpp"]), help="Measure it in the same run.")
-@click.option("--batch", "batches", multiple=True, type=click.IntRange(1), default=(1, 8, 16), show_default=True)
+@click.option(
+    "--batch", "batches", multiple=True, type=click.IntRange(1), default=(1, 8, 16), show_default=True
+)
 @click.option("--context", default=128, show_default=True, help="Prompt tokens before decoding.")
 @click.option("--prompt", "prompts", multiple=True, type=click.IntRange(1), default=(512,), show_default=True)
 @click.option("--steps", default=32, show_default=True, help="Decode steps a round.")
@@ -85,6 +87,34 @@ def engine(
     _print(
         {"measurement": "memory", "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
     )
+
+
+@bench.command()
+@config_option
+@click.option("--windows", default=4, show_default=True, help="Texts of 384 tokens scored of each kind.")
+def accuracy(config: tuple[str, ...], windows: int) -> None:
+    """How far 8-bit weights are from float32: agreement of the likeliest token, and KL divergence."""
+    from wicore.bench.accuracy import measure
+    from wicore.model import load_model
+
+    model = load_model(load_settings(config or None))
+    for line in measure(model, windows):
+        _print({"model": model.name, **line})
+
+
+@bench.command()
+@config_option
+@click.option("--jobs", default=3000, show_default=True, help="Jobs of the saturated run.")
+@click.option("--rate", default=100.0, show_default=True, help="Requests a second of the latency run.")
+@click.option("--seconds", default=20.0, show_default=True, help="Length of the latency run.")
+@click.option("--port", default=8099, show_default=True, help="Port of the API under test.")
+def service(config: tuple[str, ...], jobs: int, rate: float, seconds: float, port: int) -> None:
+    """Throughput and latency of queue, worker and API around an engine that computes nothing."""
+    from wicore.bench.service import Setting, latency, saturated
+
+    setting = Setting(model=load_settings(config or None).model.path, port=port)
+    _print(saturated(setting, jobs))
+    _print(latency(setting, rate, seconds))
 
 
 def _print(line: Mapping[str, object]) -> None:

@@ -8,7 +8,7 @@ import json
 import click
 from tqdm import tqdm
 
-from wicore.errors import WicoreError
+from wicore.errors import CheckpointError
 from wicore.gemma3.checkpoint import models_folder, open_checkpoint, resolve_model
 from wicore.gemma3.config import published
 from wicore.gemma3.fetch import REGISTRY, fetch
@@ -53,12 +53,13 @@ def inspect_command(name_or_path: str, as_json: bool) -> None:
     """
     known = published(name_or_path)
     try:
-        checkpoint = open_checkpoint(resolve_model(name_or_path))
-    except WicoreError:
-        if known is None or (models_folder() / name_or_path).exists():
+        path = resolve_model(name_or_path)
+    except CheckpointError:
+        if known is None:
             raise
         report = inspect(name_or_path, known)
     else:
+        checkpoint = open_checkpoint(path)
         report = inspect(
             str(checkpoint.path),
             checkpoint.config,

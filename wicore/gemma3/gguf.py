@@ -8,6 +8,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from gguf.quants import dequantize
 
 from wicore.errors import CheckpointError
 from wicore.gemma3.checkpoint import Bytes, Checkpoint, Float, StoredTensor
-from wicore.gemma3.config import Gemma3Config, alternating_layers
+from wicore.gemma3.config import Gemma3Config, config_from_hf
 
 _SCALARS = {
     0: "<u1",
@@ -67,12 +68,17 @@ def open_gguf(path: Path) -> Checkpoint:
 
     Norm weights are stored with the 1 added; it is taken off. What the format leaves out (window
     pattern, local RoPE base, query scale) is Gemma 3's own. Raises CheckpointError when the file is
-    truncated, not GGUF, or another architecture.
+    truncated, not GGUF, one part of several, or another architecture.
     """
     fields, infos = _read_header(path)
     architecture = fields.get("general.architecture")
     if architecture != "gemma3":
         raise CheckpointError(f"{path}: expected architecture 'gemma3', found {architecture!r}")
+    if fields.get("split.count", 1) not in (0, 1):
+        raise CheckpointError(
+            f"{path}: expected a whole model, found one of {fields['split.count']} parts; "
+            "join them with llama.cpp's llama-gguf-split --merge"
+        )
     data = np.memmap(path, np.uint8, "r")
     tensors = {_canonical_name(name): _stored_tensor(path, name, info, data) for name, info in infos.items()}
     return Checkpoint(
@@ -93,7 +99,7 @@ def _canonical_name(name: str) -> str:
 
 def _stored_tensor(path: Path, name: str, info: _TensorInfo, data: Bytes) -> StoredTensor:
     block, block_bytes = GGML_QUANT_SIZES[info.kind]
-    width, rows = info.shape[-1], int(np.prod(info.shape[:-1]))
+    width, rows = math.prod(info.shape[-1:]), math.prod(info.shape[:-1])
     if width % block:
         raise CheckpointError(f"{path}: {name}: expected a width in blocks of {block}, found {width}")
     row_bytes = width // block * block_bytes
@@ -108,13 +114,18 @@ def _stored_tensor(path: Path, name: str, info: _TensorInfo, data: Bytes) -> Sto
 
 def _decoder(kind: GGMLQuantizationType, norm: bool) -> Callable[[Bytes], Float]:
     def decode(raw: Bytes) -> Float:
-        values = np.array(dequantize(raw, kind), dtype=np.float32)
+        try:
+            values = np.array(dequantize(raw, kind), dtype=np.float32)
+        except NotImplementedError:
+            raise CheckpointError(f"expected a GGUF format with known decoding, found {kind.name}") from None
         return values - np.float32(1) if norm else values
 
     return decode
 
 
 def _config(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Gemma3Config:
+    """The metadata, said in the keys of config.json, which has one validator."""
+
     def field(key: str, default: Any = None) -> Any:
         value = fields.get(f"gemma3.{key}", default)
         if value is None:
@@ -123,32 +134,37 @@ def _config(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, StoredT
 
     if "model.embed_tokens.weight" not in tensors:
         raise CheckpointError(f"{path}: expected tensor token_embd.weight, found none")
-    layers, heads = int(field("block_count")), int(field("attention.head_count"))
-    hidden, head_dim = int(field("embedding_length")), int(field("attention.key_length"))
-    eos = int(fields.get("tokenizer.ggml.eos_token_id", 1))
-    # Chat models end a turn with eot; base models name none.
-    eot = fields.get("tokenizer.ggml.eot_token_id", eos)
-    return Gemma3Config(
-        hidden_size=hidden,
-        layers=layers,
-        heads=heads,
-        kv_heads=int(field("attention.head_count_kv")),
-        head_dim=head_dim,
-        intermediate_size=int(field("feed_forward_length")),
-        vocab_size=tensors["model.embed_tokens.weight"].shape[0],
-        max_context=int(field("context_length")),
-        sliding_window=int(field("attention.sliding_window")),
-        layer_kinds=alternating_layers(layers),
-        # Only the 27B model scales queries by something else than its head_dim.
-        query_pre_attn_scalar=hidden / heads if layers == 62 else head_dim,
-        rope_scale=float(field("rope.scaling.factor", 1.0)),
-        rope_theta=float(field("rope.freq_base", 1e6)),
-        # Stored as float32, whose 1e-6 is not quite the double that config.json means.
-        rms_norm_eps=float(f"{field('attention.layer_norm_rms_epsilon'):.6g}"),
-        bos_token_id=int(fields.get("tokenizer.ggml.bos_token_id", 2)),
-        eos_token_id=eos,
-        stop_token_ids=tuple(dict.fromkeys((eos, int(eot)))),
+    layers, heads, epsilon = (
+        field(key) for key in ("block_count", "attention.head_count", "attention.layer_norm_rms_epsilon")
     )
+    hidden, head_dim = field("embedding_length"), field("attention.key_length")
+    factor = field("rope.scaling.factor", 1.0)
+    scaling = field("rope.scaling.type", "linear")
+    eos = fields.get("tokenizer.ggml.eos_token_id", 1)
+    # Chat models end a turn with eot; base models name none.
+    ends = {"eos_token_id": [eos, fields.get("tokenizer.ggml.eot_token_id", eos)]}
+    data = {
+        "model_type": "gemma3_text",
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": field("attention.head_count_kv"),
+        "head_dim": head_dim,
+        "intermediate_size": field("feed_forward_length"),
+        "vocab_size": tensors["model.embed_tokens.weight"].shape[0],
+        "max_position_embeddings": field("context_length"),
+        "sliding_window": field("attention.sliding_window"),
+        "sliding_window_pattern": field("attention.sliding_window_pattern", 6),
+        # Only the 27B model scales queries by something else than its head_dim.
+        "query_pre_attn_scalar": hidden / heads if layers == 62 else head_dim,
+        "rope_scaling": {"rope_type": "default" if scaling == "none" else scaling, "factor": factor},
+        "rope_theta": field("rope.freq_base", 1e6),
+        "rope_local_base_freq": field("rope.freq_base_swa", 1e4),
+        # Stored as float32, whose 1e-6 is not quite the double that config.json means.
+        "rms_norm_eps": f"{epsilon:.6g}" if isinstance(epsilon, float) else epsilon,
+        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id", 2),
+    }
+    return config_from_hf(data, ends, source=str(path))
 
 
 def _sentencepiece_model(path: Path, fields: Mapping[str, Any]) -> bytes:
@@ -159,20 +175,34 @@ def _sentencepiece_model(path: Path, fields: Mapping[str, Any]) -> bytes:
     """
     from sentencepiece import sentencepiece_model_pb2 as proto
 
-    vocabulary = [fields.get(f"tokenizer.ggml.{key}") for key in ("tokens", "scores", "token_type")]
-    if fields.get("tokenizer.ggml.model") != "llama" or any(column is None for column in vocabulary):
+    if fields.get("tokenizer.ggml.model") != "llama":
         raise CheckpointError(
             f"{path}: expected a SentencePiece vocabulary (tokenizer.ggml.model 'llama'), "
             f"found {fields.get('tokenizer.ggml.model')!r}"
         )
+    vocabulary = [fields.get(f"tokenizer.ggml.{key}", ()) for key in ("tokens", "scores", "token_type")]
+    lengths = [len(column) for column in vocabulary]
+    ids = {
+        name: int(fields.get(f"tokenizer.ggml.{key}_token_id", default))
+        for name, key, default in (
+            ("pad", "padding", 0),
+            ("eos", "eos", 1),
+            ("bos", "bos", 2),
+            ("unk", "unknown", 3),
+        )
+    }
+    if min(lengths) != max(lengths) or max(ids.values()) >= lengths[0]:
+        raise CheckpointError(
+            f"{path}: expected as many scores and types as tokens, and special ids among them; "
+            f"found {lengths} and {ids}"
+        )
     unknown, control, user_defined = 2, 3, 4
     model: Any = proto.ModelProto()  # type: ignore[attr-defined]  # generated at import
-    unk_id = int(fields.get("tokenizer.ggml.unknown_token_id", 3))
     for i, (piece, score, kind) in enumerate(zip(*vocabulary, strict=True)):
         kind = int(kind)
-        if i == unk_id:
+        if i == ids["unk"]:
             kind = unknown
-        elif i > unk_id and kind == control:
+        elif i > ids["unk"] and kind == control:
             kind = user_defined
         text = piece.replace(" ", "\u2581") if kind == user_defined else piece
         model.pieces.add(piece=text, score=float(score), type=kind)
@@ -181,12 +211,7 @@ def _sentencepiece_model(path: Path, fields: Mapping[str, Any]) -> bytes:
     trainer.vocab_size = len(model.pieces)
     trainer.byte_fallback = True
     trainer.split_digits = True
-    for name, i in (
-        ("pad", int(fields.get("tokenizer.ggml.padding_token_id", 0))),
-        ("eos", int(fields.get("tokenizer.ggml.eos_token_id", 1))),
-        ("bos", int(fields.get("tokenizer.ggml.bos_token_id", 2))),
-        ("unk", unk_id),
-    ):
+    for name, i in ids.items():
         setattr(trainer, f"{name}_id", i)
         setattr(trainer, f"{name}_piece", model.pieces[i].piece)
     normalizer.name = "identity"
@@ -252,9 +277,11 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, _TensorInfo]]:
             f"{path}: expected {field_count} fields and {tensor_count} tensors, found the end of the file: "
             "it is truncated"
         ) from None
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise CheckpointError(f"{path}: expected a GGUF header, found {err}") from None
-    alignment = int(fields.get("general.alignment", 32))
+    alignment = fields.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise CheckpointError(f"{path}: expected general.alignment of 1 or more, found {alignment!r}")
     start = -(-cursor.at // alignment) * alignment
     return fields, {name: _TensorInfo(shape, kind, start + offset) for name, shape, kind, offset in entries}
 

@@ -28,7 +28,7 @@ Table = NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class PrefixMatch:
-    """The longest reusable prefix of a chain, as the cache stands now; stale after any change."""
+    """The longest reusable prefix of a chain, as the cache stands now. It holds until a block is taken."""
 
     tokens: int
     """Positions that need not be computed; a multiple of the block size."""
@@ -198,7 +198,7 @@ class CacheManager:
     # --- taking -----------------------------------------------------------------------------------
 
     def open(self, key: int, chain: TokenChain, match: PrefixMatch, positions: int) -> int:
-        """Start a sequence with `match`, which must be fresh, and global blocks for `positions`.
+        """Start a sequence with `match`, which must still hold, and global blocks for `positions`.
 
         Returns how many positions are computed already. Call it only after `can_open` said yes. The
         caller appends to `chain` as the sequence grows.
@@ -259,15 +259,20 @@ class CacheManager:
         self.global_pool.record(self._open[key].global_table.view(0, len(mass)), mass)
 
     def close(self, key: int, *, cache: bool = True) -> None:
-        """End a sequence. Its full blocks stay cached unless `cache` is False; idempotent."""
+        """End a sequence. Its full blocks stay cached, unless not `cache`: then nothing of its content can
+        be matched any more. Idempotent."""
         sequence = self._open.pop(key, None)
         if sequence is None:
             return
+        if not cache:
+            for hash in sequence.chain.hashes[: sequence.registered]:
+                self.global_pool.discard(hash)
+                self.window_pool.discard(hash)
         # The end of the chain first, so that among equally old blocks it is the first to be evicted.
         for block in sequence.global_table.view()[::-1].tolist():
-            self.global_pool.release(block, keep=cache)
+            self.global_pool.release(block)
         for block in sequence.window_table.view(sequence.window_first)[::-1].tolist():
-            self.window_pool.release(block, keep=cache)
+            self.window_pool.release(block)
 
     # --- accounts ---------------------------------------------------------------------------------
 

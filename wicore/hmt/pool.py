@@ -91,14 +91,9 @@ class BlockPool:
         self._refs[block] += 1
         self.policy.touch(block)
 
-    def release(self, block: int, *, keep: bool = True) -> None:
-        """One sequence less refers to the block; after the last it is cached if registered, else free.
-
-        Not `keep`: the content is forgotten, for this is called when it cannot be trusted.
-        """
+    def release(self, block: int) -> None:
+        """One sequence less refers to the block; after the last it is cached if registered, else free."""
         self._refs[block] -= 1
-        if not keep:
-            self._forget(block)
         if self._refs[block]:
             return
         if block in self._name_of:
@@ -113,6 +108,16 @@ class BlockPool:
         if hash not in self._block_of:
             self._block_of[hash] = block
             self._name_of[block] = (hash, parent)
+
+    def discard(self, hash: bytes) -> None:
+        """Make the content of this hash unfindable, if it is here; a cached block goes free."""
+        block = self._block_of.get(hash)
+        if block is None:
+            return
+        if block in self._cached:
+            self._leave_cache(block)
+            self._free.append(block)
+        self._forget(block)
 
     def record(self, blocks: NDArray[np.int32], mass: NDArray[np.float32]) -> None:
         """A step gave `mass[i]` of its attention to `blocks[i]`; blocks are distinct."""
@@ -156,9 +161,8 @@ class BlockPool:
         self._evicted += 1
 
     def _forget(self, block: int) -> None:
-        name = self._name_of.pop(block, None)
-        if name is not None:
-            del self._block_of[name[0]]
+        hash, _ = self._name_of.pop(block)
+        del self._block_of[hash]
 
     def _enter_cache(self, block: int) -> None:
         self._cached.add(block)

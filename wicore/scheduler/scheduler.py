@@ -301,11 +301,9 @@ class Scheduler:
             victims = self._victims(sequence, match)
             if victims is None:
                 return
+            # Closing takes no block, so the match holds; victims rank after `sequence`, so `index` does.
             for victim in victims:
                 self._preempt(victim)
-            if victims:
-                match = self._cache.match(sequence.chain)
-            # Victims rank after `sequence`, so it is still where it was.
             del self._waiting[index]
             sequence.computed = self._cache.open(sequence.key, sequence.chain, match, len(sequence.chain))
             insort(self._running, sequence, key=_rank)

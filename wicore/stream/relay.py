@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 _CHUNK = 1000
 """Log entries read at a time."""
 _READERS = 16
-"""Logs read at once: after a reconnect every listener wants to, and the pool has an end."""
+"""Listeners that read Redis at once: after a reconnect all want to, and others need the pool too."""
 _PING_S = 5.0
 _BACKOFF_S = 0.5
 _ENDED = frozenset(status.encode() for status in STATUS_OF_TERMINAL.values())
@@ -75,7 +75,7 @@ class Relay:
         """
         if not JOB_ID.fullmatch(job_id):
             raise _unknown(job_id)
-        with unavailable_on_failure(self._client):
+        with unavailable_on_failure(self._client), self._readers:
             if not self._client.exists(self._keys.job(job_id)):
                 raise _unknown(job_id)
         return self._follow(job_id, after_seq, idle_s)
@@ -106,7 +106,10 @@ class Relay:
         """What follows `last`: from the channel when it goes on there without a gap, else from the log."""
         payloads = listener.get(idle_s)
         if payloads is not None:
-            events = [event for event in map(json.loads, payloads) if event["seq"] > last]
+            heard = [json.loads(payload) for payload in payloads]
+            events = [event for event in heard if event["seq"] > last]
+            if not events and heard and heard[-1]["type"] in TERMINAL_TYPES:
+                raise _NothingMoreError
             if all(event["seq"] == last + 1 + i for i, event in enumerate(events)):
                 if events or not payloads:
                     yield events
@@ -139,7 +142,7 @@ class Relay:
 
 
 class _NothingMoreError(Exception):
-    """The listener already had the terminal event."""
+    """The job has ended, and the listener said that it has all up to the end."""
 
 
 class _Listener:

@@ -81,9 +81,16 @@ def _field(body: JobBody) -> str:
 
 
 def _characters(body: JobBody) -> int:
-    if body.kind == "chat":
-        return sum(len(message.text()) for message in body.messages or [])
-    return len(body.prompt) if isinstance(body.prompt, str) else 0
+    """At least how many characters of the body are tokenised; the chat template may strip the rest."""
+    if body.kind == "completion":
+        return len(body.prompt) if isinstance(body.prompt, str) else 0
+    contents = (message.content for message in body.messages or [])
+    texts = (
+        text
+        for content in contents
+        for text in ([content] if isinstance(content, str) else [part.text for part in content])
+    )
+    return sum(len(text.strip()) for text in texts)
 
 
 def _stop_ids(body: JobBody, tokenizer: Tokenizer, config: Gemma3Config) -> frozenset[int]:

@@ -55,8 +55,12 @@ class Tokenizer:
         model: Any = proto.ModelProto()  # type: ignore[attr-defined]  # generated at import
         try:
             model.ParseFromString(data)
-        except DecodeError as err:
+            return cls._from_proto(model)
+        except (DecodeError, RuntimeError, ValueError) as err:
             raise CheckpointError(f"tokenizer.model: expected a SentencePiece model, found: {err}") from None
+
+    @classmethod
+    def _from_proto(cls, model: Any) -> Tokenizer:
         ids: dict[str, int] = {}
         piece_bytes: list[bytes] = []
         for i, piece in enumerate(model.pieces):

@@ -32,13 +32,13 @@ from wicore.engine.base import (
 )
 from wicore.engine.cpu.graph import build_body, build_head
 from wicore.engine.cpu.pool import Completed, KVPool
+from wicore.engine.cpu.rope import RopeTables
 from wicore.engine.cpu.weights import WeightFormat, embed, load_final_norm, load_head, load_layer
 from wicore.engine.plans import check_plan
 from wicore.errors import EngineError
 from wicore.gemma3.checkpoint import Checkpoint
 from wicore.gemma3.config import Gemma3Config
-from wicore.engine.cpu.rope import RopeTables
-from wicore.sampling import sample
+from wicore.sampling import SampledToken, sample
 
 Float = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -116,7 +116,7 @@ class CpuEngine:
             max_context=min(max_context or config.max_context, config.max_context),
             fingerprint=hashlib.sha256(described.encode()).hexdigest(),
         )
-        self._pools = {
+        self._pools: dict[Pool, KVPool] = {
             "global": KVPool(layout, "global", global_blocks),
             "window": KVPool(layout, "window", window_blocks),
         }
@@ -155,7 +155,7 @@ class CpuEngine:
             if wanted:
                 rows.append(hidden[wanted])
                 samplers += [run.inputs[b] for b in wanted]
-        tokens = dict.fromkeys(mass) if not samplers else self._sample(rows, samplers)
+        tokens = self._sample(rows, samplers) if samplers else {}
         return StepResult({key: SequenceOutput(tokens.get(key), share) for key, share in mass.items()})
 
     def copy_out(self, pool: Pool, blocks: Sequence[int], host: NDArray[np.uint8]) -> Ticket:
@@ -274,7 +274,7 @@ class CpuEngine:
         logits: Float = self._head.run(None, {"hidden": hidden[None]})[0][0]
         return logits
 
-    def _sample(self, rows: list[Float], samplers: list[SequenceInput]) -> dict[int, object]:
+    def _sample(self, rows: list[Float], samplers: list[SequenceInput]) -> dict[int, SampledToken]:
         logits = self._project(np.concatenate(rows))
         states = [s.sampling for s in samplers if s.sampling is not None]
         return {s.key: token for s, token in zip(samplers, sample(logits, states), strict=True)}

@@ -84,7 +84,9 @@ class Graph:
             self._ints[values] = self.weight(np.array(values, np.int64), "ints")
         return self._ints[values]
 
-    def op(self, kind: str, inputs: Sequence[str], *, domain: str = "", out: str | None = None, **attrs: Any) -> str:
+    def op(
+        self, kind: str, inputs: Sequence[str], *, domain: str = "", out: str | None = None, **attrs: Any
+    ) -> str:
         name = out or self.name(kind.lower())
         self.nodes.append(helper.make_node(kind, list(inputs), [name], domain=domain, **attrs))
         return name
@@ -95,9 +97,7 @@ class Graph:
         return names
 
     def norm(self, x: str, weight: NDArray[np.float32], eps: float) -> str:
-        return self.op(
-            "SimplifiedLayerNormalization", [x, self.weight(weight, "norm")], axis=-1, epsilon=eps
-        )
+        return self.op("SimplifiedLayerNormalization", [x, self.weight(weight, "norm")], axis=-1, epsilon=eps)
 
     def linear(self, x: str, w: Linear, *, refined: bool = False) -> str:
         """x @ w for x [1, N, in]. `refined` feeds a quantised matrix more than 8 bits of x."""
@@ -160,7 +160,9 @@ class Graph:
         return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def build_body(config: Gemma3Config, layers: Sequence[LayerWeights], final_norm: NDArray[np.float32]) -> Graph:
+def build_body(
+    config: Gemma3Config, layers: Sequence[LayerWeights], final_norm: NDArray[np.float32]
+) -> Graph:
     """The decoder stack.
 
     Inputs (B sequences, S new tokens each, N = B * S; T positions of span, per pool P in {global, window}):
@@ -202,7 +204,9 @@ def build_body(config: Gemma3Config, layers: Sequence[LayerWeights], final_norm:
         h = g.linear(g.op("Mul", [gate, g.linear(h, layer.up, refined=True)]), layer.down)
         x = g.op("Add", [x, g.norm(h, layer.post_mlp_norm, eps)])
     x = g.op("Gather", [g.op("Reshape", [x, g.ints(-1, config.hidden_size)]), "rows"], axis=0)
-    g.op("SimplifiedLayerNormalization", [x, g.weight(final_norm, "norm")], out="hidden", axis=-1, epsilon=eps)
+    g.op(
+        "SimplifiedLayerNormalization", [x, g.weight(final_norm, "norm")], out="hidden", axis=-1, epsilon=eps
+    )
     g.output("hidden", f32, ["R", config.hidden_size])
     g.op("Sum", mass, out="mass")
     g.output("mass", f32, ["B", "T_global"])
@@ -270,7 +274,8 @@ class _Attention:
 
     def _span(self, pool: str, new: str) -> str:
         """Write the new rows into the pool, then gather the span: [B, kv_heads, T, head_dim]."""
-        g, shape = self.g, ["blocks*kv", "bs", self.width]
+        g = self.g
+        shape: tuple[str, str, int] = ("blocks*kv", "bs", self.width)
         g.input(pool, TensorProto.FLOAT, shape)
         g.output(f"{pool}_out", TensorProto.FLOAT, shape)
         rows = g.op("Reshape", [new, g.ints(-1, self.width)])

@@ -41,15 +41,15 @@ class QuantizedLinear:
 
     @property
     def group(self) -> int:
-        return self.codes.shape[2]
+        return int(self.codes.shape[2])
 
     @property
     def out_features(self) -> int:
-        return self.codes.shape[0]
+        return int(self.codes.shape[0])
 
     @property
     def in_features(self) -> int:
-        return self.codes.shape[1] * self.codes.shape[2]
+        return int(self.codes.shape[1] * self.codes.shape[2])
 
 
 Linear = Union[DenseLinear, QuantizedLinear]  # noqa: UP007  evaluated at run time on Python 3.10
@@ -89,7 +89,8 @@ def load_layer(checkpoint: Checkpoint, index: int, form: WeightFormat) -> LayerW
         return checkpoint.read(f"model.layers.{index}.{name}.weight")
 
     def norm(name: str) -> Float:
-        return np.float32(1) + read(name)
+        factor: Float = np.float32(1) + read(name)
+        return factor
 
     linear = _linear_maker(form)
     return LayerWeights(
@@ -108,7 +109,8 @@ def load_layer(checkpoint: Checkpoint, index: int, form: WeightFormat) -> LayerW
 
 
 def load_final_norm(checkpoint: Checkpoint) -> Float:
-    return np.float32(1) + checkpoint.read("model.norm.weight")
+    factor: Float = np.float32(1) + checkpoint.read("model.norm.weight")
+    return factor
 
 
 def load_head(checkpoint: Checkpoint, form: WeightFormat) -> Linear:
@@ -131,7 +133,8 @@ def load_head(checkpoint: Checkpoint, form: WeightFormat) -> Linear:
 
 def embed(checkpoint: Checkpoint, tokens: NDArray[np.int32]) -> Float:
     """Embeddings times sqrt(hidden), float32 [n, hidden]; rows come from the mapped file."""
-    return checkpoint.rows(_EMBEDDING, tokens) * np.float32(checkpoint.config.hidden_size**0.5)
+    rows: Float = checkpoint.rows(_EMBEDDING, tokens) * np.float32(checkpoint.config.hidden_size**0.5)
+    return rows
 
 
 def _divisible(width: int) -> bool:
