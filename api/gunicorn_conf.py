@@ -6,7 +6,7 @@ import socket
 import sys
 from typing import Any
 
-from gevent import monkey
+from gevent import Timeout, monkey, sleep
 
 # Before anything imports ssl, threading or redis: what is imported earlier keeps blocking calls.
 monkey.patch_all()
@@ -20,6 +20,8 @@ from wicore.errors import WicoreError  # noqa: E402
 _settings = load_settings()
 
 STALLED_READER_MS = 60_000
+LINGER_S = 2.0
+LINGER_PIECE = 65_536
 
 bind = f"{_settings.api.host}:{_settings.api.port}"
 workers = _settings.api.workers
@@ -52,6 +54,24 @@ def when_ready(server: Any) -> None:
     for listener in server.LISTENERS:
         if listener.sock.family in (socket.AF_INET, socket.AF_INET6) and hasattr(socket, "TCP_USER_TIMEOUT"):
             listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_READER_MS)
+
+
+def post_request(worker: Any, req: Any, environ: dict[str, Any], response: Any) -> None:
+    """Take the rest of a body that was refused unread, for a while, then have the connection closed.
+
+    Closing at once would reset it, and the client might never see the answer. Gunicorn would read on
+    without end and, from a client that sends fast enough, without ever letting another greenlet run.
+    """
+    drained = False
+    with Timeout(LINGER_S, False):
+        try:
+            while req.body.read(LINGER_PIECE):
+                sleep(0)
+            drained = True
+        except Exception as err:
+            worker.log.debug("unread body: %s", err)
+    if not drained:
+        req.force_close()
 
 
 def post_worker_init(worker: Any) -> None:

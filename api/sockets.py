@@ -24,6 +24,8 @@ PING_S = 25.0
 INTERNAL_ERROR = 1011
 HOLD_S = 0.01
 MAX_UNWANTED_BYTES = 1024
+SETTLE_S = 0.25
+"""What a client has to read the answer to its handshake before the socket may close again."""
 SERVER_SOCKETS = frozenset({"gunicorn.socket", "werkzeug.socket"})
 """Where the servers put a connection's socket, and simple_websocket looks for it."""
 
@@ -118,6 +120,7 @@ def _follow_one(ws: Any, job_id: str) -> None:
     """`WS /v1/jobs/{id}/stream?from=N`: the job's events; whatever the client sends is refused."""
     services, is_stopping = current(), stopping()
     ws.max_message_size = MAX_UNWANTED_BYTES
+    opened = time.monotonic()
     for batch in services.relay.follow(job_id, g.first_wanted - 1, streams.TICK_S):
         for event in batch:
             ws.send(http.dumps(event))
@@ -129,6 +132,9 @@ def _follow_one(ws: Any, job_id: str) -> None:
         if is_stopping():
             ws.close(SERVICE_RESTART, "restarting; resume")
             return
+    # simple_websocket's client looks at frames that came with the handshake's answer only when more comes:
+    # a close in the same read, as for a job that has ended, would make it miss them all.
+    time.sleep(max(0.0, SETTLE_S - (time.monotonic() - opened)))
 
 
 def _many(ws: Any) -> None:

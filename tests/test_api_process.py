@@ -9,9 +9,10 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,32 @@ def test_a_body_over_the_limit_is_refused_and_the_server_lives(http: httpx.Clien
     assert http.get("/health").status_code == 200
 
 
+@pytest.mark.parametrize("how", [b"Content-Length: 50000000000", b"Transfer-Encoding: chunked"])
+def test_a_body_without_end_is_cut_off_and_holds_nobody_up(http: httpx.Client, port: int, how: bytes) -> None:
+    piece = b" " * 2**16
+    if b"chunked" in how:
+        piece = b"%x\r\n%s\r\n" % (len(piece), piece)
+    ended = threading.Event()
+
+    def send_on(client: socket.socket) -> None:
+        with suppress(OSError):
+            while not ended.is_set():
+                client.sendall(piece)
+        ended.set()
+
+    with socket.create_connection(("127.0.0.1", port), 20) as client:
+        client.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n" % how)
+        sender = threading.Thread(target=send_on, args=(client,))
+        sender.start()
+        try:
+            assert client.recv(1000).startswith(b"HTTP/1.1 413")
+            assert http.get("/health", timeout=1.0).status_code == 200
+            assert ended.wait(10), "the server reads on"
+        finally:
+            ended.set()
+            sender.join(20)
+
+
 @pytest.mark.parametrize(
     "garbage",
     [
@@ -525,16 +552,17 @@ def test_a_killed_api_costs_no_event(http: httpx.Client, second: Settings) -> No
 
     api = start_api(second)
     try:
-        job = httpx.post(f"{base}/v1/jobs", json={"kind": "completion", **LONG}).json()["id"]
+        body = {"kind": "completion", **LONG, "max_tokens": 1500}
+        job = httpx.post(f"{base}/v1/jobs", json=body).json()["id"]
         read(job, 10)
     finally:
         kill(api)
     api = start_api(second)
     try:
-        read(job, 3502)
+        read(job, 1502)
     finally:
         stop(api)
-    assert seen == list(range(1, 3503))
+    assert seen == list(range(1, 1503))
     assert (record(http, job)["status"], record(http, job)["attempts"]) == ("succeeded", 1)
 
 
