@@ -10,41 +10,69 @@ import os
 import signal
 import socket
 import sys
-import uuid
+import threading
 
 from wicore.config import load_settings
 from wicore.engine.factory import create_engine
 from wicore.errors import ConfigError, WicoreError
-from wicore.exit_codes import exit_code
+from wicore.exit_codes import ExitCode, exit_code
 from wicore.model import load_model
 from wicore.queue.connection import connect
+from wicore.queue.consumer import new_owner
 from workers.worker import Worker
 
 log = logging.getLogger("wicore.worker")
 
 
 def main() -> int:
+    serving: list[Worker] = []
+    _watch_signals(serving)
     try:
-        settings = load_settings()
-        logging.basicConfig(
-            level=settings.telemetry.log_level.upper(),
-            format="%(asctime)s %(name)s %(levelname)s %(message)s",
-        )
-        if settings.redis.url is None:
-            raise ConfigError(
-                "redis.url: not set; set WICORE_REDIS__URL, or run the whole service by `wicore up`",
-                param="redis.url",
-            )
-        model = load_model(settings)
-        redis = connect(settings.redis.url)
-        engine = create_engine(settings, model)
+        worker = _build()
     except WicoreError as err:
         print(f"error: {err.message}", file=sys.stderr)
         return exit_code(err)
-    owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    worker = Worker(settings, model, engine, redis, owner)
+    serving.append(worker)
+    worker.run()
+    return 0
+
+
+def _watch_signals(serving: list[Worker]) -> None:
+    """On SIGTERM or SIGINT stop `serving[0]`, or end at once while there is none.
+
+    A thread reads the wake-up descriptor: Python's own handlers run between two instructions of the main
+    thread, and a signal that comes just before that thread blocks on its inbox would not wake it.
+    """
+    heard, rung = socket.socketpair()
+    rung.setblocking(False)
+    signal.set_wakeup_fd(rung.fileno())
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: worker.stop())
+        signal.signal(number, lambda *_: None)
+
+    def watch() -> None:
+        with rung:
+            while heard.recv(1):
+                if not serving:
+                    os._exit(ExitCode.OK)  # still loading: nothing is held
+                serving[0].stop()
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
+
+
+def _build() -> Worker:
+    settings = load_settings()
+    logging.basicConfig(
+        level=settings.telemetry.log_level.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s"
+    )
+    if settings.redis.url is None:
+        raise ConfigError(
+            "redis.url: not set; set WICORE_REDIS__URL, or run the whole service by `wicore up`",
+            param="redis.url",
+        )
+    model = load_model(settings)
+    redis = connect(settings.redis.url)
+    engine = create_engine(settings, model)
+    owner = new_owner()
     info = engine.info
     log.info(
         "%s serves %s on %s (%s, %s weights), %d slots, context %d",
@@ -56,8 +84,7 @@ def main() -> int:
         settings.scheduler.max_batch,
         model.context,
     )
-    worker.run()
-    return 0
+    return Worker(settings, model, engine, redis, owner)
 
 
 if __name__ == "__main__":
