@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import pytest
 
-from tests.services import follow, running_worker, settings_for
+from tests.services import follow, running_worker, settings_for, worker_process
 from wicore.errors import EngineError
+from wicore.exit_codes import ExitCode
 from wicore.queue.producer import Producer
 from wicore.request import Priority, parse_job
 
@@ -138,3 +140,19 @@ def test_an_engine_that_fails_ends_the_worker_and_keeps_the_job(redis_client, va
     with running_worker(settings, "healthy"):
         assert ending(redis_client, job)["type"] == "done"
     assert Producer(redis_client).record(job).attempts == 2
+
+
+def test_a_worker_without_a_model_ends_with_what_it_misses(valkey_url, tmp_path) -> None:
+    settings = settings_for(valkey_url, model__path=str(tmp_path / "nothing"))
+    process = worker_process(settings, stderr=subprocess.PIPE)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == ExitCode.CONFIG
+    assert "expected a checkpoint folder" in told.decode()
+
+
+def test_an_idle_worker_ends_when_told(valkey_url, redis_client) -> None:
+    settings = settings_for(valkey_url)
+    process = worker_process(settings)
+    assert ending(redis_client, submit(redis_client, max_tokens=2))["type"] == "done"
+    process.terminate()
+    assert process.wait(60) == ExitCode.OK

@@ -219,7 +219,7 @@ class CpuEngine:
         feeds: dict[str, NDArray[np.generic]] = {
             "x": embed(self._checkpoint, run.tokens.ravel())[None],
             "rows": rows.astype(np.int64),
-            "positions": np.arange(batch * n, dtype=np.int64)[None],
+            "positions": np.arange(batch * n, dtype=np.int64)[:, None],
         }
         positions = run.starts[:, None] + np.arange(n)
         for pool in POOLS:
@@ -266,8 +266,8 @@ class CpuEngine:
             f"cos_{pool}": cos,
             f"sin_{pool}": sin,
             f"blocks_{pool}": table[:, None, :] * c.kv_heads + heads[:, None],
-            f"slots_{pool}": by_head.reshape(-1, 2),
-            f"mask_{pool}": mask[:, None, :, None, :],
+            f"slots_{pool}": by_head.reshape(-1, c.kv_heads, 1, 2),
+            f"mask_{pool}": np.repeat(mask, c.heads // c.kv_heads, axis=1)[:, None],
         }
 
     def _project(self, hidden: Float) -> Float:

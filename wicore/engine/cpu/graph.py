@@ -47,7 +47,6 @@ class Graph:
     external: dict[str, NDArray[Any]] = field(default_factory=dict)
     _count: int = 0
     _ints: dict[tuple[int, ...], str] = field(default_factory=dict)
-    _remainders: dict[str, str] = field(default_factory=dict)
 
     def name(self, stem: str) -> str:
         self._count += 1
@@ -99,6 +98,19 @@ class Graph:
     def norm(self, x: str, weight: NDArray[np.float32], eps: float) -> str:
         return self.op("SimplifiedLayerNormalization", [x, self.weight(weight, "norm")], axis=-1, epsilon=eps)
 
+    def add_and_norm(self, x: str, delta: str, weight: NDArray[np.float32], eps: float) -> tuple[str, str]:
+        """(x + delta, its norm) in one pass over memory."""
+        total, normed = self.name("residual"), self.name("norm")
+        node = helper.make_node(
+            "SkipSimplifiedLayerNormalization",
+            [x, delta, self.weight(weight, "norm")],
+            [normed, "", "", total],
+            domain=_MS,
+            epsilon=eps,
+        )
+        self.nodes.append(node)
+        return total, normed
+
     def linear(self, x: str, w: Linear, *, refined: bool = False) -> str:
         """x @ w for x [1, N, in]. `refined` feeds a quantised matrix more than 8 bits of x."""
         if not isinstance(w, QuantizedLinear):
@@ -127,18 +139,15 @@ class Graph:
 
         The kernel rounds the first half exactly so, and the second half is small: the sum of both
         products has about 16 bits of x in it. On one or few rows it is nearly free, as reading the
-        weights takes the time. Eight bits alone change the likeliest token three times as often.
+        weights takes the time.
         """
-        if x in self._remainders:
-            return self._remainders[x]
         groups = self.op("Reshape", [x, self.ints(-1, w.in_features // w.group, w.group)])
         largest = self.op("ReduceMax", [self.op("Abs", [groups]), self.ints(-1)], keepdims=1)
         scale = self.op("Mul", [largest, self.weight(np.float32(1 / 127))])
         scale = self.op("Max", [scale, self.weight(np.float32(1e-20))])  # a group of zeros has none
         rounded = self.op("Mul", [self.op("Round", [self.op("Div", [groups, scale])]), scale])
         both = self.op("Concat", [groups, self.op("Sub", [groups, rounded])], axis=0)
-        self._remainders[x] = self.op("Reshape", [both, self.ints(1, -1, w.in_features)])
-        return self._remainders[x]
+        return self.op("Reshape", [both, self.ints(1, -1, w.in_features)])
 
     def session(self, name: str, threads: int) -> ort.InferenceSession:
         """The graph, compiled for this CPU."""
@@ -168,12 +177,12 @@ def build_body(
     Inputs (B sequences, S new tokens each, N = B * S; T positions of span, per pool P in {global, window}):
         x             float32 [1, N, hidden], embeddings times sqrt(hidden)
         rows          int64 [R], which of the N to return
-        positions     int64 [1, N], rows of the RoPE tables: 0 .. N - 1
+        positions     int64 [N, 1], rows of the RoPE tables: 0 .. N - 1
         cos_P, sin_P  float32 [N, head_dim / 2]
         blocks_P      int64 [B, kv_heads, T / block_tokens], rows of the flattened pool
-        slots_P       int64 [N * kv_heads, 2], row of the flattened pool and offset in its block that each
+        slots_P       int64 [N, kv_heads, 1, 2], row of the flattened pool and offset in its block that each
                       new K and V goes to
-        mask_P        float32 [B, 1, S, 1, T], 0 or a large negative
+        mask_P        float32 [B, 1, S * heads / kv_heads, T], 0 or a large negative
         k_i, v_i      float32 [blocks * kv_heads, block_tokens, head_dim], the pool, one pair a layer
     Outputs:
         hidden        float32 [R, hidden]
@@ -186,27 +195,26 @@ def build_body(
     heads, kv, hd, eps = config.heads, config.kv_heads, config.head_dim, config.rms_norm_eps
     x = g.input("x", f32, [1, "N", config.hidden_size])
     g.input("rows", i64, ["R"])
-    g.input("positions", i64, [1, "N"])
+    g.input("positions", i64, ["N", 1])
     attention = {kind: _Attention(g, config, kind) for kind in dict.fromkeys(config.layer_kinds)}
     scale = np.float32(config.query_pre_attn_scalar**-0.5)
     mass: list[str] = []
-    for i, layer in enumerate(layers):
+    normed = g.norm(x, layers[0].input_norm, eps)
+    following = [*(layer.input_norm for layer in layers[1:]), final_norm]
+    for i, (layer, next_norm) in enumerate(zip(layers, following, strict=True)):
         attend = attention[config.layer_kinds[i]]
-        h = g.norm(x, layer.input_norm, eps)
-        q, k, v = g.split(g.linear(h, layer.qkv, refined=True), (heads * hd, kv * hd, kv * hd))
+        q, k, v = g.split(g.linear(normed, layer.qkv), (heads * hd, kv * hd, kv * hd))
         q = attend.norm_and_rotate(q, heads, layer.q_norm * scale)
         k = attend.norm_and_rotate(k, kv, layer.k_norm)
         out, layer_mass = attend(i, q, k, v)
         mass += [layer_mass] if attend.kind == "global" else []
-        x = g.op("Add", [x, g.norm(g.linear(out, layer.out), layer.post_attention_norm, eps)])
-        h = g.norm(x, layer.pre_mlp_norm, eps)
-        gate = g.op("FastGelu", [g.linear(h, layer.gate, refined=True)], domain=_MS)
-        h = g.linear(g.op("Mul", [gate, g.linear(h, layer.up, refined=True)]), layer.down)
-        x = g.op("Add", [x, g.norm(h, layer.post_mlp_norm, eps)])
-    x = g.op("Gather", [g.op("Reshape", [x, g.ints(-1, config.hidden_size)]), "rows"], axis=0)
-    g.op(
-        "SimplifiedLayerNormalization", [x, g.weight(final_norm, "norm")], out="hidden", axis=-1, epsilon=eps
-    )
+        out = g.norm(g.linear(out, layer.out), layer.post_attention_norm, eps)
+        x, normed = g.add_and_norm(x, out, layer.pre_mlp_norm, eps)
+        gate = g.op("FastGelu", [g.linear(normed, layer.gate)], domain=_MS)
+        out = g.linear(g.op("Mul", [gate, g.linear(normed, layer.up)]), layer.down)
+        x, normed = g.add_and_norm(x, g.norm(out, layer.post_mlp_norm, eps), next_norm, eps)
+    normed = g.op("Reshape", [normed, g.ints(-1, config.hidden_size)])
+    g.op("Gather", [normed, "rows"], out="hidden", axis=0)
     g.output("hidden", f32, ["R", config.hidden_size])
     g.op("Sum", mass, out="mass")
     g.output("mass", f32, ["B", "T_global"])
@@ -234,50 +242,48 @@ class _Attention:
         self.cos = g.input(f"cos_{kind}", f32, ["N", self.width // 2])
         self.sin = g.input(f"sin_{kind}", f32, ["N", self.width // 2])
         self.blocks = g.input(f"blocks_{kind}", i64, ["B", self.kv, f"T_{kind}/bs"])
-        self.slots = g.input(f"slots_{kind}", i64, ["N*kv", 2])
-        self.mask = g.input(f"mask_{kind}", f32, ["B", 1, "S", 1, f"T_{kind}"])
+        self.slots = g.input(f"slots_{kind}", i64, ["N", self.kv, 1, 2])
+        self.mask = g.input(f"mask_{kind}", f32, ["B", 1, "S*group", f"T_{kind}"])
         batch = g.op("Shape", [self.blocks], start=0, end=1)
-        span = g.op("Shape", [self.mask], start=4, end=5)
 
         def shape(*parts: str) -> str:
             return g.op("Concat", [batch, *parts], axis=0)
 
         self.grouped = shape(g.ints(-1, self.kv, self.group, self.width))
         self.by_head = shape(g.ints(self.kv, -1, self.width))
-        self.scored = shape(g.ints(self.kv, -1, self.group), span)
-        self.weighed = shape(g.ints(self.kv, -1), span)
         self.ungrouped = shape(g.ints(self.kv, -1, self.group, self.width))
 
     def norm_and_rotate(self, x: str, heads: int, weight: NDArray[np.float32]) -> str:
-        """Norm each head of [1, N, heads * head_dim] and apply RoPE."""
+        """Norm each head of [1, N, heads * head_dim] and apply RoPE: [N, heads, 1, head_dim].
+
+        To the operator each token is a batch of its own, of sequence length 1.
+        """
         g = self.g
-        x = g.norm(g.op("Reshape", [x, g.ints(1, -1, heads, self.width)]), weight, self.eps)
-        x = g.op("Reshape", [x, g.ints(1, -1, heads * self.width)])
+        x = g.norm(g.op("Reshape", [x, g.ints(-1, heads, 1, self.width)]), weight, self.eps)
         return g.op("RotaryEmbedding", [x, "positions", self.cos, self.sin], domain=_MS, interleaved=0)
 
     def __call__(self, layer: int, q: str, k: str, v: str) -> tuple[str, str]:
         """(output [1, N, heads * head_dim], mass [B, T], "" for window layers) of layer `layer`."""
         g = self.g
+        v = g.op("Reshape", [v, g.ints(-1, self.kv, 1, self.width)])
         keys, values = self._span(f"k_{layer}", k), self._span(f"v_{layer}", v)
         if self.kv > 1:  # with one KV head the transposed axis has length 1
             q = g.op("Transpose", [g.op("Reshape", [q, self.grouped])], perm=[0, 2, 1, 3, 4])
         q = g.op("Reshape", [q, self.by_head])
         scores = g.op("FusedMatMul", [q, keys], domain=_MS, transB=1)
-        scores = g.op("Add", [g.op("Reshape", [scores, self.scored]), self.mask])
-        weights = g.op("Softmax", [scores], axis=-1)
-        out = g.op("MatMul", [g.op("Reshape", [weights, self.weighed]), values])
+        weights = g.op("Softmax", [g.op("Add", [scores, self.mask])], axis=-1)
+        out = g.op("MatMul", [weights, values])
         if self.kv > 1:
             out = g.op("Transpose", [g.op("Reshape", [out, self.ungrouped])], perm=[0, 2, 1, 3, 4])
         out = g.op("Reshape", [out, g.ints(1, -1, self.heads * self.width)])
-        mass = g.op("ReduceSum", [weights, g.ints(1, 2, 3)], keepdims=0) if self.kind == "global" else ""
+        mass = g.op("ReduceSum", [weights, g.ints(1, 2)], keepdims=0) if self.kind == "global" else ""
         return out, mass
 
     def _span(self, pool: str, new: str) -> str:
-        """Write the new rows into the pool, then gather the span: [B, kv_heads, T, head_dim]."""
+        """Write `new` [N, kv_heads, 1, width] into the pool, then gather the span: [B, kv_heads, T, width]."""
         g = self.g
         shape: tuple[str, str, int] = ("blocks*kv", "bs", self.width)
         g.input(pool, TensorProto.FLOAT, shape)
         g.output(f"{pool}_out", TensorProto.FLOAT, shape)
-        rows = g.op("Reshape", [new, g.ints(-1, self.width)])
-        written = g.op("ScatterND", [pool, self.slots, rows], out=f"{pool}_out")
+        written = g.op("ScatterND", [pool, self.slots, new], out=f"{pool}_out")
         return g.op("Reshape", [g.op("Gather", [written, self.blocks], axis=0), self.by_head])
