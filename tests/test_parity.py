@@ -79,3 +79,20 @@ def test_logits_of_the_real_270m_are_those_of_transformers(gemma_270m: Path) -> 
     found = logits[np.ix_(reference["positions"], reference["vocabulary"])]
     assert relative_error(found, expected) <= TOLERANCE
     assert np.array_equal(logits.argmax(-1), reference["argmax"])
+
+
+@pytest.mark.model
+def test_the_real_270m_in_8_bits_is_the_same_to_the_bit_in_any_chunking_and_company(gemma_270m: Path) -> None:
+    tokens = np.load(FIXTURES / "gemma-3-270m-reference.npz")["tokens"][:300]
+    engine = cpu_engine(gemma_270m, "int8", global_blocks=64, window_blocks=64)
+    whole, row, other = rows(engine, 3, len(tokens))
+    expected = engine.logits(StepPlan((whole.input(tokens),)))[whole.key]
+    parts = []
+    for size in (130, 1, 1, 67, 100, 1):
+        company = (other.input(tokens[:3]), other.input(tokens[:1]))[size % 2 :][:1]
+        plan = StepPlan((*company, row.input(tokens[row.start : row.start + size])))
+        parts.append(engine.logits(plan)[row.key])
+        row.start += size
+    assert np.array_equal(np.concatenate(parts), expected)
+    alone = engine.logits(StepPlan((whole.input(tokens[:1]),)))[whole.key]
+    assert np.array_equal(alone, expected[:1])

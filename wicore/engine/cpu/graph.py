@@ -280,7 +280,7 @@ class _Attention:
         return out, mass
 
     def _span(self, pool: str, new: str) -> str:
-        """Write `new` [N, kv_heads, 1, width] into the pool, then gather the span: [B, kv_heads, T, width]."""
+        """Write `new` [N, kv_heads, 1, width] into the pool, gather the span: [B, kv_heads, T, width]."""
         g = self.g
         shape: tuple[str, str, int] = ("blocks*kv", "bs", self.width)
         g.input(pool, TensorProto.FLOAT, shape)

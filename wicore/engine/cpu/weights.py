@@ -15,9 +15,13 @@ WeightFormat = Literal["int8", "float32"]
 Float = NDArray[np.float32]
 
 GROUP = 32
-"""Weights that share a scale, as in llama.cpp's Q8_0. Measured: 64 doubles the divergence from float32; at
-128, ONNX Runtime's one-row kernel sums in another order than its others, so that the text would depend on
-the batch size."""
+"""Weights of the decoder stack that share a scale, as in llama.cpp's Q8_0. Measured: 64 doubles the
+divergence from float32, and is no faster."""
+
+HEAD_GROUPS = (128, 64, 32)
+"""The same for the head, whose time is that of reading its weights: the largest that divides its width.
+At 128, ONNX Runtime's one-row kernel sums in another order than its others, which would make the text
+depend on the batch size; the head's input is refined (`Graph.linear`), so it always has two rows or more."""
 
 _EMBEDDING = "model.embed_tokens.weight"
 _ROWS = 16_384
@@ -118,15 +122,16 @@ def load_head(checkpoint: Checkpoint, form: WeightFormat) -> Linear:
     config = checkpoint.config
     vocab, hidden = config.vocab_size, config.hidden_size
     parts = [np.arange(at, min(at + _ROWS, vocab)) for at in range(0, vocab, _ROWS)]
-    if form == "float32" or not _divisible(hidden):
+    group = next((size for size in HEAD_GROUPS if hidden % size == 0), None)
+    if form == "float32" or group is None:
         matrix = np.empty((hidden, vocab), np.float32)
         for ids in parts:
             matrix[:, ids[0] : ids[-1] + 1] = checkpoint.rows(_EMBEDDING, ids).T
         return DenseLinear(matrix)
-    codes = np.empty((vocab, hidden // GROUP, GROUP), np.uint8)
-    scales = np.empty((vocab, hidden // GROUP), np.float32)
+    codes = np.empty((vocab, hidden // group, group), np.uint8)
+    scales = np.empty((vocab, hidden // group), np.float32)
     for ids in parts:
-        part = quantize(checkpoint.rows(_EMBEDDING, ids))
+        part = quantize(checkpoint.rows(_EMBEDDING, ids), group)
         codes[ids[0] : ids[-1] + 1], scales[ids[0] : ids[-1] + 1] = part.codes, part.scales
     return QuantizedLinear(codes, scales)
 
@@ -137,14 +142,10 @@ def embed(checkpoint: Checkpoint, tokens: NDArray[np.int32]) -> Float:
     return rows
 
 
-def _divisible(width: int) -> bool:
-    return width % GROUP == 0
-
-
 def _linear_maker(form: WeightFormat) -> Callable[[Float], Linear]:
     def linear(weight: Float) -> Linear:
         # A width that no group divides stays in float32: rare, and exact.
-        if form == "int8" and _divisible(weight.shape[1]):
+        if form == "int8" and weight.shape[1] % GROUP == 0:
             return quantize(weight)
         return DenseLinear(np.ascontiguousarray(weight.T))
 
