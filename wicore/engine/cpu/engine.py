@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,6 +130,10 @@ class CpuEngine:
         self._body = build_body(config, layers, load_final_norm(checkpoint)).session("body", threads)
         del layers
         checkpoint.release_pages()
+        # Half of the sampling; numpy lets go of the interpreter while it reduces a row.
+        self._second = ThreadPoolExecutor(1, "sampler") if threads > 1 else None
+        self._logits = np.empty((0, config.vocab_size), np.float32)
+        self._head_binding = self._head.io_binding()
         self._binding = self._body.io_binding()
         for name, rows in _layer_pools(config, self._pools):
             value = ort.OrtValue.ortvalue_from_numpy(rows)
@@ -167,7 +172,8 @@ class CpuEngine:
         return Completed()
 
     def close(self) -> None:
-        """Nothing to do: the memory goes with the object."""
+        if self._second is not None:
+            self._second.shutdown()
 
     def logits(self, plan: StepPlan) -> dict[int, Float]:
         """Logits after every new token of every sequence, [n, vocab]: for parity tests and scoring."""
@@ -177,7 +183,7 @@ class CpuEngine:
             hidden, _ = self._run(run, every_row=True)
             by_sequence = hidden.reshape(len(run.inputs), -1, hidden.shape[-1])
             for sequence, rows in zip(run.inputs, by_sequence, strict=True):
-                parts[sequence.key].append(self._project(rows))
+                parts[sequence.key].append(self._project(rows).copy())
         return {key: np.concatenate(part) for key, part in parts.items()}
 
     # --- one step ---------------------------------------------------------------------------------
@@ -271,13 +277,23 @@ class CpuEngine:
         }
 
     def _project(self, hidden: Float) -> Float:
-        logits: Float = self._head.run(None, {"hidden": hidden[None]})[0][0]
+        """Logits of hidden rows, [R, vocab], in a buffer that the next call writes over."""
+        rows = len(hidden)
+        if len(self._logits) < rows:
+            self._logits = np.empty((rows, self._config.vocab_size), np.float32)
+        logits = self._logits[:rows]
+        binding = self._head_binding
+        binding.bind_cpu_input("hidden", np.ascontiguousarray(hidden[None]))
+        # Into memory of ours: the session's own would be new, and copied, every step.
+        shape = (1, *logits.shape)
+        binding.bind_output("logits", "cpu", 0, np.float32, shape, logits.ctypes.data)
+        self._head.run_with_iobinding(binding)
         return logits
 
     def _sample(self, rows: list[Float], samplers: list[SequenceInput]) -> dict[int, SampledToken]:
         logits = self._project(np.concatenate(rows))
         states = [s.sampling for s in samplers if s.sampling is not None]
-        return {s.key: token for s, token in zip(samplers, sample(logits, states), strict=True)}
+        return {s.key: token for s, token in zip(samplers, sample(logits, states, self._second), strict=True)}
 
 
 def _padding_limit(config: Gemma3Config) -> int:

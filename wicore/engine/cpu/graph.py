@@ -130,9 +130,8 @@ class Graph:
         )
         if not refined:
             return y
-        halves = [self.name("half"), self.name("half")]
-        self.nodes.append(helper.make_node("Split", [y], halves, axis=1, num_outputs=2))
-        return self.op("Add", halves)
+        halves = self.op("Reshape", [y, self.ints(2, -1, w.out_features)])
+        return self.op("ReduceSum", [halves, self.ints(0)], keepdims=1)
 
     def _with_remainder(self, x: str, w: QuantizedLinear) -> str:
         """[1, N, in] -> [1, 2 N, in]: the rows, then what rounding each group to 8 bits takes off them.
