@@ -51,7 +51,7 @@ class Ours:
     def __init__(self, engine: Engine, max_batch: int, token_budget: int) -> None:
         self._engine = engine
         self._limits = Limits(max_batch, token_budget)
-        self.name = f"wicore {engine.info.name} {engine.info.weights}"
+        self.name = f"wicore {engine.info.name} {engine.info.weights}, {engine.info.device}"
 
     def prefill(self, tokens: int) -> float:
         scheduler = self._scheduler()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
 import time
@@ -39,7 +40,12 @@ def cpu_name() -> str:
 
 def describe() -> dict[str, object]:
     """The machine, as every line of a benchmark names it."""
-    return {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def measure_ceiling(threads: int) -> Ceiling:

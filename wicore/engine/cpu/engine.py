@@ -233,17 +233,18 @@ class CpuEngine:
         for name, array in feeds.items():
             value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
             self._binding.bind_ortvalue_input(name, value)
-        # Their shapes change from run to run, and a binding keeps the buffers of the run before.
-        self._binding.bind_output("hidden", "cpu")
-        self._binding.bind_output("mass", "cpu")
+        span = feeds["blocks_global"].shape[2]
+        hidden = np.empty((len(rows), self._config.hidden_size), np.float32)
+        mass = np.empty((batch, span, self._info.layout.block_tokens), np.float32)
+        self._bind_output("hidden", hidden, hidden.shape)
+        self._bind_output("mass", mass, (batch, mass[0].size))
         self._body.run_with_iobinding(self._binding)
-        names = [output.name for output in self._body.get_outputs()]
-        values = dict(zip(names, self._binding.get_outputs(), strict=True))
-        hidden = values["hidden"].numpy()
-        layout = self._info.layout
-        summed = values["mass"].numpy().reshape(batch, -1, layout.block_tokens).sum(-1)
-        queries = np.float32(n * self._config.heads * layout.global_layers)
-        return hidden, summed / queries
+        queries = np.float32(n * self._config.heads * self._info.layout.global_layers)
+        return hidden, mass.sum(-1) / queries
+
+    def _bind_output(self, name: str, array: Float, shape: tuple[int, ...]) -> None:
+        """Have the next run write output `name`, of `shape`, into `array`."""
+        self._binding.bind_output(name, "cpu", 0, np.float32, shape, array.ctypes.data)
 
     def _attention_feeds(self, pool: Pool, run: _Run, positions: Ints) -> dict[str, NDArray[np.generic]]:
         """Block table, slots, mask and RoPE rows of one pool; `positions` is [B, S]."""
