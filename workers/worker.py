@@ -30,7 +30,7 @@ from wicore.model import Model
 from wicore.queue.consumer import Delivery, LeaseConsumer, LeaseKeeper
 from wicore.queue.registry import Heartbeat
 from wicore.request import TerminalType, terminal_event
-from wicore.scheduler import Limits, Scheduler
+from wicore.scheduler import Limits, Scheduler, TokenOut
 from wicore.stream.publisher import Publisher
 from wicore.stream.relay import read_log
 from wicore.text.prompt import prepare
@@ -166,15 +166,20 @@ class Worker:
         result = self._engine.step(plan)
         self._step_started = None
         self._steps += 1
-        for out in self._scheduler.apply(result):
-            job = self._by_key.get(out.key)
-            if job is not None:
-                self._tokens += 1
-                event = job.generation.take(job.keys[out.key], out.token)
-                self._publisher.publish(job.delivery, [event])
-                if "finish_reason" in event:
-                    self._end_choice(job, out.key)
+        with self._publisher.gathered():
+            for out in self._scheduler.apply(result):
+                self._take(out)
         self._room.expect(0)
+
+    def _take(self, out: TokenOut) -> None:
+        job = self._by_key.get(out.key)
+        if job is None:
+            return
+        self._tokens += 1
+        event = job.generation.take(job.keys[out.key], out.token)
+        self._publisher.publish(job.delivery, [event])
+        if "finish_reason" in event:
+            self._end_choice(job, out.key)
 
     def _empty_inbox(self, *, block: bool) -> None:
         timeout = self._until_deadline() if block else None

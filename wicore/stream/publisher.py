@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,6 +98,12 @@ class Publisher:
                 f"event: its type must be one of {sorted(TERMINAL_TYPES)} (got {event['type']!r})"
             )
         self._hand_over(delivery, (), event, result)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """What one thread hands over inside goes out together, and wakes the thread once."""
+        with self._changed:
+            yield
 
     def flush(self, timeout: float) -> bool:
         """Wait until everything handed over so far is written or lost; False when it took longer."""
