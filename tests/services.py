@@ -55,9 +55,9 @@ def running_worker(
         client.close()
 
 
-def worker_process(settings: Settings) -> subprocess.Popen[bytes]:
-    """`python -m workers.gpu` with these settings."""
-    return _process(settings, "workers.gpu")
+def worker_process(settings: Settings, **options: Any) -> subprocess.Popen[bytes]:
+    """`python -m workers.gpu` with these settings; `options` are Popen's."""
+    return _process(settings, "workers.gpu", **options)
 
 
 def api_process(settings: Settings) -> subprocess.Popen[bytes]:
@@ -65,11 +65,11 @@ def api_process(settings: Settings) -> subprocess.Popen[bytes]:
     return _process(settings, "gunicorn", "-c", "python:api.gunicorn_conf", "api.wsgi:app")
 
 
-def _process(settings: Settings, *module: str) -> subprocess.Popen[bytes]:
+def _process(settings: Settings, *module: str, **options: Any) -> subprocess.Popen[bytes]:
     environ = {key: value for key, value in os.environ.items() if not key.startswith("WICORE_")}
     for section, values in settings.model_dump(exclude_defaults=True).items():
         environ |= {f"WICORE_{section}__{key}".upper(): str(value) for key, value in values.items()}
-    return subprocess.Popen([sys.executable, "-m", *module], cwd=ROOT, env=environ)
+    return subprocess.Popen([sys.executable, "-m", *module], cwd=ROOT, env=environ, **options)
 
 
 def follow(client: Redis, job_id: str, after: int = 0) -> Iterator[Event]:
