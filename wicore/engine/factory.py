@@ -11,10 +11,6 @@ from wicore.errors import EngineError
 from wicore.gemma3.config import Gemma3Config
 from wicore.model import Model
 
-CACHED_WINDOWS = 0.25
-"""Window blocks beyond those that a full batch holds, as a share of them: room for reusable prefixes."""
-
-
 @dataclass(frozen=True, slots=True)
 class PoolSizes:
     """Blocks of the device pool."""
@@ -26,14 +22,15 @@ class PoolSizes:
 def pool_sizes(settings: Settings, config: Gemma3Config) -> PoolSizes:
     """What `hmt.device_tokens` and a full batch need.
 
-    The window pool holds the window of every sequence of a full batch, the step's new tokens, and some
-    cached prefixes; never more than all positions would take.
+    The window pool holds the window of every sequence of a full batch and the step's new tokens, and never
+    more than all positions would take. Sequences that have not reached their window leave room in it for
+    cached prefixes.
     """
     block = settings.hmt.block_tokens
     every = -(-settings.hmt.device_tokens // block)
     a_sequence = -(-(config.sliding_window - 1) // block) + 1
     running = settings.scheduler.max_batch * a_sequence + -(-settings.scheduler.token_budget // block)
-    return PoolSizes(every, min(every, int(running * (1 + CACHED_WINDOWS))))
+    return PoolSizes(every, min(every, running))
 
 
 def create_engine(settings: Settings, model: Model) -> Engine:

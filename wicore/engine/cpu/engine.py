@@ -11,6 +11,7 @@ whatever the chunking; padding adds exact zeros. tests/test_engine_contract.py h
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -48,7 +49,7 @@ POOLS: tuple[Pool, Pool] = ("global", "window")
 _TILE = 128
 _MIN_SPAN = 256
 _CHUNK = 512
-_SCORE_BYTES = 64 * 2**20
+_SCORE_BYTES = 32 * 2**20
 """Largest score matrix of one layer; a chunk is cut so that it stays under it."""
 _MASKED = np.float32(-1e30)
 _REVISION = "cpu-1"
@@ -130,10 +131,13 @@ class CpuEngine:
         self._body = build_body(config, layers, load_final_norm(checkpoint)).session("body", threads)
         del layers
         checkpoint.release_pages()
+        _give_back_freed_memory()
         # Half of the sampling; numpy lets go of the interpreter while it reduces a row.
         self._second = ThreadPoolExecutor(1, "sampler") if threads > 1 else None
         self._logits = np.empty((0, config.vocab_size), np.float32)
         self._head_binding = self._head.io_binding()
+        self._shrinking = ort.RunOptions()
+        self._shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self._binding = self._body.io_binding()
         for name, rows in _layer_pools(config, self._pools):
             value = ort.OrtValue.ortvalue_from_numpy(rows)
@@ -238,7 +242,11 @@ class CpuEngine:
         mass = np.empty((batch, span, self._info.layout.block_tokens), np.float32)
         self._bind_output("hidden", hidden, hidden.shape)
         self._bind_output("mass", mass, (batch, mass[0].size))
-        self._body.run_with_iobinding(self._binding)
+        # A chunk's working memory is large and of another shape each time: kept, it would only pile up.
+        self._body.run_with_iobinding(self._binding, self._shrinking if n > 1 else None)
+        if n > 1:
+            # A prompt reads embeddings all over the table, and their pages would stay with us.
+            self._checkpoint.release_pages()
         queries = np.float32(n * self._config.heads * self._info.layout.global_layers)
         return hidden, mass.sum(-1) / queries
 
@@ -263,8 +271,8 @@ class CpuEngine:
             table[b] = physical[np.clip(have, 0, len(physical) - 1)]
             slots[b, :, 0] = physical[positions[b] // block - offset]
             slots[b, :, 1] = positions[b] % block
-        keys = first[:, None] + np.arange(span)
-        ahead = keys[:, None, :] - positions[:, :, None]
+        keys = (first[:, None] + np.arange(span)).astype(np.int32)
+        ahead = keys[:, None, :] - positions[:, :, None].astype(np.int32)
         mask = np.where((ahead <= 0) & (ahead > -window), np.float32(0), _MASKED)
         heads = np.arange(c.kv_heads)
         by_head = slots[:, :, None, :] * np.array([c.kv_heads, 1]) + np.stack([heads, heads * 0], -1)
@@ -295,6 +303,13 @@ class CpuEngine:
         logits = self._project(np.concatenate(rows))
         states = [s.sampling for s in samplers if s.sampling is not None]
         return {s.key: token for s, token in zip(samplers, sample(logits, states, self._second), strict=True)}
+
+
+def _give_back_freed_memory() -> None:
+    """What loading freed would else stay with the process (glibc only; elsewhere nothing happens)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _padding_limit(config: Gemma3Config) -> int:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -161,11 +162,21 @@ class Graph:
         options.log_severity_level = 3
         # Shapes change from step to step, so a remembered allocation pattern would only hold memory.
         options.enable_mem_pattern = False
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        _register_arena()
         # Between runs the cores belong to the queue threads and to the other processes of the host.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         values = [ort.OrtValue.ortvalue_from_numpy(array) for array in self.external.values()]
         options.add_external_initializers(list(self.external), values)
         return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+@cache
+def _register_arena() -> None:
+    """One allocator for every session of the process: what the stack has freed serves the head, too."""
+    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    by_powers_of_two = 0
+    ort.create_and_register_allocator(memory, ort.OrtArenaCfg(0, by_powers_of_two, -1, -1))
 
 
 def build_body(
