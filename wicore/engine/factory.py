@@ -11,6 +11,7 @@ from wicore.errors import EngineError
 from wicore.gemma3.config import Gemma3Config
 from wicore.model import Model
 
+
 @dataclass(frozen=True, slots=True)
 class PoolSizes:
     """Blocks of the device pool."""
