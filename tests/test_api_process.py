@@ -437,7 +437,7 @@ def test_a_job_is_resumed_and_cancelled_on_another_socket(port: int) -> None:
         ('{"type":"resume","job":"nobody","from":-1}', "from: "),
         ('{"type":"cancel","job":"nobody"}', "No job"),
         ('{"type":"cancel","job":"nobody","from":1}', "from: unknown"),
-        ("[" * 5000, "nested too deeply"),
+        ("[" * 200_000, "nested too deeply"),
     ],
 )
 def test_a_bad_frame_is_answered_and_the_socket_lives(port: int, message: Any, words: str) -> None:
