@@ -143,8 +143,8 @@ class Graph:
         """
         groups = self.op("Reshape", [x, self.ints(-1, w.in_features // w.group, w.group)])
         largest = self.op("ReduceMax", [self.op("Abs", [groups]), self.ints(-1)], keepdims=1)
-        scale = self.op("Mul", [largest, self.weight(np.float32(1 / 127))])
-        scale = self.op("Max", [scale, self.weight(np.float32(1e-20))])  # a group of zeros has none
+        scale = self.op("Mul", [largest, self.weight(np.array(1 / 127, np.float32))])
+        scale = self.op("Max", [scale, self.weight(np.array(1e-20, np.float32))])  # a group of zeros has none
         rounded = self.op("Mul", [self.op("Round", [self.op("Div", [groups, scale])]), scale])
         both = self.op("Concat", [groups, self.op("Sub", [groups, rounded])], axis=0)
         return self.op("Reshape", [both, self.ints(1, -1, w.in_features)])

@@ -80,7 +80,8 @@ def quantize(weight: Float, group: int = GROUP) -> QuantizedLinear:
     """[out, in] to 8 bits: round to nearest, the largest magnitude of each group maps to 127."""
     out, width = weight.shape
     tiles = weight.reshape(out, width // group, group)
-    scales = np.maximum(tiles.max(-1, keepdims=True), -tiles.min(-1, keepdims=True)) / np.float32(127)
+    largest = np.maximum(tiles.max(-1, keepdims=True), -tiles.min(-1, keepdims=True))
+    scales: Float = np.divide(largest, np.float32(127), dtype=np.float32)
     inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales > 0)
     codes = tiles * inverse
     np.rint(codes, out=codes)
