@@ -46,6 +46,13 @@ def valkey_server() -> Iterator[EmbeddedValkey]:
     shutil.rmtree(folder)
 
 
+@pytest.fixture(autouse=True)
+def _server_for_marked_tests(request: pytest.FixtureRequest) -> None:
+    """A test marked `valkey` that starts servers itself is skipped, too, where there are none."""
+    if request.node.get_closest_marker("valkey"):
+        request.getfixturevalue("valkey_server")
+
+
 @pytest.fixture(scope="session")
 def valkey_url(valkey_server: EmbeddedValkey) -> str:
     """Where it listens."""

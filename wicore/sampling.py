@@ -130,8 +130,8 @@ class SamplingState:
         self._bias_values = np.fromiter(params.logit_bias.values(), np.float32)
         # Distinct ids seen, in order of appearance, and how often each was generated; amortised growth.
         self._slots: dict[int, int] = {}
-        self._ids = np.empty(16, np.int64)
-        self._counts = np.zeros(16, np.float32)
+        self._ids: NDArray[np.int64] = np.empty(16, np.int64)
+        self._counts: NDArray[np.float32] = np.zeros(16, np.float32)
         if params.repetition_penalty != 1.0:
             for token in prompt:
                 self._slot(token)

@@ -20,7 +20,7 @@ class Grow:
 
     def __init__(self, values: Sequence[int] | NDArray[np.int32] = ()) -> None:
         self._length = len(values)
-        self._buffer = np.empty(max(16, 2 * self._length), np.int32)
+        self._buffer: NDArray[np.int32] = np.empty(max(16, 2 * self._length), np.int32)
         self._buffer[: self._length] = values
 
     def __len__(self) -> int:
