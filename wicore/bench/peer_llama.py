@@ -15,23 +15,10 @@ import numpy as np
 
 from wicore.errors import EngineError
 from wicore.gemma3.checkpoint import Checkpoint
+from wicore.gemma3.gguf import LAYER_NAMES
 from wicore.request import SamplingParams
 
-_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+_NAMES = {ours: theirs for theirs, ours in LAYER_NAMES.items()}
 
 
 def write_q8_0(checkpoint: Checkpoint, path: Path) -> None:
