@@ -54,7 +54,8 @@ def test_the_core_touches_no_server_engine_clock_or_file(path: Path) -> None:
 
 def test_every_library_that_is_imported_is_declared() -> None:
     declared = {
-        re.split(r"[^A-Za-z0-9_.-]", line)[0].lower() for line in importlib.metadata.requires("wicore") or []
+        re.split(r"[^A-Za-z0-9_.-]", line)[0].lower().replace("_", "-")
+        for line in importlib.metadata.requires("wicore") or []
     }
     known = importlib.metadata.packages_distributions()
     ours = {"wicore", "workers", "api", *sys.stdlib_module_names}
@@ -62,7 +63,7 @@ def test_every_library_that_is_imported_is_declared() -> None:
         f"{package} in {name_of(path)}"
         for path in CODE
         for package in packages(path) - ours
-        if package in known and not declared & {name.lower() for name in known[package]}
+        if package in known and not declared & {name.lower().replace("_", "-") for name in known[package]}
     }
     assert undeclared == set()
 
