@@ -124,6 +124,16 @@ class Ticket(Protocol):
         """Block until the copy is complete. Raises EngineError when it failed."""
 
 
+class Completed:
+    """The ticket of a copy that was made at once."""
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        return
+
+
 @runtime_checkable
 class Engine(Protocol):
     """What the worker drives. Calls come from one thread, except `close`."""

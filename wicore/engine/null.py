@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wicore.engine.base import (
+    Completed,
     EngineInfo,
     KVLayout,
     Pool,
@@ -30,16 +31,6 @@ _OVERSLEEP_S = 0.0002
 """What a sleep may last too long; the rest of the step is waited out awake, in turns with other threads."""
 _FIRST_TOKEN = 256
 """Lower ids are control and byte tokens in Gemma's vocabulary: never produced, so text never ends early."""
-
-
-class _Done:
-    """The ticket of a copy that was made at once."""
-
-    def done(self) -> bool:
-        return True
-
-    def wait(self) -> None:
-        return
 
 
 class NullEngine:
@@ -107,13 +98,13 @@ class NullEngine:
             time.sleep(0)
         return StepResult(outputs)
 
-    def copy_out(self, pool: Pool, blocks: Sequence[int], host: NDArray[np.uint8]) -> _Done:
+    def copy_out(self, pool: Pool, blocks: Sequence[int], host: NDArray[np.uint8]) -> Completed:
         host[:] = self._memory[pool][list(blocks)]
-        return _Done()
+        return Completed()
 
-    def copy_in(self, pool: Pool, host: NDArray[np.uint8], blocks: Sequence[int]) -> _Done:
+    def copy_in(self, pool: Pool, host: NDArray[np.uint8], blocks: Sequence[int]) -> Completed:
         self._memory[pool][list(blocks)] = host
-        return _Done()
+        return Completed()
 
     def close(self) -> None:
         """Holds nothing that needs releasing."""

@@ -23,6 +23,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from wicore.engine.base import (
+    Completed,
     EngineInfo,
     KVLayout,
     Pool,
@@ -33,7 +34,7 @@ from wicore.engine.base import (
     Ticket,
 )
 from wicore.engine.cpu.graph import build_body, build_head
-from wicore.engine.cpu.pool import Completed, KVPool
+from wicore.engine.cpu.pool import KVPool
 from wicore.engine.cpu.rope import RopeTables
 from wicore.engine.cpu.weights import WeightFormat, embed, load_final_norm, load_head, load_layer
 from wicore.engine.plans import check_plan

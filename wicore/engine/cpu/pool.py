@@ -41,13 +41,3 @@ class KVPool:
     def _host_view(self, blocks: Sequence[int], host: NDArray[np.uint8]) -> Float:
         layers, two, _, heads, tokens, width = self._data.shape
         return host.view(np.float32).reshape(len(blocks), layers, two, heads, tokens, width)
-
-
-class Completed:
-    """The ticket of a copy that was made at once."""
-
-    def done(self) -> bool:
-        return True
-
-    def wait(self) -> None:
-        return
