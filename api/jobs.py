@@ -25,13 +25,13 @@ door = Blueprint("jobs", __name__, url_prefix="/v1/jobs")
 def submit() -> Response:
     services = current()
     body = parse_job(http.read_json())
-    job = services.accept(body, Priority.NORMAL, http.idempotency_key())
+    job = services.accept(body, Priority.NORMAL, http.client_name(), http.idempotency_key())
     answer = {
         "id": job.id,
         "object": "job",
         "status": job.status,
         "position": job.position,
-        "estimated_wait_s": services.producer.estimated_wait_s(job),
+        "estimated_wait_s": job.estimated_wait_s,
         "links": links(job.id),
     }
     return http.reply(answer, 202, {"X-Job-Id": job.id, "Location": f"/v1/jobs/{job.id}"})

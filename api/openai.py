@@ -45,7 +45,7 @@ def _answer(asked: OpenAIRequest) -> Response:
 
 
 def _accept(services: Services, asked: OpenAIRequest, default: Priority) -> _Call:
-    job = services.accept(asked.body, default, http.idempotency_key())
+    job = services.accept(asked.body, default, http.client_name(), http.idempotency_key())
     # A repeated call joins a job that another call may be waiting for: then it is not ours to cancel.
     return _Call(services, job.id, asked, request.environ, http.request_id(), owns_job=job.created)
 
@@ -98,11 +98,12 @@ class _Call:
             yield "data: [DONE]\n\n"
 
     def abandon(self) -> None:
-        """Cancel the job if its client left before the end.
+        """Cancel the job if its client left before the end and `api.cancel_on_disconnect` says so.
 
         A response is also closed early when this process is told to stop; its job lives on then.
         """
-        if self._owns_job and not self._ended and http.client_gone(self._environ):
+        wanted = self._owns_job and self._services.settings.api.cancel_on_disconnect
+        if wanted and not self._ended and http.client_gone(self._environ):
             self._services.producer.cancel(self.job_id)
 
     def _batches(self) -> Iterator[list[Event]]:

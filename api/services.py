@@ -36,8 +36,12 @@ class Services:
     slots: Slots
     """Open websockets and event streams, bounded by `api.max_sockets`."""
 
-    def accept(self, body: JobBody, default: Priority, idempotency_key: str | None = None) -> Submission:
+    def accept(
+        self, body: JobBody, default: Priority, client: str, idempotency_key: str | None = None
+    ) -> Submission:
         """Check what the form of a body cannot show, then put the job on the queue.
+
+        `client` is whose turn on its level the job takes.
 
         Raises UnknownModel, TooLarge, InvalidRequest, QueueFull, Conflict or Unavailable; then no job
         was accepted.
@@ -50,8 +54,10 @@ class Services:
         return self.producer.submit(
             body,
             default if body.priority is None else body.priority,
+            client=client,
             idempotency_key=idempotency_key,
             prompt_tokens=len(prompt.token_ids),
+            max_tokens=prompt.max_tokens,
         )
 
     def workers(self) -> list[dict[str, Any]]:

@@ -36,8 +36,11 @@ def error_frame(error: WicoreError, **tags: Any) -> str:
 
 
 class Session:
-    def __init__(self, ws: Any, services: Services, stopping: Callable[[], bool], request_id: str) -> None:
+    def __init__(
+        self, ws: Any, services: Services, stopping: Callable[[], bool], request_id: str, client: str
+    ) -> None:
         self._ws = ws
+        self._client = client
         self._services = services
         self._stopping = stopping
         self._request_id = request_id
@@ -109,7 +112,7 @@ class Session:
 
     def _submit(self, command: dict[str, Any], tags: dict[str, Any]) -> None:
         self._check_room()
-        job = self._services.accept(parse_job(command), Priority.INTERACTIVE)
+        job = self._services.accept(parse_job(command), Priority.INTERACTIVE, self._client)
         self._send(http.dumps({"type": "accepted", **tags, "job": job.id}))
         self._follow(job.id, 1)
 

@@ -139,4 +139,4 @@ def _follow_one(ws: Any, job_id: str) -> None:
 
 def _many(ws: Any) -> None:
     """`WS /v1/stream`: submit, resume and cancel jobs, whose events come tagged with the job."""
-    Session(ws, current(), stopping(), http.request_id()).run()
+    Session(ws, current(), stopping(), http.request_id(), http.client_name()).run()

@@ -48,9 +48,10 @@ class Site:
         return consumer
 
     def submit(self, priority: Priority = Priority.NORMAL, text: str = "Once", **more: Any) -> Submission:
-        fields = {"kind": "completion", "prompt": text}
-        if "timeout_s" in more:
-            fields["timeout_s"] = more.pop("timeout_s")
+        fields: dict[str, Any] = {"kind": "completion", "prompt": text}
+        for name in ("timeout_s", "queue_timeout_s"):
+            if name in more:
+                fields[name] = more.pop(name)
         return self.producer.submit(parse_job(fields), priority, **more)
 
     def write(self, delivery: Delivery, *events: Event, result: Any = None) -> list[Any]:
@@ -102,6 +103,7 @@ class Site:
         keys, client = self.keys, self.redis
         assert set(client.hkeys(keys.unacked)) == set(client.zrange(keys.leases, 0, -1))
         waiting = leased = 0
+        sums: dict[str, int] = {}
         for job in self.jobs():
             record = {k.decode(): v.decode() for k, v in client.hgetall(keys.job(job)).items()}
             status = record["status"]
@@ -116,16 +118,39 @@ class Site:
                 assert STATUS_OF_TERMINAL[terminal[0]["type"]] == status
                 assert "fence" not in record
                 assert client.exists(keys.celery_result(job))
-                assert (client.ttl(keys.job(job)) > 0) == ("at" not in record)
+                assert client.ttl(keys.job(job)) > 0
+                assert "at" not in record
             else:
                 assert ("at" in record) != ("fence" in record), (job, record)
                 assert client.ttl(keys.job(job)) == -1
                 waiting += "at" in record
                 leased += "fence" in record
                 assert client.hexists(keys.unacked, record["tag"]) == ("fence" in record)
+                if "at" in record and record["at"] != keys.suspect:
+                    for what, count in (("jobs", 1), ("tokens", int(record["tokens"]))):
+                        name = f"{record['level']} {record['client']}:{what}"
+                        sums[name] = sums.get(name, 0) + count
+            assert client.exists(keys.message(job)) == ("at" in record)
         open_jobs = sum(client.zcard(keys.jobs_by_status(status)) for status in ("queued", "running"))
         assert open_jobs == waiting + leased
         assert client.zcard(keys.leases) == leased
+        self._check_sums(sums)
+
+    def _check_sums(self, sums: dict[str, int]) -> None:
+        """`backlog` and `waiting` hold what the records of waiting jobs add up to."""
+        levels = [str(int(level)) for level in Priority]
+        backlog = {
+            f"{level} {name.decode()}": int(count)
+            for level in levels
+            for name, count in self.redis.hgetall(self.keys.backlog(level)).items()
+        }
+        assert backlog == sums
+        for level in levels:
+            for what in ("jobs", "tokens"):
+                total = sum(
+                    count for name, count in sums.items() if name.startswith(level) and name.endswith(what)
+                )
+                assert int(self.redis.hget(self.keys.waiting, f"{level}:{what}") or 0) == total
 
     def close(self) -> None:
         for consumer in self._consumers:

@@ -158,7 +158,6 @@ def test_a_cancelled_waiting_job_ends_at_once_and_never_runs(site: Site) -> None
     assert site.producer.cancel(job.id) == "cancelled"
     assert ids(site.worker().pop(5)) == [other.id]
     assert site.types(job.id) == ["cancelled"]
-    assert site.redis.hgetall(site.keys.tombstones) == {}
 
 
 @pytest.mark.parametrize("started", [False, True])
@@ -244,20 +243,31 @@ def blocked_clients(client: redis.Redis, count: int) -> None:
         assert time.monotonic() < end
 
 
-@pytest.mark.parametrize("level", [*LEVELS, "suspect"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_a_push_by_anyone_on_any_level_wakes_a_waiting_worker(site: Site, level: Any) -> None:
     worker = site.worker()
     thread, answers = in_background(worker, 30)
     blocked_clients(site.redis, 5)
     pushed_at = time.perf_counter()
-    site.redis.lpush(
-        "wicore:suspect" if level == "suspect" else site.keys.queue(level), pushed("a"), pushed("b")
-    )
+    site.redis.lpush(site.keys.queue(level), pushed("a"), pushed("b"))
     thread.join(10)
     assert answers[0] is True
     assert answers[1] - pushed_at < 1
-    assert ids(worker.pop(5)) == (["a"] if level == "suspect" else ["a", "b"]), "waiting moved a message"
+    assert ids(worker.pop(5)) == ["a", "b"], "waiting moved a message"
     worker.wait(0)
+
+
+def test_a_job_whose_worker_died_wakes_a_waiting_one(site: Site) -> None:
+    job = site.submit()
+    site.worker("dies").pop(1)
+    worker = site.worker("waits")
+    thread, answers = in_background(worker, 30)
+    blocked_clients(site.redis, 5)
+    site.expire_leases()
+    site.reap()
+    thread.join(10)
+    assert answers[0] is True
+    assert ids(worker.pop(5)) == [job.id]
 
 
 def test_what_was_pushed_before_the_wait_is_noticed(site: Site) -> None:
@@ -393,3 +403,102 @@ def test_after_an_outage_the_keeper_renews_before_it_takes_from_others(
 
     assert after[: after.index("reap")].count("renew") >= 2
     assert keeper.lost == []
+
+
+# --- who is to blame ----------------------------------------------------------------------------
+
+
+def test_beside_a_suspect_a_dying_worker_costs_others_no_attempt(site: Site) -> None:
+    poison = site.submit(job_id="poison").id
+    site.worker("w1").pop(1)
+    site.expire_leases()
+    site.reap()
+    beside = [site.submit(job_id=f"beside{i}").id for i in range(3)]
+    assert ids(site.worker("w2").pop(4)) == [poison, *beside]
+    site.expire_leases()
+    site.reap()
+    assert [site.producer.record(job).attempts for job in (poison, *beside)] == [2, 0, 0, 0]
+    assert site.producer.suspects() == 4
+
+
+def test_the_mates_of_a_suspect_are_spared_whoever_is_reaped_first(site: Site) -> None:
+    site.submit(job_id="poison")
+    site.worker("w1").pop(1)
+    site.expire_leases()
+    site.reap()
+    site.submit(job_id="beside")
+    site.worker("w2").pop(2)
+    tags = {job: site.redis.hget(site.keys.job(job), "tag") for job in ("poison", "beside")}
+    for job in ("poison", "beside"):
+        site.redis.zadd(site.keys.leases, {tags[job]: 1})
+        site.reap()
+    assert site.producer.record("poison").attempts == 2
+    assert site.producer.record("beside").attempts == 0
+
+
+def test_a_suspect_that_ended_well_is_blamed_for_nothing_later(site: Site) -> None:
+    site.submit(job_id="cleared")
+    site.worker("w1").pop(1)
+    site.expire_leases()
+    site.reap()
+    worker = site.worker("w2")
+    (delivery,) = worker.pop(1)
+    site.finish(delivery)
+    site.submit(job_id="next")
+    worker.pop(1)
+    site.expire_leases()
+    site.reap()
+    assert site.producer.record("next").attempts == 1
+
+
+def test_a_poison_takes_no_other_job_with_it_and_dies_in_as_many_crashes_as_allowed(site: Site) -> None:
+    """Every worker that steps the poison dies with all it holds; the others end well."""
+    jobs = [site.submit(job_id="poison" if i == 7 else f"good{i}").id for i in range(16)]
+    crashes = 0
+    for n in range(200):
+        worker = site.worker(f"w{n}")
+        held = worker.pop(16)
+        if not held:
+            break
+        if "poison" in ids(held):
+            crashes += 1
+            site.expire_leases()
+            site.reap()
+        else:
+            for delivery in held:
+                site.finish(delivery)
+    assert crashes == 3
+    statuses = {job: site.producer.record(job).status for job in jobs}
+    assert [job for job, status in statuses.items() if status != "succeeded"] == ["poison"]
+    assert len(site.dead()) == 1
+
+
+# --- the longest wait ---------------------------------------------------------------------------
+
+
+def test_a_job_that_nobody_starts_in_time_expires(site: Site) -> None:
+    job = site.submit(queue_timeout_s=60).id
+    site.redis.hset(site.keys.job(job), "start_by_ms", 1)
+    site.redis.zadd(site.keys.deadlines, {job: 1})
+    site.reap()
+    assert site.producer.record(job).status == "expired"
+    assert "not started in time" in site.log(job)[-1]["error"]["message"]
+
+
+def test_a_job_that_has_started_may_wait_again_as_long_as_it_takes(new_site: Callable[..., Site]) -> None:
+    site = new_site(max_wait_s=60.0)
+    job = site.submit().id
+    (delivery,) = site.worker("w1").pop(1)
+    site.start(delivery)
+    site.redis.hset(site.keys.job(job), "start_by_ms", 1)
+    site.expire_leases()
+    site.reap()
+    assert ids(site.worker("w2").pop(1)) == [job]
+
+
+def test_a_late_start_is_refused_at_the_pop(new_site: Callable[..., Site]) -> None:
+    site = new_site(max_wait_s=60.0)
+    job = site.submit().id
+    site.redis.hset(site.keys.job(job), "start_by_ms", 1)
+    assert site.worker().pop(1) == []
+    assert site.types(job) == ["expired"]

@@ -126,7 +126,6 @@ class QueueMachine(RuleBasedStateMachine):
             self.site.producer.record(job).status in STATUS_OF_TERMINAL.values() for job in self.site.jobs()
         )
         assert sum(self.site.producer.depths().values()) == 0
-        assert self.client.hlen(self.site.keys.tombstones) == 0
         assert self.client.hlen(self.site.keys.deliveries) == 0
         self.site.close()
 

@@ -156,3 +156,50 @@ def test_an_idle_worker_ends_when_told(valkey_url, redis_client) -> None:
     assert ending(redis_client, submit(redis_client, max_tokens=2))["type"] == "done"
     process.terminate()
     assert process.wait(60) == ExitCode.OK
+
+
+# --- urgent jobs at a full worker ---------------------------------------------------------------
+
+
+def started(redis_client, job: str) -> None:
+    for event in follow(redis_client, job):
+        if event["type"] == "token":
+            return
+
+
+def test_an_interactive_job_does_not_wait_for_batch_jobs_to_end(redis_client, valkey_url) -> None:
+    """The texts of the batch jobs that gave way are those of a run in which they did not."""
+    settings = settings_for(valkey_url, scheduler__max_batch=2, hmt__device_tokens=16384)
+    texts = []
+    for urgent in (False, True):
+        redis_client.flushall()
+        with running_worker(settings) as worker:
+            producer = Producer(redis_client)
+            fields = {"kind": "completion", "prompt": "Once upon a time", "temperature": 0.0}
+            long = parse_job({**fields, "max_tokens": 600, "ignore_eos": True})
+            batch = [producer.submit(long, Priority.BATCH, job_id=f"batch{i}").id for i in range(2)]
+            for job in batch:
+                started(redis_client, job)
+            if urgent:
+                short = parse_job({**fields, "max_tokens": 4})
+                quick = producer.submit(short, Priority.INTERACTIVE).id
+                assert ending(redis_client, quick)["type"] == "done"
+                assert [producer.record(job).status for job in batch] == ["running", "running"]
+                assert worker.status()["preemptions"] == 1
+            for job in batch:
+                assert ending(redis_client, job)["type"] == "done"
+            texts.append([producer.record(job).result["choices"] for job in batch])
+    assert texts[0] == texts[1]
+
+
+def test_a_full_worker_leaves_jobs_of_its_own_level_to_others(redis_client, valkey_url) -> None:
+    settings = settings_for(valkey_url, scheduler__max_batch=1, hmt__device_tokens=16384)
+    with running_worker(settings):
+        long = submit(redis_client, max_tokens=2000, ignore_eos=True)
+        started(redis_client, long)
+        waiting = submit(redis_client, max_tokens=2)
+        urgent = parse_job({"kind": "completion", "prompt": "Hello", "max_tokens": 2})
+        ending(redis_client, Producer(redis_client).submit(urgent, Priority.INTERACTIVE).id)
+        assert Producer(redis_client).record(waiting).status == "queued"
+        Producer(redis_client).cancel(long)
+        assert ending(redis_client, waiting)["type"] == "done"

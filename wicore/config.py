@@ -44,6 +44,8 @@ class ApiSettings(_Section):
     """Longest request body; a longer one is refused."""
     max_sockets: int = Field(2000, ge=1)
     """Open websockets and event streams a process."""
+    cancel_on_disconnect: bool = True
+    """Cancel the job of a chat or completion call whose client closed the connection before the answer."""
     stream_buffer: int = Field(1024, ge=16)
     """Events held for a slow reader before it is dropped; it can resume from the log."""
 
@@ -70,7 +72,11 @@ class QueueSettings(_Section):
     max_attempts: int = Field(3, ge=1, le=100)
     """Workers a job may take down with it before it fails."""
     max_jobs: int = Field(10_000, ge=1)
-    """Jobs waiting on all levels before new ones are refused."""
+    """Jobs that may wait on one level before new ones are refused."""
+    max_tokens: int = Field(20_000_000, ge=1)
+    """Tokens, of prompts and of output expected, that may wait on one level before new jobs are refused."""
+    max_wait_s: float | None = Field(None, gt=0)
+    """Seconds that a job may wait for its first start before it expires; unset: no bound but its own."""
     retention_s: int = Field(86_400, ge=1)
     """Seconds that a finished job's record, log and result are kept."""
     background_share: float = Field(0.1, ge=0, lt=1)
@@ -241,7 +247,7 @@ def allowed(field: FieldInfo) -> str:
 
 
 _KINDS: Mapping[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-_BOUNDS = {"ge": "at least", "le": "at most", "lt": "below", "pattern": "matching"}
+_BOUNDS = {"ge": "at least", "gt": "over", "le": "at most", "lt": "below", "pattern": "matching"}
 
 
 def default_yaml() -> str:

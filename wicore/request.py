@@ -163,6 +163,8 @@ class JobBody(SamplingParams):
     priority: Annotated[Priority, BeforeValidator(_priority_name)] | None = None
     timeout_s: Annotated[Number, Field(gt=0, le=7 * 86400)] | None = None
     """Seconds from acceptance until the job expires, wherever it is by then."""
+    queue_timeout_s: Annotated[Number, Field(gt=0, le=7 * 86400)] | None = None
+    """Seconds from acceptance until the job expires unless it has started; None: `queue.max_wait_s`."""
     user: Annotated[Text | None, Field(max_length=512)] = None
     metadata: dict[str, str] = Field(default_factory=dict, max_length=16)
 

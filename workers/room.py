@@ -3,45 +3,64 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from typing import NamedTuple
 
 from wicore.errors import EngineError
+from wicore.request import Priority
+
+
+class Offer(NamedTuple):
+    """What may be taken now."""
+
+    room: int
+    above: Priority | None
+    """Only jobs more urgent than this level, which a running sequence of it will give way to; None: any."""
 
 
 class Room:
     """Slots of a worker. A slot is claimed when its job is popped and released when its sequence ends.
 
     A sequence that the step in flight surely ends counts as free already: its successor is fetched
-    meanwhile, and the slot is not empty for a step.
+    meanwhile, and the slot is not empty for a step. Without a free slot a more urgent job may still be
+    taken: the scheduler preempts for it, and the preempted sequence waits in the worker.
     """
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, wake: Callable[[], None]) -> None:
+        """`wake` is called when a slot frees while the intake looks for urgent jobs alone."""
         self._slots = slots
-        self._claimed = 0
+        self._wake = wake
+        self._claimed = dict.fromkeys(sorted(Priority, reverse=True), 0)
+        """Sequences by level, the least urgent first: the order in which they give way."""
         self._ending = 0
         self._closed = False
+        self._urgent_only = False
         self._changed = threading.Condition()
 
-    def claim(self, count: int) -> None:
+    def claim(self, count: int, level: Priority) -> None:
         with self._changed:
-            self._claimed += count
+            self._claimed[level] += count
 
-    def release(self, count: int) -> None:
+    def release(self, count: int, level: Priority) -> None:
         with self._changed:
-            self._claimed -= count
-            self._changed.notify_all()
+            self._claimed[level] -= count
+            self._tell()
 
     def expect(self, ending: int) -> None:
         """`ending` sequences end with the step in flight; 0 when it is over."""
         with self._changed:
             self._ending = ending
             if ending:
-                self._changed.notify_all()
+                self._tell()
 
-    def wait(self) -> int:
-        """Block until there is room; how much, 0 only after `close`."""
+    def wait(self) -> Offer | None:
+        """Block until something may be taken; None after `close`."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._free() > 0)
-            return 0 if self._closed else self._free()
+            self._urgent_only = False
+            self._changed.wait_for(lambda: self._closed or self._offer() is not None)
+            offer = None if self._closed else self._offer()
+            self._urgent_only = offer is not None and offer.above is not None
+            return offer
 
     def close(self) -> None:
         """End every `wait`, now and later."""
@@ -51,8 +70,24 @@ class Room:
 
     def check(self, present: int) -> None:
         """Raise EngineError unless `present` sequences have as many slots claimed."""
-        if self._claimed != present:
-            raise EngineError(f"{self._claimed} of {self._slots} slots are claimed for {present} sequences")
+        claimed = sum(self._claimed.values())
+        if claimed != present:
+            raise EngineError(f"{claimed} of {self._slots} slots are claimed for {present} sequences")
 
-    def _free(self) -> int:
-        return self._slots - self._claimed + self._ending
+    def _offer(self) -> Offer | None:
+        free = self._slots - sum(self._claimed.values()) + self._ending
+        if free > 0:
+            return Offer(free, None)
+        # Those over the slots have given way already; is the next one of a level that would?
+        for level, count in self._claimed.items():
+            if -free < count:
+                return None if level == min(Priority) else Offer(1, level)
+            free += count
+        return None
+
+    def _tell(self) -> None:
+        self._changed.notify_all()
+        offer = self._offer()
+        if self._urgent_only and offer is not None and offer.above is None:
+            self._urgent_only = False
+            self._wake()

@@ -34,7 +34,7 @@ from wicore.scheduler import Limits, Scheduler, TokenOut
 from wicore.stream.publisher import Publisher
 from wicore.stream.relay import read_log
 from wicore.text.prompt import prepare
-from workers.room import Room
+from workers.room import Offer, Room
 
 log = logging.getLogger("wicore.worker")
 
@@ -71,7 +71,6 @@ class Worker:
         )
         limits = Limits(settings.scheduler.max_batch, settings.scheduler.token_budget)
         self._scheduler = Scheduler(limits, cache)
-        self._room = Room(settings.scheduler.max_batch)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._jobs: dict[str, _Job] = {}
         """By delivery tag."""
@@ -84,6 +83,7 @@ class Worker:
         self._steps = self._tokens = 0
         prefix, leases = settings.redis.prefix, settings.queue
         self._consumer = LeaseConsumer(redis, owner, prefix, leases)
+        self._room = Room(settings.scheduler.max_batch, self._consumer.interrupt)
         self._keeper = LeaseKeeper(
             redis,
             owner,
@@ -205,18 +205,18 @@ class Worker:
                 job.keys[request.key] = index
                 self._by_key[request.key] = job
         except WicoreError as err:
-            self._room.release(job.generation.body.n - len(job.keys))
+            self._release(job, job.generation.body.n - len(job.keys))
             self._end(job, "failed", err)
             return
         # Choices that an earlier attempt finished need no slot; all of them, if it died before the end.
-        self._room.release(job.generation.body.n - len(requests))
+        self._release(job, job.generation.body.n - len(requests))
         if job.generation.finished:
             self._end(job, "done")
 
     def _end_choice(self, job: _Job, key: int) -> None:
         self._scheduler.remove(key)
         del job.keys[key], self._by_key[key]
-        self._room.release(1)
+        self._release(job, 1)
         if job.generation.finished:
             self._end(job, "done")
 
@@ -232,8 +232,11 @@ class Worker:
         for key in job.keys:
             self._scheduler.remove(key)
             del self._by_key[key]
-        self._room.release(len(job.keys))
+        self._release(job, len(job.keys))
         job.keys.clear()
+
+    def _release(self, job: _Job, slots: int) -> None:
+        self._room.release(slots, job.delivery.level)
 
     def _drop(self, delivery: Delivery) -> None:
         """The lease is lost: another worker has the job, and nothing of ours may be written."""
@@ -288,16 +291,22 @@ class Worker:
         return started is None or time.monotonic() - started < self._settings.queue.stall_s
 
     def _take_in(self) -> None:
-        while room := self._room.wait():
+        while (offer := self._room.wait()) is not None:
+            held = list(self._held.values())
             try:
-                deliveries = self._consumer.pop(room, held=list(self._held.values()))
-                for delivery in deliveries:
-                    self._accept(delivery)
-                if not deliveries:
-                    self._consumer.wait(_POLL_S)
+                # Without a free slot the bell comes first: it costs no round trip, and slots free often.
+                if offer.above is None or self._consumer.wait(_POLL_S, held=held, above=offer.above):
+                    self._pop(offer, held)
             except WicoreError as err:
                 log.warning("the queue is out of reach, trying again: %s", err.message)
                 self._stopping.wait(_POLL_S)
+
+    def _pop(self, offer: Offer, held: list[Delivery]) -> None:
+        deliveries = self._consumer.pop(offer.room, held=held, above=offer.above)
+        for delivery in deliveries:
+            self._accept(delivery)
+        if not deliveries and offer.above is None:
+            self._consumer.wait(_POLL_S, held=held)
 
     def _accept(self, delivery: Delivery) -> None:
         """Turn a delivery into a job for the engine thread, or into its failure."""
@@ -309,7 +318,7 @@ class Worker:
             event = terminal_event(delivery.job_id, delivery.seq + 1, "failed", error=err.body())
             self._publisher.finish(delivery, event)
             return
-        self._room.claim(delivery.body.n)
+        self._room.claim(delivery.body.n, delivery.level)
         self._inbox.put(lambda: self._begin(job))
 
     def _prepare(self, delivery: Delivery) -> _Job:

@@ -16,7 +16,7 @@ import redis
 
 from wicore.config import QueueSettings
 from wicore.errors import Unavailable
-from wicore.queue.codec import MalformedMessage, Message, decode
+from wicore.queue.codec import MalformedMessage, decode
 from wicore.queue.connection import is_outage, unavailable_on_failure
 from wicore.queue.doorbell import Doorbell
 from wicore.queue.producer import record_fields
@@ -26,6 +26,7 @@ from wicore.request import JobBody, Priority
 
 log = logging.getLogger(__name__)
 
+_EVERY_LEVEL = max(Priority) + 1
 _SWEEP_S = 1.0
 """How often the sweep runs at most: how late a dead worker or a passed deadline may be noticed."""
 
@@ -40,7 +41,7 @@ class Delivery:
     attempt: int
     """1 for the first; attempts handed back do not count."""
     fence: str
-    """`owner:attempt`; every write on behalf of the job must carry it."""
+    """`owner:n` for the job's n-th lease; every write on behalf of the job must carry it."""
     level: Priority
     suspect: bool
     """Its last worker died: at most one such job runs in a worker at a time."""
@@ -71,29 +72,33 @@ class LeaseConsumer:
         self._client = client
         self._owner = owner
         keys = Keys(prefix)
-        self._scripts = Scripts(client, keys, settings or QueueSettings())
-        self._doorbell = Doorbell(client, [*keys.queues().values(), keys.suspect])
+        settings = settings or QueueSettings()
+        self._scripts = Scripts(client, keys, settings)
+        self._max_wait_s = settings.max_wait_s
+        self._lists = {keys.queue(level): level for level in keys.queues()}
+        self._doorbell = Doorbell(client, [*self._lists, keys.suspect])
         self._suspect = keys.suspect
         self._taken = 0
         self._uncertain = False
         """A pop's answer was lost: there may be leases we know nothing of."""
-        self._suspects_allowed = True
 
-    def pop(self, n: int, *, held: Iterable[Delivery] = ()) -> list[Delivery]:
-        """Take up to n messages in priority order, each under a lease of `lease_s`.
+    def pop(self, n: int, *, held: Iterable[Delivery] = (), above: Priority | None = None) -> list[Delivery]:
+        """Take up to n jobs by priority, the clients of a level in turn, each under a lease of `lease_s`.
 
         `held` are all the deliveries the worker still has: while one of them is a suspect, no other
-        suspect is taken. Jobs that must not run (cancelled, expired, finished, malformed) are ended here
-        and not returned, so fewer than n may come although more wait.
+        suspect is taken. With `above` only levels more urgent than that one are looked at, and no suspects.
+        Jobs that must not run (cancelled, expired, finished, malformed) are ended here and not returned, so
+        fewer than n may come although more wait.
         """
         holding = list(held)
-        self._suspects_allowed = not any(delivery.suspect for delivery in holding)
+        suspects = _may_take_suspects(holding, above)
+        levels = _EVERY_LEVEL if above is None else int(above)
         try:
             with unavailable_on_failure(self._client):
                 if self._uncertain:
                     self._scripts.call("recover", self._owner, *(delivery.tag for delivery in holding))
                     self._uncertain = False
-                rows = self._scripts.call("pop", self._owner, n, int(self._suspects_allowed), self._taken)
+                rows = self._scripts.call("pop", self._owner, n, int(suspects), self._taken, levels)
                 self._taken += len(rows)
                 return self._admit(rows)
         except Unavailable:
@@ -107,17 +112,21 @@ class LeaseConsumer:
         adopted: set[int] = set()
         for row in rows:
             raw, tag, job_id, attempt = row[0], row[1].decode(), row[2].decode(), row[3]
-            fence = f"{self._owner}:{attempt}"
+            fence = row[10].decode()
             try:
                 message = decode(raw)
             except MalformedMessage as err:
                 calls.append(("finish", _rejection(job_id, fence, err)))
                 continue
             deadline = int(row[7]) if row[7] else None
-            if row[10]:
-                deadline = _deadline_ms(message, created_ms=row[6])
-                fields = [part for item in record_fields(message.body).items() for part in item]
-                calls.append(("adopt", [job_id, fence, "" if deadline is None else deadline, *fields]))
+            if row[11]:
+                created_ms, body = row[6], message.body
+                fields = [part for item in record_fields(body).items() for part in item]
+                deadline = _after(created_ms, body.timeout_s)
+                start_by = _sooner(
+                    message.expires_ms, _after(created_ms, body.queue_timeout_s or self._max_wait_s)
+                )
+                calls.append(("adopt", [job_id, fence, *map(_or_empty, (deadline, start_by)), *fields]))
                 adopted.add(len(calls) - 1)
             deliveries.append(
                 Delivery(
@@ -145,12 +154,14 @@ class LeaseConsumer:
                 ended.add(args[0])
         return [delivery for delivery in deliveries if delivery.job_id not in ended]
 
-    def wait(self, timeout: float) -> bool:
-        """Block until a message can be popped; True: call `pop`; False: timeout or `interrupt`.
+    def wait(self, timeout: float, *, held: Iterable[Delivery] = (), above: Priority | None = None) -> bool:
+        """Block until a `pop` with the same arguments may find something; False: timeout or `interrupt`.
 
         Wakes on pushes from any client, takes nothing itself, and may wake for nothing.
         """
-        ignored = () if self._suspects_allowed else (self._suspect,)
+        ignored = [name for name, level in self._lists.items() if above is not None and level >= above]
+        if not _may_take_suspects(held, above):
+            ignored.append(self._suspect)
         with unavailable_on_failure(self._client):
             return self._doorbell.wait(timeout, ignored)
 
@@ -178,11 +189,20 @@ def new_owner() -> str:
     return f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
 
 
-def _deadline_ms(message: Message, created_ms: int) -> int | None:
-    """The sooner of Celery's `expires` and `timeout_s` counted from when the message was first seen."""
-    timeout = message.body.timeout_s
-    limits = [message.expires_ms, None if timeout is None else created_ms + round(timeout * 1000)]
+def _may_take_suspects(held: Iterable[Delivery], above: Priority | None) -> bool:
+    return above is None and not any(delivery.suspect for delivery in held)
+
+
+def _after(created_ms: int, seconds: float | None) -> int | None:
+    return None if seconds is None else created_ms + round(seconds * 1000)
+
+
+def _sooner(*limits: int | None) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _or_empty(value: int | None) -> Arg:
+    return "" if value is None else value
 
 
 def _rejection(job_id: str, fence: str, err: MalformedMessage) -> list[Arg]:

@@ -17,7 +17,7 @@ from wicore.config import QueueSettings
 from wicore.errors import Conflict, InvalidRequest, QueueFull, UnknownJob
 from wicore.queue.codec import encode
 from wicore.queue.connection import unavailable_on_failure
-from wicore.queue.schema import Keys
+from wicore.queue.schema import BELL, Keys
 from wicore.queue.scripts import Scripts
 from wicore.request import JOB_ID, JobBody, JobStatus, Priority, new_job_id
 
@@ -31,7 +31,10 @@ class Submission:
     """False: the id or the idempotency key was known; nothing was added."""
     status: JobStatus
     position: int
-    """Jobs that were ahead, on its level and those above, when the job was accepted."""
+    """Jobs that were ahead when the job was accepted: on the levels above, and on its own by the turns that
+    clients take."""
+    estimated_wait_s: float | None
+    """Seconds from then until it starts if nothing more urgent comes; None: nothing is known of the pace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,8 @@ class JobRecord:
     attempts: int
     position: int | None
     """Jobs ahead when it was accepted; None for messages that did not come through `submit`."""
+    estimated_wait_s: float | None
+    """Seconds that it was then expected to wait."""
     prompt_tokens: int | None
     worker: str | None
     """Who has it, or had it last."""
@@ -68,9 +73,10 @@ class JobRecord:
         return {**asdict(self), "priority": self.priority.name.lower()}
 
 
-_ESTIMATE_WINDOW_MS = 60_000
-_ESTIMATE_LEAST = 3
-"""Fewer finishes than this in the window say nothing about the rate."""
+_UNBOUNDED = 10**9
+"""Output tokens of a job that names no bound: what jobs usually take is expected of it."""
+_RETRY_AFTER_S = 5.0
+"""Told to who finds the queue full while nothing is known of its pace."""
 
 
 class Producer:
@@ -91,15 +97,21 @@ class Producer:
         *,
         job_id: str | None = None,
         idempotency_key: str | None = None,
+        client: str = "",
         prompt_tokens: int | None = None,
+        max_tokens: int | None = None,
+        fields: Mapping[str, str] | None = None,
     ) -> Submission:
-        """Write the record and push the message in one atomic step; on return the job is accepted.
+        """Write the record and put the job in its line in one atomic step; on return it is accepted.
 
-        `body.timeout_s` becomes the deadline. Sending the same id twice adds nothing, so a caller may
-        repeat a submit whose answer was lost, giving the same `job_id`.
+        `client` takes turns with the others of its level, by tokens. `prompt_tokens` and `max_tokens` (output
+        of one choice), where the caller knows them, say how much the job may take. `body.timeout_s` becomes
+        the deadline; `body.queue_timeout_s` or `queue.max_wait_s` bounds the wait for the first start.
+        `fields` go into the record. Sending the same id twice adds nothing, so a caller may repeat a submit
+        whose answer was lost, giving the same `job_id`.
 
-        Raises QueueFull at `max_jobs` waiting, Conflict when the idempotency key was used with another
-        body in the last 24 h, InvalidRequest for a bad job id.
+        Raises QueueFull when `max_jobs` or `max_tokens` wait on the level, Conflict when the client used the
+        idempotency key with another body in the last 24 h, InvalidRequest for a bad job id.
         """
         job_id = job_id or new_job_id()
         if not JOB_ID.fullmatch(job_id):
@@ -107,27 +119,30 @@ class Producer:
                 f'id: must be 1 to 128 letters, digits, "_", ".", ":" or "-" (got {job_id!r:.60})', param="id"
             )
         tag = str(uuid.uuid4())
-        queue = self._keys.queue(priority)
         raw = encode(body, job_id=job_id, tag=tag, priority=priority, queue=self._keys.prefix)
-        timeout = "" if body.timeout_s is None else math.ceil(body.timeout_s * 1000)
-        digests = _idempotency(body, priority, idempotency_key)
-        fields = record_fields(body)
+        record = {**record_fields(body), **(fields or {})}
         if prompt_tokens is not None:
-            fields["prompt_tokens"] = str(prompt_tokens)
-        flat = [part for item in fields.items() for part in item]
+            record["prompt_tokens"] = str(prompt_tokens)
+        output = max_tokens or body.max_tokens or _UNBOUNDED
         with unavailable_on_failure(self._client):
             answer = self._scripts.call(
-                "submit", job_id, tag, queue, raw, int(priority), timeout, *digests, *flat
+                "submit",
+                *(job_id, tag, raw, int(priority), client),
+                *(len(raw) // 4 if prompt_tokens is None else prompt_tokens, output * body.n),
+                *(_ms(body.timeout_s), _ms(body.queue_timeout_s or self._settings.max_wait_s)),
+                *_idempotency(body, priority, client, idempotency_key),
+                *(part for item in record.items() for part in item),
             )
         return self._submission(answer)
 
     def _submission(self, answer: list[Any]) -> Submission:
         if answer[0] == b"full":
-            wait = self._seconds_for(1)
+            what, waiting, wait_ms = answer[1].decode(), answer[2], answer[3]
+            bound = self._settings.max_jobs if what == "jobs" else self._settings.max_tokens
             raise QueueFull(
-                f"{answer[1]} jobs are waiting, the bound (queue.max_jobs) is {self._settings.max_jobs}; "
+                f"{waiting} {what} are waiting on this level, the bound (queue.max_{what}) is {bound}; "
                 "try again later",
-                retry_after=max(1.0, wait) if wait is not None else 5.0,
+                retry_after=_RETRY_AFTER_S if wait_ms < 0 else max(1.0, wait_ms / 1000),
             )
         known = answer[1].decode()
         if answer[0] == b"conflict":
@@ -140,6 +155,7 @@ class Producer:
             created=answer[0] == b"created",
             status=cast(JobStatus, answer[3].decode()),
             position=answer[2],
+            estimated_wait_s=None if answer[4] < 0 else answer[4] / 1000,
         )
 
     def cancel(self, job_id: str) -> JobStatus:
@@ -208,35 +224,25 @@ class Producer:
         """Jobs waiting on each level; those of dead workers are counted apart, by `suspects`."""
         queues = self._keys.queues()
         with unavailable_on_failure(self._client), self._client.pipeline(transaction=True) as pipe:
+            pipe.hmget(self._keys.waiting, [f"{int(level)}:jobs" for level in queues])
             for queue in queues.values():
                 pipe.llen(queue)
-            pipe.hmget(self._keys.tombstones, builtins.list(queues.values()))
-            *lengths, gone = pipe.execute()
-        return {
-            level: max(0, length - int(dropped or 0))
-            for level, length, dropped in zip(queues, lengths, gone, strict=True)
-        }
+                pipe.lindex(queue, -1)
+            known, *lists = pipe.execute()
+        depths = {}
+        for i, level in enumerate(queues):
+            length, last = lists[2 * i : 2 * i + 2]
+            depths[level] = int(known[i] or 0) + length - (last == BELL)
+        return depths
 
     def suspects(self) -> int:
         """Jobs waiting for another attempt because their worker died."""
         with unavailable_on_failure(self._client):
             return self._client.llen(self._keys.suspect)
 
-    def estimated_wait_s(self, job: Submission) -> float | None:
-        """Seconds until the jobs ahead of `job` have gone, at the rate of the last minute.
 
-        None when too few jobs ended in that minute to tell.
-        """
-        return self._seconds_for(job.position)
-
-    def _seconds_for(self, jobs: int) -> float | None:
-        with unavailable_on_failure(self._client):
-            seconds, _ = self._client.time()
-            since = seconds * 1000 - _ESTIMATE_WINDOW_MS
-            ended: int = self._client.zcount(self._keys.finished, since, "+inf")
-        if ended < _ESTIMATE_LEAST:
-            return None
-        return jobs * _ESTIMATE_WINDOW_MS / 1000 / ended
+def _ms(seconds: float | None) -> int | str:
+    return "" if seconds is None else math.ceil(seconds * 1000)
 
 
 def record_fields(body: JobBody) -> dict[str, str]:
@@ -249,12 +255,12 @@ def record_fields(body: JobBody) -> dict[str, str]:
     return fields
 
 
-def _idempotency(body: JobBody, priority: Priority, key: str | None) -> tuple[str, str]:
-    """Digests of the key and of what it must always come with; ("", "") without a key."""
+def _idempotency(body: JobBody, priority: Priority, client: str, key: str | None) -> tuple[str, str]:
+    """Digests of the client's key and of what it must always come with; ("", "") without a key."""
     if key is None:
         return "", ""
     request = json.dumps([int(priority), body.wire()], sort_keys=True)
-    return _sha256(key), _sha256(request)
+    return _sha256(f"{client} {key}"), _sha256(request)
 
 
 def _sha256(text: str) -> str:
@@ -273,6 +279,9 @@ def _record(job_id: str, fields: dict[bytes, bytes]) -> JobRecord:
     def number(name: str) -> int | None:
         return int(texts[name]) if name in texts else None
 
+    def seconds(name: str) -> float | None:
+        return int(texts[name]) / 1000 if int(texts.get(name, -1)) >= 0 else None
+
     def data(name: str) -> Any:
         return json.loads(texts[name]) if name in texts else None
 
@@ -284,6 +293,7 @@ def _record(job_id: str, fields: dict[bytes, bytes]) -> JobRecord:
         priority=Priority(int(texts["level"])),
         attempts=number("attempts") or 0,
         position=number("position"),
+        estimated_wait_s=seconds("wait_ms"),
         prompt_tokens=number("prompt_tokens"),
         worker=texts.get("worker"),
         created_ms=int(texts["created_ms"]),

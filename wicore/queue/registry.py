@@ -17,11 +17,10 @@ from typing import Any
 import redis
 
 from wicore.queue.connection import unavailable_on_failure
-from wicore.queue.schema import Keys
+from wicore.queue.schema import ALIVE_PERIODS, Keys
 
 log = logging.getLogger(__name__)
 
-ALIVE_PERIODS = 3
 _FORGET_MS = 3_600_000
 
 

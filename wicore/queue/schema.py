@@ -1,14 +1,21 @@
 """Every Redis key: its name, type, writer and lifetime. No other module spells one.
 
-With prefix `wicore` ({q} is a level's list, {id} a job, {tag} a delivery tag):
+With prefix `wicore` ({q} is a level's list, {level} 0, 3, 6 or 9, {id} a job, {tag} a delivery tag):
 
     key                           type    what                                                 lives
-    {q}: wicore, wicore\\x06\\x163,  list    ready messages of levels 0, 3, 6, 9;                 until popped
-      ...6, ...9                          LPUSH in (submit, any client), RPOP out (pop)
-    wicore:unacked                hash    {tag} -> `[q, owner:attempt, id]\\n` + raw message     the lease
+    {q}: wicore, wicore\\x06\\x163,  list    messages that other clients LPUSH, not yet seen       until a pop
+      ...6, ...9                          by a pop; `!` while jobs wait on the level
+    wicore:queue:{level}:{client} list    waiting ids: LPUSH in, RPOP out                      until popped
+    wicore:clients:{level}        zset    clients by turn, in tokens (line.lua)                while they wait
+    wicore:turns                  hash    {level} -> the turn reached                          for ever
+    wicore:backlog:{level}        hash    {client}:jobs, {client}:tokens that wait             while they wait
+    wicore:waiting                hash    {level}:jobs, {level}:tokens that wait               for ever
+    wicore:message:{id}           string  the raw message of a waiting job                     until popped
+    wicore:suspect                list    waiting ids whose worker died (reap; pop)            until popped
+    wicore:unacked                hash    {tag} -> `[its queue, owner:n, id]\\n` + raw message  the lease
     wicore:leases                 zset    {tag} by expiry, ms of Redis TIME                    the lease
     wicore:deliveries             hash    {tag} -> attempts                                    until the end
-    wicore:suspect                list    raw messages whose worker died (reap; pop)           until popped
+    wicore:trial:{owner}          string  {tag} of the suspect that a worker runs              the lease
     wicore:dead                   list    JSON {reason, at_ms, message}, newest first          last 10,000
     wicore:job:{id}               hash    the record, fields below                             retention
     wicore:log:{id}               stream  events: entry id `0-seq`, field `event`              retention
@@ -16,11 +23,12 @@ With prefix `wicore` ({q} is a level's list, {id} a job, {tag} a delivery tag):
     wicore:idem:{sha256}          string  an idempotency key: `body digest, id`                24 h
     wicore:jobs                   zset    all ids by `created_ms`: the listing                 retention
     wicore:jobs:{status}          zset    ids by `created_ms`: the listing by status           retention
-    wicore:finished               zset    ids by `finished_ms`: whom the sweep forgets,        retention
-                                          and the rate at which jobs end
-    wicore:deadlines              zset    waiting ids by `deadline_ms`: whom the sweep ends    while waiting
-    wicore:tombstones             hash    {q} -> messages in it whose job has ended            until popped
+    wicore:finished               zset    ids by `finished_ms`: whom the sweep forgets         retention
+    wicore:deadlines              zset    waiting ids by when they expire                      while waiting
+    wicore:pace                   hash    decayed sums over ended jobs: jobs, ms, tokens,      for ever
+                                          output (line.lua)
     wicore:workers                hash    worker -> heartbeat JSON (registry.py)               see there
+    wicore:capacity               string  slots of all live workers                            1 s
     wicore:bucket:{key}           hash    token bucket (the API)                               see there
     celery-task-meta-{id}         string  the result in Celery's JSON                          retention
 
@@ -30,18 +38,20 @@ Written by the scripts in lua/, whose heads say which, unless said otherwise her
 Channels: `wicore:events:{id}` (each event, as in the log), `wicore:control` (JSON {type: cancel, job}),
 `celery-task-meta-{id}` (as the string).
 
-Fields of a record: `status`; `level` (0, 3, 6, 9); `tag`; `at` (the list its message waits in; absent
-while leased and after the end, save for a tombstone); `fence` (`owner:attempt`, only while leased);
-`worker`; `attempts`; `seq` (last in the log); `created_ms`, `deadline_ms`, `started_ms`, `first_token_ms`,
-`finished_ms`; `kind`, `model`, `metadata`, `prompt_tokens`, `position`; `cancel` (wished); `finish_reason`,
-`usage`, `result`, `error` (JSON); `finished_by` (fence of who ended it).
+Fields of a record: `status`; `level` (0, 3, 6, 9); `client` (who takes turns with whom; '' is one, too);
+`tag`; `at` (the queue it waits in; only while waiting); `fence` (`owner:n`, the n-th lease; only while
+leased); `leases`; `worker`; `attempts`; `seq` (last in the log); `created_ms`, `deadline_ms`, `start_by_ms`,
+`leased_ms`, `started_ms`, `first_token_ms`, `finished_ms`; `unread` (nobody has read the body yet); `kind`,
+`model`, `metadata`, `prompt_tokens`, `tokens` (expected in all), `charged` (to its client's turn);
+`position`, `wait_ms` (told at acceptance); `cancel` (wished); `finish_reason`, `usage`, `result`, `error`
+(JSON); `finished_by` (fence of who ended it).
 
 Invariants, between any two commands:
-    open jobs (status queued or running) = jobs waiting in a list (`at`) + jobs leased (`fence`);
+    open jobs (status queued or running) = jobs waiting (`at`) + jobs leased (`fence`);
+    a waiting job's message is in message:{id}, a leased one's in `unacked`, an ended one's nowhere;
     a tag is in `unacked` exactly when it is in `leases`;
+    `waiting` and `backlog` are the sums over the jobs that wait in queues;
     a job has one terminal event, and it is the last entry of its log.
-A record never goes before its message: the record of a job that ended while waiting is kept until
-the message is popped, so that the message cannot pass for a new job.
 
 One Redis (or one with replicas), version 7 or later, or Valkey. Not Redis Cluster: the scripts touch keys
 of many slots.
@@ -55,6 +65,10 @@ from wicore.request import Priority
 
 _SEPARATOR = "\x06\x16"
 """What Kombu puts between a queue's name and its priority; level 0 has neither."""
+BELL = b"!"
+"""What lies on a level's list while jobs wait on the level: wakes workers, means nothing."""
+ALIVE_PERIODS = 3
+"""Heartbeats that a worker may miss before it counts as gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +109,20 @@ class Keys:
         return f"{self.prefix}:deadlines"
 
     @property
-    def tombstones(self) -> str:
-        return f"{self.prefix}:tombstones"
+    def turns(self) -> str:
+        return f"{self.prefix}:turns"
+
+    @property
+    def waiting(self) -> str:
+        return f"{self.prefix}:waiting"
+
+    @property
+    def pace(self) -> str:
+        return f"{self.prefix}:pace"
+
+    @property
+    def capacity(self) -> str:
+        return f"{self.prefix}:capacity"
 
     @property
     def jobs(self) -> str:
@@ -116,6 +142,21 @@ class Keys:
     @property
     def control(self) -> str:
         return f"{self.prefix}:control"
+
+    def line(self, level_and_client: str) -> str:
+        return f"{self.prefix}:queue:{level_and_client}"
+
+    def clients(self, level: str) -> str:
+        return f"{self.prefix}:clients:{level}"
+
+    def backlog(self, level: str) -> str:
+        return f"{self.prefix}:backlog:{level}"
+
+    def message(self, job_id: str) -> str:
+        return f"{self.prefix}:message:{job_id}"
+
+    def trial(self, owner: str) -> str:
+        return f"{self.prefix}:trial:{owner}"
 
     def job(self, job_id: str) -> str:
         return f"{self.prefix}:job:{job_id}"

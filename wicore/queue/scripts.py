@@ -1,7 +1,8 @@
 """Loading and calling the Lua scripts.
 
-A script's text is a header with the key names and settings (so that both have one source), `common.lua`,
-then its own file. Keys are built in the scripts and not declared: see schema.py about Redis Cluster.
+A script's text is a header with the key names and settings (so that both have one source), `base.lua`,
+`line.lua`, `common.lua`, then its own file. Keys are built in the scripts and not declared: see schema.py
+about Redis Cluster.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import redis
 from redis.exceptions import NoScriptError
 
 from wicore.config import QueueSettings
-from wicore.queue.schema import Keys
+from wicore.queue.schema import ALIVE_PERIODS, BELL, Keys
 from wicore.request import STATUS_OF_TERMINAL, JobStatus
 
 Name = Literal[
@@ -67,7 +68,8 @@ class Scripts:
 @cache
 def _text(header: str, name: str) -> tuple[str, str]:
     lua = resources.files("wicore.queue") / "lua"
-    text = "\n".join((header, (lua / "common.lua").read_text(), (lua / f"{name}.lua").read_text()))
+    parts = [(lua / f"{part}.lua").read_text() for part in ("base", "line", "common", name)]
+    text = "\n".join((header, *parts))
     return text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
@@ -75,21 +77,25 @@ def _header(keys: Keys, settings: QueueSettings) -> str:
     names: dict[str, Any] = {
         name: getattr(keys, name)
         for name in (
-            *("suspect", "dead", "unacked", "leases", "deliveries", "deadlines", "tombstones"),
-            *("jobs", "finished", "control"),
+            *("suspect", "dead", "unacked", "leases", "deliveries", "deadlines", "jobs", "finished"),
+            *("control", "workers", "turns", "waiting", "pace", "capacity"),
         )
     }
-    # Keys of one job: the name up to the id, which the scripts append.
-    names |= {name: getattr(keys, name)("") for name in ("job", "log", "events", "cancel", "celery_result")}
-    names["idempotency"] = keys.idempotency("")
+    # Keys of one job, owner or level: the name up to that, which the scripts append.
+    families = ("job", "log", "events", "cancel", "message", "celery_result", "idempotency", "trial")
+    names |= {name: getattr(keys, name)("") for name in families}
+    names |= {"queue": keys.line(""), "clients": keys.clients(""), "backlog": keys.backlog("")}
     names["jobs_by_status"] = {status: keys.jobs_by_status(status) for status in _RECORD_STATES}
-    names["queues"] = list(keys.queues().values())
-    names["levels"] = {name: str(int(level)) for level, name in keys.queues().items()}
+    names["levels"] = [str(int(level)) for level in keys.queues()]
+    names["lists"] = {str(int(level)): name for level, name in keys.queues().items()}
     share = settings.background_share
     constants = {
         "lease_ms": round(settings.lease_s * 1000),
         "max_attempts": settings.max_attempts,
         "max_jobs": settings.max_jobs,
+        "max_tokens": settings.max_tokens,
+        "alive_periods": ALIVE_PERIODS,
+        "bell": BELL.decode(),
         "retention_s": settings.retention_s,
         "background_every": round(1 / share) if share else 0,
     }

@@ -1,51 +1,6 @@
--- Shared by every script, put before it together with the key names K and the settings C (scripts.py).
--- Scripts run alone in Redis: no other command sees, and no crash leaves, half of one.
+-- Put before every script, after line.lua: how jobs begin and end.
 
-local clock = redis.call('TIME')
-local NOW = tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000)
-local TERMINAL = {succeeded = true, failed = true, cancelled = true, expired = true}
-local STATUS = {done = 'succeeded', failed = 'failed', cancelled = 'cancelled', expired = 'expired'}
 local DEAD_KEPT = 10000
-
-local function ms(number)
-  return string.format('%d', number)
-end
-
--- Fields of a record by name; absent ones are nil.
-local function record_of(id, ...)
-  local values = redis.call('HMGET', K.job .. id, ...)
-  local record = {}
-  for i, name in ipairs({...}) do
-    record[name] = values[i] or nil
-  end
-  return record
-end
-
--- Put a job under another status in the listings.
-local function move(id, from, to, created_ms)
-  if from then
-    redis.call('ZREM', K.jobs_by_status[from], id)
-  end
-  redis.call('ZADD', K.jobs_by_status[to], created_ms, id)
-end
-
--- Note that the job's message lies in `list` (the caller pushes it) and nobody works on it.
-local function set_waiting(id, list)
-  local record = record_of(id, 'status', 'created_ms', 'deadline_ms')
-  redis.call('HDEL', K.job .. id, 'fence')
-  redis.call('HSET', K.job .. id, 'status', 'queued', 'at', list)
-  if record.status ~= 'queued' then
-    move(id, record.status, 'queued', record.created_ms)
-  end
-  if record.deadline_ms then
-    redis.call('ZADD', K.deadlines, record.deadline_ms, id)
-  end
-end
-
-local function drop_lease(tag)
-  redis.call('HDEL', K.unacked, tag)
-  redis.call('ZREM', K.leases, tag)
-end
 
 -- Well-formed UTF-8 sequences, the Unicode Standard's table 3-7.
 local UTF8 = {'[\194-\223][\128-\191]', '\224[\160-\191][\128-\191]', '[\225-\236\238\239][\128-\191][\128-\191]',
@@ -119,10 +74,9 @@ end
 -- The one way a job ends. The caller has made sure that the record exists and is not terminal.
 -- ending: type (done, failed, cancelled, expired); event (its JSON text), or else seq to make one;
 -- optional JSON texts result, usage, error; finish_reason; exc_type and message of a failure; fence.
--- A job whose message still lies in a list becomes a tombstone: see schema.py.
 local function terminate(id, ending)
   local job = K.job .. id
-  local record = record_of(id, 'status', 'created_ms', 'at', 'seq', 'tag')
+  local record = record_of(id, 'status', 'created_ms', 'seq', 'tag', 'fence')
   local seq = tonumber(record.seq or '0') + 1
   local event = ending.event
   if not event then
@@ -140,12 +94,17 @@ local function terminate(id, ending)
   if ending.fence then
     redis.call('HSET', job, 'finished_by', ending.fence)
   end
-  redis.call('HDEL', job, 'fence')
+  if record.fence then
+    settle(id, ending.type, ending.usage and cjson.decode(ending.usage))
+    drop_lease(record.tag, record.fence)
+    redis.call('HDEL', job, 'fence')
+  else
+    leave_line(id)
+    redis.call('DEL', K.message .. id)
+  end
   move(id, record.status, status, record.created_ms)
-  redis.call('ZREM', K.deadlines, id)
   redis.call('DEL', K.cancel .. id)
   if record.tag then
-    drop_lease(record.tag)
     redis.call('HDEL', K.deliveries, record.tag)
   end
   if ending.type == 'done' then
@@ -155,11 +114,7 @@ local function terminate(id, ending)
   else
     store_celery_result(id, 'FAILURE', celery_exception(ending.exc_type, ending.message, 'wicore.errors'))
   end
-  if record.at then
-    redis.call('HINCRBY', K.tombstones, record.at, 1)
-  else
-    start_retention(id)
-  end
+  start_retention(id)
 end
 
 local function error_body(message, kind, code)
@@ -172,7 +127,8 @@ local function terminate_cancelled(id, fence)
 end
 
 local function terminate_expired(id, fence)
-  local message = 'The deadline passed before the job finished.'
+  local started = redis.call('HEXISTS', K.job .. id, 'started_ms') == 1
+  local message = started and 'The deadline passed before the job finished.' or 'The job was not started in time.'
   terminate(id, {type = 'expired', fence = fence, exc_type = 'Expired', message = message,
     error = error_body(message, 'timeout_error', 'expired')})
 end
@@ -182,9 +138,9 @@ local function terminate_malformed(id, message)
     error = error_body(message, 'invalid_request_error', 'invalid_request')})
 end
 
--- A record for a message that came without one, of any client.
-local function create_record(id, tag, level)
-  redis.call('HSET', K.job .. id, 'status', 'queued', 'tag', tag, 'level', level, 'created_ms', ms(NOW), 'seq', 0)
+local function create_record(id, tag, level, client, tokens)
+  redis.call('HSET', K.job .. id, 'status', 'queued', 'tag', tag, 'level', level, 'created_ms', ms(NOW), 'seq', 0,
+    'client', client, 'tokens', tokens)
   redis.call('ZADD', K.jobs, NOW, id)
   move(id, nil, 'queued', NOW)
 end
@@ -197,36 +153,25 @@ local function is_cancel_wished(id, record)
   return record.cancel or redis.call('EXISTS', K.cancel .. id) == 1
 end
 
-local function is_past_deadline(record)
-  return record.deadline_ms and tonumber(record.deadline_ms) <= NOW
+-- The job is nobody's; the caller puts it where it waits.
+local function give_up_lease(id, tag, fence)
+  drop_lease(tag, fence)
+  redis.call('HDEL', K.job .. id, 'fence')
+  charge(id, 0)
 end
 
--- Messages in a list whose job can still run.
-local function depth(list)
-  local gone = tonumber(redis.call('HGET', K.tombstones, list) or '0')
-  return math.max(0, redis.call('LLEN', list) - gone)
-end
-
--- Give up the lease and put the raw message at the head or the tail of `list`.
-local function requeue(id, tag, push, list, raw)
-  drop_lease(tag)
-  redis.call(push, list, raw)
-  set_waiting(id, list)
-end
-
--- A value of `unacked`: {queue, fence, id}, raw message.
-local function read_unacked(value)
-  local cut = string.find(value, '\n', 1, true)
-  return cjson.decode(string.sub(value, 1, cut - 1)), string.sub(value, cut + 1)
-end
-
--- Take a lease back as if it had never been given, to the head of the list that the message came from.
+-- Take a lease back as if it had never been given: the job goes first again.
 local function undo_lease(id, tag, value)
   local head, raw = read_unacked(value)
   redis.call('HSET', K.job .. id, 'attempts', redis.call('HINCRBY', K.deliveries, tag, -1))
   if is_cancel_wished(id, record_of(id, 'cancel')) then
     terminate_cancelled(id)
+    return
+  end
+  give_up_lease(id, tag, head[2])
+  if head[1] == K.suspect then
+    join_suspects(id, raw, true)
   else
-    requeue(id, tag, 'RPUSH', head[1], raw)
+    join_line(id, raw, true)
   end
 end

@@ -1,8 +1,8 @@
--- The sweep: leases of dead workers, waiting jobs past their deadline, records past their retention.
--- keys: leases, unacked, deliveries, suspect, dead, deadlines, finished, jobs, jobs:*, job:{id};
+-- The sweep: leases of dead workers, waiting jobs past their time, records past their retention.
+-- keys: leases, unacked, deliveries, suspect, trial:{owner}, dead, deadlines, finished, jobs, jobs:*, job:{id};
 --       for jobs that end here, those of terminate (common.lua)
 -- args: none
--- returns: {messages made suspect, jobs ended}
+-- returns: {jobs made suspect, jobs ended}
 -- safe: any worker may call it at any time; each lease is taken once, and with it goes its fence, so that
 --       the former holder can write nothing more.
 local BATCH = 100
@@ -15,19 +15,32 @@ local function give_up(id, raw, attempts)
     error = error_body(message, 'server_error', 'worker_lost')})
 end
 
+-- Whether the attempt counts. A worker that ran a suspect died of that one, not of the jobs beside it, which
+-- become suspects uncharged. The suspect may be reaped first: its mark outlasts it by two leases.
+local function is_blamed(tag, owner, from)
+  local trial = redis.call('GET', K.trial .. owner)
+  if from == K.suspect and trial == tag then
+    redis.call('SET', K.trial .. owner, '', 'PX', 2 * C.lease_ms)
+    return true
+  end
+  return not trial
+end
+
 local function reap(tag, value)
   local head, raw = read_unacked(value)
-  local id = head[3]
-  local record = record_of(id, 'deadline_ms', 'cancel')
-  local attempts = tonumber(redis.call('HGET', K.deliveries, tag) or '0')
-  if is_cancel_wished(id, record) then
+  local from, fence, id = unpack(head)
+  local blamed = is_blamed(tag, owner_of(fence), from)
+  local attempts = redis.call('HINCRBY', K.deliveries, tag, blamed and 0 or -1)
+  redis.call('HSET', K.job .. id, 'attempts', attempts)
+  if is_cancel_wished(id, record_of(id, 'cancel')) then
     terminate_cancelled(id)
-  elseif is_past_deadline(record) then
+  elseif is_late(id) then
     terminate_expired(id)
-  elseif attempts >= C.max_attempts then
+  elseif blamed and attempts >= C.max_attempts then
     give_up(id, raw, attempts)
   else
-    requeue(id, tag, 'LPUSH', K.suspect, raw)
+    give_up_lease(id, tag, fence)
+    join_suspects(id, raw)
     suspects = suspects + 1
     return
   end

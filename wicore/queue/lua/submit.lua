@@ -1,15 +1,17 @@
--- Accept a job: its record, its place in the listings and its message, or nothing.
--- keys: job:{id}, idem:{digest}, jobs, jobs:queued, deadlines, the level's list; reads the lists' lengths
--- args: id, tag, list, raw message, level, timeout in ms or '', idempotency digest or '', body digest,
---       then field, value, ... of the record
--- returns: {'created' | 'existing', id, position, status} | {'conflict', id} | {'full', waiting}
+-- Accept a job: its record, its place in the listings and in its client's queue, or nothing.
+-- keys: job:{id}, message:{id}, idem:{digest}, jobs, jobs:queued, and those of the line (line.lua)
+-- args: id, tag, raw message, level, client, prompt tokens, most output tokens, timeout in ms or '',
+--       longest wait in ms or '', idempotency digest or '', body digest, then field, value, ... of the record
+-- returns: {'created' | 'existing', id, position, status, estimated wait in ms or -1} | {'conflict', id}
+--       | {'full', 'jobs' | 'tokens', how many are waiting, ms until there is room or -1}
 -- safe: a repeat with the same tag (an answer lost on the way) finds its own record and says 'created';
---       a repeat with another tag says 'existing'. Neither pushes twice.
-local id, tag, list, raw, level, timeout, key, digest = unpack(ARGV, 1, 8)
+--       a repeat with another tag says 'existing'. Neither adds twice.
+local id, tag, raw, level, client, prompt, output, timeout, longest_wait, key, digest = unpack(ARGV, 1, 11)
 
 local function answer(known)
-  local record = record_of(known, 'tag', 'position', 'status')
-  return {record.tag == tag and 'created' or 'existing', known, tonumber(record.position or '0'), record.status}
+  local record = record_of(known, 'tag', 'position', 'status', 'wait_ms')
+  return {record.tag == tag and 'created' or 'existing', known, tonumber(record.position or '0'), record.status,
+    tonumber(record.wait_ms or '-1')}
 end
 
 if key ~= '' then
@@ -29,26 +31,31 @@ if redis.call('EXISTS', K.job .. id) == 1 then
   return answer(id)
 end
 
-local waiting, ahead = 0, depth(K.suspect)
-for _, queue in ipairs(K.queues) do
-  local length = depth(queue)
-  waiting = waiting + length
-  if tonumber(K.levels[queue]) <= tonumber(level) then
-    ahead = ahead + length
-  end
+local tokens = expected_tokens(tonumber(prompt), tonumber(output))
+local jobs_waiting, tokens_waiting = waiting(level)
+local function full(what, count, excess)
+  return {'full', what, count, math.ceil(wait_after(0, excess) or -1)}
 end
-if waiting >= C.max_jobs then
-  return {'full', waiting}
+if jobs_waiting >= C.max_jobs then
+  return full('jobs', jobs_waiting, 0)
+end
+-- A job over the bound by itself may wait alone.
+if tokens_waiting > 0 and tokens_waiting + tokens > C.max_tokens then
+  return full('tokens', tokens_waiting, tokens_waiting + tokens - C.max_tokens)
 end
 
-create_record(id, tag, level)
-redis.call('HSET', K.job .. id, 'position', ahead, unpack(ARGV, 9))
+local jobs_ahead, tokens_ahead = ahead_of(level, client)
+local wait = math.ceil(wait_after(jobs_ahead, tokens_ahead) or -1)
+create_record(id, tag, level, client, tokens)
+redis.call('HSET', K.job .. id, 'position', jobs_ahead, 'wait_ms', wait, unpack(ARGV, 12))
 if timeout ~= '' then
   redis.call('HSET', K.job .. id, 'deadline_ms', ms(NOW + tonumber(timeout)))
 end
-redis.call('LPUSH', list, raw)
-set_waiting(id, list)
+if longest_wait ~= '' then
+  redis.call('HSET', K.job .. id, 'start_by_ms', ms(NOW + tonumber(longest_wait)))
+end
+join_line(id, raw, false)
 if key ~= '' then
   redis.call('SET', K.idempotency .. key, digest .. ' ' .. id, 'EX', 86400)
 end
-return {'created', id, ahead, 'queued'}
+return {'created', id, jobs_ahead, 'queued', wait}
