@@ -78,7 +78,7 @@ def test_a_worker_takes_one_suspect_at_a_time(site: Site) -> None:
     assert [delivery.suspect for delivery in batch] == [True, False, False]
     assert ids(batch)[1:] == fresh
     assert worker.pop(10, held=batch) == []
-    assert not worker.wait(0), "a suspect that may not be taken woke the worker"
+    assert not worker.wait(0, held=batch), "a suspect that may not be taken woke the worker"
     site.finish(batch[0])
     assert [d.suspect for d in worker.pop(10, held=batch[1:])] == [True]
 
