@@ -16,6 +16,7 @@ from tests.queue_site import Site, ids
 from wicore.errors import Unavailable, UnknownJob
 from wicore.queue.connection import connect
 from wicore.queue.consumer import Delivery, LeaseConsumer, LeaseKeeper
+from wicore.queue.doorbell import Doorbell
 from wicore.queue.producer import Producer
 from wicore.request import Priority, started_event, token_event
 
@@ -287,6 +288,21 @@ def test_a_wait_ends_with_its_time_or_by_interrupt(site: Site) -> None:
     assert answers[0] is False
     worker.interrupt()
     assert not worker.wait(30)
+
+
+def test_a_worker_that_was_busy_for_long_waits_again_without_ado(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bell's blocking reads are answered meanwhile, and nobody reads the answers."""
+    monkeypatch.setattr(Doorbell, "_BLOCK_S", 0.02)
+    worker = site.worker()
+    assert not worker.wait(0)
+    overdue_at = time.monotonic() + 2 * 0.02
+    while site.redis.info("clients")["blocked_clients"] or time.monotonic() <= overdue_at:
+        pass
+    assert not worker.wait(0)
+    site.submit()
+    assert worker.wait(5)
 
 
 def test_a_wait_without_redis_says_so() -> None:

@@ -9,66 +9,28 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
 
-import httpx
-
-from wicore.bench.hardware import describe
+from wicore.bench.processes import GUNICORN, Line, Setting, embedded_redis, service_process, wait_ready
 from wicore.errors import EngineError
 from wicore.queue.connection import connect
-from wicore.queue.embedded import EmbeddedValkey
-from wicore.queue.producer import Producer
+from wicore.queue.producer import JobRecord, Producer
+from wicore.queue.registry import alive_workers
 from wicore.request import Priority, parse_job
 from wicore.stream.relay import Relay
-
-Line = dict[str, object]
-_START_S = 60.0
-_GUNICORN = ("-c", "python:api.gunicorn_conf", "--log-level", "warning", "api.wsgi:app")
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """The null engine and the jobs."""
-
-    model: str
-    """What model.path is to be; the tokenizer is real."""
-    slots: int = 16
-    step_ms: float = 5.0
-    tokens: int = 10
-    """Output tokens a job."""
-    port: int = 8099
-
-    @property
-    def ideal_jobs_s(self) -> float:
-        return self.slots * 1000 / (self.tokens * self.step_ms)
-
-    def describe(self) -> Line:
-        return {
-            "engine": "null",
-            "slots": self.slots,
-            "step_ms": self.step_ms,
-            "tokens_a_job": self.tokens,
-            **describe(),
-        }
 
 
 def saturated(setting: Setting, jobs: int) -> Line:
     """Jobs a second with the queue never empty, from the middle 80 % of the jobs' ends."""
-    with _redis() as url:
+    with embedded_redis() as url:
         client = connect(url)
         producer = Producer(client)
         body = _body(setting)
         ids = [producer.submit(parse_job(body), Priority.NORMAL).id for _ in range(jobs)]
-        with _process(setting, url, "workers.gpu") as worker:
+        with service_process(setting, url, "workers.gpu") as worker:
             relay = Relay(connect(url))
             for job in ids:
                 for _ in relay.follow(job, idle_s=1.0):
@@ -90,10 +52,10 @@ def saturated(setting: Setting, jobs: int) -> Line:
 
 def latency(setting: Setting, rate: float, seconds: float) -> Line:
     """Time to the first token through HTTP, less the engine's step, at Poisson arrivals."""
-    with _redis() as url, ExitStack() as stack:
-        stack.enter_context(_process(setting, url, "workers.gpu"))
-        stack.enter_context(_process(setting, url, "gunicorn", *_GUNICORN))
-        _wait_ready(setting)
+    with embedded_redis() as url, ExitStack() as stack:
+        stack.enter_context(service_process(setting, url, "workers.gpu"))
+        stack.enter_context(service_process(setting, url, "gunicorn", *GUNICORN))
+        wait_ready(setting)
         load = _Load(setting)
         asyncio.run(load.run(rate, 2.0))
         load.waits.clear()
@@ -108,6 +70,55 @@ def latency(setting: Setting, rate: float, seconds: float) -> Line:
         "added_ms_max": round(added[-1], 1),
         **setting.describe(),
     }
+
+
+def estimates(setting: Setting, jobs: int) -> Line:
+    """How far the wait told at acceptance is from the wait that came, under half as much load again as fits.
+
+    Three clients send jobs of 5 to 155 tokens, one of them half of all; some say how much they may take,
+    the others let the service guess. Only waits over a second count.
+    """
+    chance = random.Random(0)
+    ideal_tokens_s = setting.slots * 1000 / setting.step_ms
+    with embedded_redis() as url, service_process(setting, url, "workers.gpu"):
+        client = connect(url)
+        producer = Producer(client)
+        while not alive_workers(client):
+            time.sleep(0.05)
+        start, due = time.monotonic(), 0.0
+        ids = []
+        for _ in range(jobs):
+            tokens = chance.randint(5, 155)
+            body = parse_job(_body(setting) | {"max_tokens": tokens})
+            due += tokens / (1.5 * ideal_tokens_s)
+            time.sleep(max(0.0, start + due - time.monotonic()))
+            name = chance.choice(("a", "a", "b", "c"))
+            prompt = 5 if chance.random() < 0.5 else None
+            ids.append(producer.submit(body, Priority.NORMAL, client=name, prompt_tokens=prompt).id)
+        relay = Relay(connect(url))
+        for job in ids:
+            for _ in relay.follow(job):
+                pass
+        relay.close()
+        records = [producer.record(job) for job in ids]
+    waits = [(record.estimated_wait_s, _waited_s(record)) for record in records]
+    known = [(told, came) for told, came in waits if told is not None and came > 1.0]
+    errors = sorted(abs(told - came) / came for told, came in known)
+    return {
+        "measurement": "estimated wait",
+        "jobs": jobs,
+        "jobs_that_waited_over_1_s": len(known),
+        "longest_wait_s": round(max(came for _, came in known), 1),
+        "median_of_told_over_came": round(statistics.median(told / came for told, came in known), 2),
+        "error_median": round(statistics.median(errors), 2),
+        "error_p90": round(errors[int(len(errors) * 0.9)], 2),
+        **setting.describe(),
+    }
+
+
+def _waited_s(record: JobRecord) -> float:
+    assert record.started_ms is not None
+    return (record.started_ms - record.created_ms) / 1000
 
 
 def _body(setting: Setting) -> Line:
@@ -160,42 +171,3 @@ class _Load:
             if line.startswith(b"data: [DONE]"):
                 break
         writer.close()
-
-
-@contextmanager
-def _redis() -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix="wicore-") as folder, EmbeddedValkey(folder) as valkey:
-        yield valkey.url
-
-
-@contextmanager
-def _process(setting: Setting, url: str, module: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("WICORE_")}
-    environ |= {
-        "WICORE_REDIS__URL": url,
-        "WICORE_MODEL__PATH": setting.model,
-        "WICORE_API__PORT": str(setting.port),
-        "WICORE_ENGINE__KIND": "null",
-        "WICORE_ENGINE__NULL_STEP_MS": str(setting.step_ms),
-        "WICORE_SCHEDULER__MAX_BATCH": str(setting.slots),
-        "WICORE_TELEMETRY__LOG_LEVEL": "warning",
-    }
-    command: Sequence[str] = (sys.executable, "-m", module, *arguments)
-    process = subprocess.Popen(command, env=environ)
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def _wait_ready(setting: Setting) -> None:
-    until = time.monotonic() + _START_S
-    while time.monotonic() < until:
-        try:
-            if httpx.get(f"http://127.0.0.1:{setting.port}/ready").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.2)
-    raise EngineError(f"bench: the service was not ready within {_START_S:.0f} s")

@@ -109,12 +109,14 @@ def accuracy(config: tuple[str, ...], windows: int) -> None:
 @click.option("--seconds", default=20.0, show_default=True, help="Length of the latency run.")
 @click.option("--port", default=8099, show_default=True, help="Port of the API under test.")
 def service(config: tuple[str, ...], jobs: int, rate: float, seconds: float, port: int) -> None:
-    """Throughput and latency of queue, worker and API around an engine that computes nothing."""
-    from wicore.bench.service import Setting, latency, saturated
+    """Throughput, latency and told waits of queue, worker and API around an engine that computes nothing."""
+    from wicore.bench.processes import Setting
+    from wicore.bench.service import estimates, latency, saturated
 
     setting = Setting(model=load_settings(config or None).model.path, port=port)
     _print(saturated(setting, jobs))
     _print(latency(setting, rate, seconds))
+    _print(estimates(setting, jobs // 2))
 
 
 def _print(line: Mapping[str, object]) -> None:

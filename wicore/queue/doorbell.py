@@ -43,12 +43,13 @@ class Doorbell:
                 for name in lists:
                     self._ask(name)
                 now = time.monotonic()
-                if self._overdue(now):
-                    raise redis.ConnectionError("no answer to a blocking read")
                 waiting = {self._pending[name][0]._sock: name for name in lists}
                 soonest = min(self._pending[name][1] for name in lists)
                 left = max(0.0, min(end, soonest) - now)
                 ready, _, _ = select.select([self._wake_out, *waiting], [], [], left)
+                # An answer may have lain here since the last `wait`: late is only what has not come.
+                if not ready and soonest <= time.monotonic():
+                    raise redis.ConnectionError("no answer to a blocking read")
                 if self._wake_out in ready:
                     self._drain()
                     return False
@@ -85,9 +86,6 @@ class Doorbell:
         connection, _ = self._pending.pop(name)
         self._idle[name] = connection
         return connection.read_response(disable_decoding=True) is not None
-
-    def _overdue(self, now: float) -> bool:
-        return any(latest <= now for _, latest in self._pending.values())
 
     def _drain(self) -> None:
         try:
