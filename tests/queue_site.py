@@ -134,6 +134,12 @@ class Site:
         open_jobs = sum(client.zcard(keys.jobs_by_status(status)) for status in ("queued", "running"))
         assert open_jobs == waiting + leased
         assert client.zcard(keys.leases) == leased
+        open_tags = {
+            client.hget(keys.job(job), "tag")
+            for status in ("queued", "running")
+            for job in client.zrange(keys.jobs_by_status(status), 0, -1)
+        }
+        assert set(client.hkeys(keys.deliveries)) == open_tags
         self._check_sums(sums)
 
     def _check_sums(self, sums: dict[str, int]) -> None:

@@ -81,3 +81,20 @@ def test_a_stopped_worker_hands_its_job_back_and_no_attempt_is_counted(redis_cli
     assert events[-1]["type"] == "done"
     assert events[-1]["usage"]["completion_tokens"] == 400
     assert Producer(redis_client).record(job).attempts == 1
+
+
+def test_the_streams_of_a_killed_worker_go_on_side_by_side(redis_client, valkey_url) -> None:
+    settings = settings_for(valkey_url, queue__lease_s=1.0)
+    jobs = [submit(redis_client, f"job{i}", temperature=0.0, max_tokens=3000) for i in range(4)]
+    first = worker_process(settings)
+    for job in jobs:
+        next(event for event in follow(redis_client, job) if event["type"] == "token")
+    first.kill()
+    first.wait()
+    with running_worker(settings, "second"):
+        for job in jobs:
+            next(event for event in follow(redis_client, job) if event["type"] == "resumed")
+        statuses = [Producer(redis_client).record(job).status for job in jobs]
+        for job in jobs:
+            Producer(redis_client).cancel(job)
+    assert statuses == ["running"] * 4

@@ -78,8 +78,8 @@ def test_a_worker_takes_one_suspect_at_a_time(site: Site) -> None:
     batch = worker.pop(10)
     assert [delivery.suspect for delivery in batch] == [True, False, False]
     assert ids(batch)[1:] == fresh
-    assert worker.pop(10, held=batch) == []
-    assert not worker.wait(0, held=batch), "a suspect that may not be taken woke the worker"
+    assert worker.pop(10, held=batch, suspects=False) == []
+    assert not worker.wait(0, suspects=False), "a suspect that may not be taken woke the worker"
     site.finish(batch[0])
     assert [d.suspect for d in worker.pop(10, held=batch[1:])] == [True]
 
@@ -518,3 +518,28 @@ def test_a_late_start_is_refused_at_the_pop(new_site: Callable[..., Site]) -> No
     site.redis.hset(site.keys.job(job), "start_by_ms", 1)
     assert site.worker().pop(1) == []
     assert site.types(job) == ["expired"]
+
+
+def test_an_acquitted_suspect_is_one_of_many_again(site: Site) -> None:
+    """Its worker's death then counts for all, and the next suspect may be taken beside it."""
+    jobs = [site.submit(job_id=f"j{i}").id for i in range(3)]
+    site.worker("w1").pop(3)
+    site.expire_leases()
+    site.reap()
+    worker = site.worker("w2")
+    (first,) = worker.pop(3)
+    worker.acquit(first)
+    (second,) = worker.pop(3, held=[first])
+    worker.acquit(first)
+    site.expire_leases()
+    site.reap()
+    attempts = {job: site.producer.record(job).attempts for job in jobs}
+    assert attempts[second.job_id] == 2, "a late word about the first ended the trial of the second"
+    assert attempts[first.job_id] == 1
+    (third,) = worker.pop(1)
+    worker.acquit(third)
+    site.submit(job_id="beside")
+    worker.pop(1, held=[third], suspects=False)
+    site.expire_leases()
+    site.reap()
+    assert site.producer.record("beside").attempts == 1

@@ -35,6 +35,7 @@ from wicore.stream.publisher import Publisher
 from wicore.stream.relay import read_log
 from wicore.text.prompt import prepare
 from workers.room import Offer, Room
+from workers.trial import Trial
 
 log = logging.getLogger("wicore.worker")
 
@@ -84,6 +85,7 @@ class Worker:
         prefix, leases = settings.redis.prefix, settings.queue
         self._consumer = LeaseConsumer(redis, owner, prefix, leases)
         self._room = Room(settings.scheduler.max_batch, self._consumer.interrupt)
+        self._trial = Trial(leases.max_attempts, self._consumer.interrupt)
         self._keeper = LeaseKeeper(
             redis,
             owner,
@@ -176,6 +178,7 @@ class Worker:
         if job is None:
             return
         self._tokens += 1
+        self._trial.observe(job.delivery)
         event = job.generation.take(job.keys[out.key], out.token)
         self._publisher.publish(job.delivery, [event])
         if "finish_reason" in event:
@@ -284,6 +287,7 @@ class Worker:
         self._keeper.release(delivery)
         if self._held.get(delivery.tag) is delivery:
             del self._held[delivery.tag]
+        self._trial.end(delivery)
 
     def _progresses(self) -> bool:
         """Whether the engine still makes progress; a hung one must lose its leases."""
@@ -292,26 +296,32 @@ class Worker:
 
     def _take_in(self) -> None:
         while (offer := self._room.wait()) is not None:
-            held = list(self._held.values())
             try:
                 # Without a free slot the bell comes first: it costs no round trip, and slots free often.
-                if offer.above is None or self._consumer.wait(_POLL_S, held=held, above=offer.above):
-                    self._pop(offer, held)
+                if offer.above is None or self._consumer.wait(_POLL_S, above=offer.above):
+                    self._pop(offer)
             except WicoreError as err:
                 log.warning("the queue is out of reach, trying again: %s", err.message)
                 self._stopping.wait(_POLL_S)
 
-    def _pop(self, offer: Offer, held: list[Delivery]) -> None:
-        deliveries = self._consumer.pop(offer.room, held=held, above=offer.above)
+    def _pop(self, offer: Offer) -> None:
+        if (suspect := self._trial.suspect) is not None and self._trial.acquitted:
+            self._consumer.acquit(suspect)
+            self._trial.end(suspect)
+        suspects = self._trial.suspect is None
+        held = list(self._held.values())
+        deliveries = self._consumer.pop(offer.room, held=held, suspects=suspects, above=offer.above)
         for delivery in deliveries:
             self._accept(delivery)
         if not deliveries and offer.above is None:
-            self._consumer.wait(_POLL_S, held=held)
+            self._consumer.wait(_POLL_S, suspects=suspects)
 
     def _accept(self, delivery: Delivery) -> None:
         """Turn a delivery into a job for the engine thread, or into its failure."""
         self._held[delivery.tag] = delivery
         self._keeper.hold(delivery)
+        if delivery.suspect:
+            self._trial.begin(delivery)
         try:
             job = self._prepare(delivery)
         except WicoreError as err:

@@ -82,21 +82,28 @@ class LeaseConsumer:
         self._uncertain = False
         """A pop's answer was lost: there may be leases we know nothing of."""
 
-    def pop(self, n: int, *, held: Iterable[Delivery] = (), above: Priority | None = None) -> list[Delivery]:
+    def pop(
+        self,
+        n: int,
+        *,
+        held: Iterable[Delivery] = (),
+        suspects: bool = True,
+        above: Priority | None = None,
+    ) -> list[Delivery]:
         """Take up to n jobs by priority, the clients of a level in turn, each under a lease of `lease_s`.
 
-        `held` are all the deliveries the worker still has: while one of them is a suspect, no other
-        suspect is taken. With `above` only levels more urgent than that one are looked at, and no suspects.
+        `held` are all the deliveries the worker still has. One suspect at most is taken, and none without
+        `suspects`, which is right while one is on trial. With `above` only levels more urgent than that one
+        are looked at, and no suspects.
         Jobs that must not run (cancelled, expired, finished, malformed) are ended here and not returned, so
         fewer than n may come although more wait.
         """
-        holding = list(held)
-        suspects = _may_take_suspects(holding, above)
+        suspects = suspects and above is None
         levels = _EVERY_LEVEL if above is None else int(above)
         try:
             with unavailable_on_failure(self._client):
                 if self._uncertain:
-                    self._scripts.call("recover", self._owner, *(delivery.tag for delivery in holding))
+                    self._scripts.call("recover", self._owner, *(delivery.tag for delivery in held))
                     self._uncertain = False
                 rows = self._scripts.call("pop", self._owner, n, int(suspects), self._taken, levels)
                 self._taken += len(rows)
@@ -154,13 +161,13 @@ class LeaseConsumer:
                 ended.add(args[0])
         return [delivery for delivery in deliveries if delivery.job_id not in ended]
 
-    def wait(self, timeout: float, *, held: Iterable[Delivery] = (), above: Priority | None = None) -> bool:
+    def wait(self, timeout: float, *, suspects: bool = True, above: Priority | None = None) -> bool:
         """Block until a `pop` with the same arguments may find something; False: timeout or `interrupt`.
 
         Wakes on pushes from any client, takes nothing itself, and may wake for nothing.
         """
         ignored = [name for name, level in self._lists.items() if above is not None and level >= above]
-        if not _may_take_suspects(held, above):
+        if not suspects or above is not None:
             ignored.append(self._suspect)
         with unavailable_on_failure(self._client):
             return self._doorbell.wait(timeout, ignored)
@@ -179,6 +186,14 @@ class LeaseConsumer:
             with unavailable_on_failure(self._client):
                 self._scripts.call("hand_back", *triples)
 
+    def acquit(self, suspect: Delivery) -> None:
+        """End the suspect's trial: it went on past where its last worker died, and another may be taken.
+
+        From here on the death of this worker is not blamed on it alone.
+        """
+        with unavailable_on_failure(self._client):
+            self._scripts.call("acquit", self._owner, suspect.tag)
+
     def close(self) -> None:
         """Close the connections; leases are left to `hand_back` or expiry."""
         self._doorbell.close()
@@ -187,10 +202,6 @@ class LeaseConsumer:
 def new_owner() -> str:
     """A name for this process that no other ever has: host, then a random part."""
     return f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
-
-
-def _may_take_suspects(held: Iterable[Delivery], above: Priority | None) -> bool:
-    return above is None and not any(delivery.suspect for delivery in held)
 
 
 def _after(created_ms: int, seconds: float | None) -> int | None:

@@ -14,7 +14,7 @@ With prefix `wicore` ({q} is a level's list, {level} 0, 3, 6 or 9, {id} a job, {
     wicore:suspect                list    waiting ids whose worker died (reap; pop)            until popped
     wicore:unacked                hash    {tag} -> `[its queue, owner:n, id]\\n` + raw message  the lease
     wicore:leases                 zset    {tag} by expiry, ms of Redis TIME                    the lease
-    wicore:deliveries             hash    {tag} -> attempts                                    until the end
+    wicore:deliveries             hash    {tag} -> attempts, for every open job                until the end
     wicore:trial:{owner}          string  {tag} of the suspect that a worker runs              the lease
     wicore:dead                   list    JSON {reason, at_ms, message}, newest first          last 10,000
     wicore:job:{id}               hash    the record, fields below                             retention

@@ -21,7 +21,7 @@ from wicore.queue.schema import ALIVE_PERIODS, BELL, Keys
 from wicore.request import STATUS_OF_TERMINAL, JobStatus
 
 Name = Literal[
-    "submit", "pop", "adopt", "renew", "append", "finish", "hand_back", "recover", "reap", "cancel"
+    "submit", "pop", "adopt", "renew", "append", "finish", "hand_back", "recover", "reap", "cancel", "acquit"
 ]
 Arg = str | bytes | int
 Call = tuple[Name, Sequence[Arg]]

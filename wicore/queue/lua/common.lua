@@ -138,7 +138,11 @@ local function terminate_malformed(id, message)
     error = error_body(message, 'invalid_request_error', 'invalid_request')})
 end
 
+-- `tag` must not be that of another open job; '' for a job that ends at once.
 local function create_record(id, tag, level, client, tokens)
+  if tag ~= '' then
+    redis.call('HSET', K.deliveries, tag, 0)
+  end
   redis.call('HSET', K.job .. id, 'status', 'queued', 'tag', tag, 'level', level, 'created_ms', ms(NOW), 'seq', 0,
     'client', client, 'tokens', tokens)
   redis.call('ZADD', K.jobs, NOW, id)

@@ -58,6 +58,8 @@ local function sort(level)
       local known = message.id and redis.call('HGET', K.job .. message.id, 'tag')
       if message.fault then
         reject(raw, message.id, level, message.fault)
+      elseif not known and redis.call('HEXISTS', K.deliveries, message.tag) == 1 then
+        reject(raw, message.id, level, 'properties.delivery_tag: another open job has the same')
       elseif not known then
         create_record(message.id, message.tag, level, message.client, guessed_tokens(raw))
         redis.call('HSET', K.job .. message.id, 'unread', 1)
@@ -72,13 +74,6 @@ end
 local function lease(id, record, from)
   local tag, raw = record.tag, redis.call('GETDEL', K.message .. id)
   leave_line(id)
-  if redis.call('HEXISTS', K.unacked, tag) == 1 then
-    local reason = 'properties.delivery_tag: a job that runs has the same'
-    bury(raw, reason)
-    redis.call('HSET', K.job .. id, 'tag', '')
-    terminate_malformed(id, reason)
-    return
-  end
   local attempt = redis.call('HINCRBY', K.deliveries, tag, 1)
   local fence = owner .. ':' .. redis.call('HINCRBY', K.job .. id, 'leases', 1)
   redis.call('HSET', K.unacked, tag, cjson.encode({from, fence, id}) .. '\n' .. raw)
