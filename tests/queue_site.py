@@ -135,7 +135,7 @@ class Site:
         assert open_jobs == waiting + leased
         assert client.zcard(keys.leases) == leased
         open_tags = {
-            client.hget(keys.job(job), "tag")
+            client.hget(keys.job(job.decode()), "tag")
             for status in ("queued", "running")
             for job in client.zrange(keys.jobs_by_status(status), 0, -1)
         }
