@@ -11,7 +11,7 @@ from flask import Blueprint, Response, request
 from api import http, streams
 from api.services import current, stopping
 from wicore.errors import InvalidRequest
-from wicore.queue.producer import JobRecord
+from wicore.queue.producer import JobRecord, Submission
 from wicore.request import STATUS_OF_TERMINAL, Event, Priority, parse_job
 
 ENDED = frozenset(STATUS_OF_TERMINAL.values())
@@ -25,7 +25,11 @@ door = Blueprint("jobs", __name__, url_prefix="/v1/jobs")
 def submit() -> Response:
     services = current()
     body = parse_job(http.read_json())
-    job = services.accept(body, Priority.NORMAL, http.client_name(), http.idempotency_key())
+    return accepted(services.accept(body, Priority.NORMAL, http.client_name(), http.idempotency_key()))
+
+
+def accepted(job: Submission) -> Response:
+    """202, with where to look."""
     answer = {
         "id": job.id,
         "object": "job",
@@ -47,13 +51,19 @@ def listing() -> Response:
     status = request.args.get("status")
     if status is not None and status not in STATUSES:
         raise InvalidRequest(f"status: must be one of {', '.join(STATUSES)} (got {status!r})", param="status")
-    limit = streams.sequence_number(request.args.get("limit", 20), "limit")
-    if not 1 <= limit <= MAX_PAGE:
-        raise InvalidRequest(f"limit: must be from 1 to {MAX_PAGE} (got {limit})", param="limit")
+    limit = page_size()
     # One more than asked for, to know whether more follow.
     found = current().producer.list(status, limit + 1, request.args.get("after"))
     page = [public(record) for record in found[:limit]]
     return http.reply({"object": "list", "data": page, "has_more": len(found) > limit})
+
+
+def page_size() -> int:
+    """The query's `limit`. Raises InvalidRequest unless it is from 1 to MAX_PAGE."""
+    limit = streams.sequence_number(request.args.get("limit", 20), "limit")
+    if not 1 <= limit <= MAX_PAGE:
+        raise InvalidRequest(f"limit: must be from 1 to {MAX_PAGE} (got {limit})", param="limit")
+    return limit
 
 
 @door.delete("/<job_id>")

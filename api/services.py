@@ -15,6 +15,7 @@ from wicore.config import Settings
 from wicore.errors import ConfigError, InvalidRequest, UnknownModel
 from wicore.model import Model, load_model
 from wicore.queue.connection import connect
+from wicore.queue.dead import DeadLetters
 from wicore.queue.producer import Producer, Submission
 from wicore.queue.registry import alive_workers
 from wicore.request import JobBody, Priority
@@ -32,6 +33,7 @@ class Services:
     model: Model
     redis: Redis
     producer: Producer
+    dead: DeadLetters
     relay: Relay
     slots: Slots
     """Open websockets and event streams, bounded by `api.max_sockets`."""
@@ -90,6 +92,7 @@ def build(settings: Settings) -> Services:
         model=load_model(settings),
         redis=client,
         producer=Producer(client, prefix, settings.queue),
+        dead=DeadLetters(client, prefix, settings.queue),
         relay=Relay(client, prefix, settings.api.stream_buffer),
         slots=Slots(settings.api.max_sockets),
     )

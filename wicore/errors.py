@@ -74,6 +74,14 @@ class UnknownJob(WicoreError):
     code = "unknown_job"
 
 
+class UnknownDeadLetter(WicoreError):
+    """No dead letter has this id: it never was, or it was retried, dropped or pushed out by newer ones."""
+
+    status = 404
+    kind = "invalid_request_error"
+    code = "unknown_dead_letter"
+
+
 class UnknownModel(WicoreError):
     """The model named is not the one being served."""
 

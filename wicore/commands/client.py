@@ -17,6 +17,9 @@ from wicore.request import TERMINAL_TYPES, Event
 PATIENCE_S = 60.0
 """How long a stream may make no progress, over all attempts to reconnect, before it is given up."""
 
+_PAGE = 100
+"""Most dead letters that the service lists at a time."""
+
 
 class Client:
     """One service. Every failure is a WicoreError: the service's own, or Unavailable."""
@@ -42,6 +45,34 @@ class Client:
     def cancel(self, job: str) -> dict[str, Any]:
         """Wish a job cancelled; returns its record. A job that has ended stays as it is."""
         return self._call("DELETE", f"/v1/jobs/{job}")
+
+    def dead_letters(self, limit: int | None = None) -> Iterator[dict[str, Any]]:
+        """The messages given up, newest first, cut; `limit` of them or all, read page by page."""
+        query: dict[str, Any] = {"limit": _PAGE if limit is None else min(limit, _PAGE)}
+        left = limit
+        while left is None or left > 0:
+            page = self._call("GET", "/v1/dead", params=query)
+            yield from page["data"][:left]
+            if not page["has_more"]:
+                return
+            left = None if left is None else left - len(page["data"])
+            query["after"] = page["data"][-1]["id"]
+
+    def dead_letter(self, letter: str) -> dict[str, Any]:
+        """One of them, whole. Raises UnknownDeadLetter."""
+        return self._call("GET", f"/v1/dead/{letter}")
+
+    def retry(self, letter: str) -> str:
+        """Put a dead letter's job on the queue anew; returns the new job's id; a repeat gives the same."""
+        return str(self._call("POST", f"/v1/dead/{letter}/retry")["id"])
+
+    def drop(self, letter: str) -> None:
+        """Remove a dead letter for good. Raises UnknownDeadLetter."""
+        self._call("DELETE", f"/v1/dead/{letter}")
+
+    def drop_all(self) -> int:
+        """Remove all dead letters; returns how many there were."""
+        return int(self._call("DELETE", "/v1/dead")["dropped"])
 
     def events(self, job: str, start: int = 1) -> Iterator[Event]:
         """The job's events from sequence number `start` on, each once and in order.

@@ -219,7 +219,7 @@ def _or_empty(value: int | None) -> Arg:
 def _rejection(job_id: str, fence: str, err: MalformedMessage) -> list[Arg]:
     """Arguments of finish.lua that fail the job and bury its message."""
     error = json.dumps(err.body())
-    return [job_id, fence, "failed", "", "", "", "", error, "", type(err).__name__, err.message, err.reason]
+    return [job_id, fence, "failed", "", "", "", "", error, "", "InvalidRequest", err.message, err.reason]
 
 
 class LeaseKeeper:

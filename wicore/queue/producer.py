@@ -67,6 +67,8 @@ class JobRecord:
     result: dict[str, Any] | None
     error: dict[str, Any] | None
     metadata: dict[str, str]
+    retry_of: str | None
+    """Id of the dead letter that this job tries again."""
 
     def public(self) -> dict[str, Any]:
         """JSON form for clients; what is not known yet is null."""
@@ -308,4 +310,5 @@ def _record(job_id: str, fields: dict[bytes, bytes]) -> JobRecord:
         result=data("result"),
         error=data("error"),
         metadata=data("metadata") or {},
+        retry_of=texts.get("retry_of"),
     )

@@ -16,7 +16,9 @@ With prefix `wicore` ({q} is a level's list, {level} 0, 3, 6 or 9, {id} a job, {
     wicore:leases                 zset    {tag} by expiry, ms of Redis TIME                    the lease
     wicore:deliveries             hash    {tag} -> attempts, for every open job                until the end
     wicore:trial:{owner}          string  {tag} of the suspect that a worker runs              the lease
-    wicore:dead                   list    JSON {reason, at_ms, message}, newest first          last 10,000
+    wicore:dead                   list    JSON {id, at_ms, job, level, client, reason,         last 10,000
+                                          message}, newest first: messages given up
+    wicore:dead:count             string  how many ever were: numbers the ids                  for ever
     wicore:job:{id}               hash    the record, fields below                             retention
     wicore:log:{id}               stream  events: entry id `0-seq`, field `event`              retention
     wicore:cancel:{id}            string  someone wants the job off (cancel)                   1 h, or the end
@@ -44,7 +46,7 @@ leased); `leases`; `worker`; `attempts`; `seq` (last in the log); `created_ms`, 
 `leased_ms`, `started_ms`, `first_token_ms`, `finished_ms`; `unread` (nobody has read the body yet); `kind`,
 `model`, `metadata`, `prompt_tokens`, `tokens` (expected in all), `charged` (to its client's turn);
 `position`, `wait_ms` (told at acceptance); `cancel` (wished); `finish_reason`, `usage`, `result`, `error`
-(JSON); `finished_by` (fence of who ended it).
+(JSON); `finished_by` (fence of who ended it); `retry_of` (id of the dead letter).
 
 Invariants, between any two commands:
     open jobs (status queued or running) = jobs waiting (`at`) + jobs leased (`fence`);
@@ -91,6 +93,10 @@ class Keys:
     @property
     def dead(self) -> str:
         return f"{self.prefix}:dead"
+
+    @property
+    def dead_count(self) -> str:
+        return f"{self.prefix}:dead:count"
 
     @property
     def unacked(self) -> str:

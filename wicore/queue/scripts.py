@@ -21,7 +21,20 @@ from wicore.queue.schema import ALIVE_PERIODS, BELL, Keys
 from wicore.request import STATUS_OF_TERMINAL, JobStatus
 
 Name = Literal[
-    "submit", "pop", "adopt", "renew", "append", "finish", "hand_back", "recover", "reap", "cancel", "acquit"
+    "submit",
+    "pop",
+    "adopt",
+    "renew",
+    "append",
+    "finish",
+    "hand_back",
+    "recover",
+    "reap",
+    "cancel",
+    "acquit",
+    "dead_list",
+    "dead_get",
+    "dead_drop",
 ]
 Arg = str | bytes | int
 Call = tuple[Name, Sequence[Arg]]
@@ -77,7 +90,17 @@ def _header(keys: Keys, settings: QueueSettings) -> str:
     names: dict[str, Any] = {
         name: getattr(keys, name)
         for name in (
-            *("suspect", "dead", "unacked", "leases", "deliveries", "deadlines", "jobs", "finished"),
+            *(
+                "suspect",
+                "dead",
+                "dead_count",
+                "unacked",
+                "leases",
+                "deliveries",
+                "deadlines",
+                "jobs",
+                "finished",
+            ),
             *("control", "workers", "turns", "waiting", "pace", "capacity"),
         )
     }

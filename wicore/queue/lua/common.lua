@@ -22,10 +22,39 @@ local function as_text(raw)
   end))
 end
 
-local function bury(raw, reason)
-  local entry = {reason = reason, at_ms = NOW, message = as_text(raw)}
-  redis.call('LPUSH', K.dead, cjson.encode(entry))
+-- Give a message up. `job`: its id, nil when that cannot be read. The message comes last in the entry, after
+-- DEAD_MESSAGE, which no JSON string can hold: so the rest can be read without it (dead_list.lua).
+local DEAD_MESSAGE = ',"message":'
+local function bury(raw, reason, job, level, client)
+  local number = redis.call('INCR', K.dead_count)
+  local entry = '{"id":"' .. ms(NOW) .. '-' .. ms(number) .. '","at_ms":' .. ms(NOW)
+    .. ',"job":' .. cjson.encode(job or cjson.null) .. ',"level":' .. level
+    .. ',"client":' .. cjson.encode(client or '') .. ',"reason":' .. cjson.encode(reason) .. DEAD_MESSAGE .. cjson.encode(as_text(raw)) .. '}'
+  redis.call('LPUSH', K.dead, entry)
   redis.call('LTRIM', K.dead, 0, DEAD_KEPT - 1)
+end
+
+-- Index in the dead list of the first entry numbered under `number`; the numbers fall along the list.
+local function dead_below(number)
+  local low, high = 0, redis.call('LLEN', K.dead)
+  while low < high do
+    local middle = math.floor((low + high) / 2)
+    local found = string.match(redis.call('LINDEX', K.dead, middle), '^{"id":"%d+%-(%d+)"')
+    if tonumber(found) < number then
+      high = middle
+    else
+      low = middle + 1
+    end
+  end
+  return low
+end
+
+-- The entry with this id, or nil.
+local function dead_entry(id)
+  local number = tonumber(string.match(id, '^%d+%-(%d+)$'))
+  local entry = number and redis.call('LINDEX', K.dead, dead_below(number + 1))
+  local start = '{"id":"' .. id .. '",'
+  return entry and string.sub(entry, 1, #start) == start and entry or nil
 end
 
 -- Milliseconds since 1970 as ISO 8601 in UTC; the date by Hinnant's civil_from_days.

@@ -8,7 +8,7 @@ local id, fence, seq = ARGV[1], ARGV[2], ARGV[4]
 local function arg(i)
   return ARGV[i] ~= '' and ARGV[i] or nil
 end
-local record = record_of(id, 'fence', 'seq', 'tag', 'finished_by')
+local record = record_of(id, 'fence', 'seq', 'tag', 'level', 'client', 'finished_by')
 if record.fence ~= fence then
   return record.finished_by == fence and 1 or 0
 end
@@ -18,7 +18,7 @@ if seq ~= '' and tonumber(seq) ~= nextseq then
 end
 if arg(12) then
   local _, raw = read_unacked(redis.call('HGET', K.unacked, record.tag))
-  bury(raw, arg(12))
+  bury(raw, arg(12), id, record.level, record.client)
 end
 terminate(id, {type = ARGV[3], event = arg(5), result = arg(6), usage = arg(7), error = arg(8),
   finish_reason = arg(9), exc_type = arg(10), message = arg(11), fence = fence})

@@ -38,7 +38,7 @@ local function identify(raw)
 end
 
 local function reject(raw, id, level, reason)
-  bury(raw, reason)
+  bury(raw, reason, id, level)
   -- The sender waits for an answer under this id, unless it is another job's.
   if id and redis.call('EXISTS', K.job .. id) == 0 then
     create_record(id, '', level, '', 0)
@@ -65,7 +65,7 @@ local function sort(level)
         redis.call('HSET', K.job .. message.id, 'unread', 1)
         join_line(message.id, raw, false)
       elseif known ~= message.tag then
-        bury(raw, 'headers.id: another job has the same')
+        bury(raw, 'headers.id: another job has the same', message.id, level, message.client)
       end -- else the same message came twice
     end
   end

@@ -8,9 +8,9 @@
 local BATCH = 100
 local suspects, ended = 0, 0
 
-local function give_up(id, raw, attempts)
+local function give_up(id, raw, attempts, record)
   local message = 'The worker died or hung in each of ' .. attempts .. ' attempts.'
-  bury(raw, message)
+  bury(raw, message, id, record.level, record.client)
   terminate(id, {type = 'failed', exc_type = 'WorkerLost', message = message,
     error = error_body(message, 'server_error', 'worker_lost')})
 end
@@ -32,12 +32,13 @@ local function reap(tag, value)
   local blamed = is_blamed(tag, owner_of(fence), from)
   local attempts = redis.call('HINCRBY', K.deliveries, tag, blamed and 0 or -1)
   redis.call('HSET', K.job .. id, 'attempts', attempts)
-  if is_cancel_wished(id, record_of(id, 'cancel')) then
+  local record = record_of(id, 'cancel', 'level', 'client')
+  if is_cancel_wished(id, record) then
     terminate_cancelled(id)
   elseif is_late(id) then
     terminate_expired(id)
   elseif blamed and attempts >= C.max_attempts then
-    give_up(id, raw, attempts)
+    give_up(id, raw, attempts, record)
   else
     give_up_lease(id, tag, fence)
     join_suspects(id, raw)
