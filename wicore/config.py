@@ -26,7 +26,7 @@ from pydantic_settings.sources.utils import parse_env_vars
 
 from wicore.errors import ConfigError
 
-REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
+REDIS_SCHEMES = ("redis://", "rediss://", "unix://", "sentinel://")
 
 
 class _Section(BaseModel):
@@ -52,11 +52,13 @@ class ApiSettings(_Section):
 
 class RedisSettings(_Section):
     url: str | None = None
-    """redis://, rediss:// or unix://; unset: `wicore up` starts an embedded Valkey."""
+    """redis://, rediss://, unix:// or sentinel://host,host/master; unset: `wicore up` starts a Valkey."""
     prefix: str = Field("wicore", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     """Every key and channel begins with it."""
     data_dir: str | None = None
     """Where the embedded Valkey keeps its data; unset: ~/.local/share/wicore/valkey."""
+    wait_replicas: int = Field(0, ge=0, le=16)
+    """Replicas that must hold a job before it is accepted; 0: the master alone."""
 
     @field_validator("url")
     @classmethod
@@ -229,8 +231,8 @@ def config_files(environ: Mapping[str, str]) -> list[str]:
 
 
 def mask_passwords(text: str) -> str:
-    """`text` with the password of every URL in it replaced by ***."""
-    return re.sub(r"(://[^:@/\s]*):\S*@", r"\1:***@", text)
+    """`text` with the passwords of every URL in it, before its host or in its query, replaced by ***."""
+    return re.sub(r"([?&]\w*password=)[^&\s]*", r"\1***", re.sub(r"(://[^:@/\s]*):\S*@", r"\1:***@", text))
 
 
 def allowed(field: FieldInfo) -> str:

@@ -16,43 +16,49 @@ from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from redis.retry import Retry
 
 from wicore.errors import ConfigError, Unavailable
+from wicore.queue import sentinel
 
 
 def connect(url: str, *, timeout: float = 5.0, max_connections: int = 100) -> redis.Redis:
-    """A client for `redis://`, `rediss://` or `unix://`, user and password in the URL; not yet connected.
+    """A client for `redis://`, `rediss://`, `unix://` or, following the master that Sentinel names,
+    `sentinel://` (its form is in sentinel.py); user and password in the URL; not yet connected.
 
-    Commands that fail for want of a connection are tried twice more within a second, then raise. That can
-    run a command twice: everything here that writes is safe to repeat. Connecting and answering may take
-    `timeout` seconds; idle connections are checked every 15 s before use. Who finds all
-    `max_connections` in use waits for one, up to `timeout`.
+    Commands that fail for want of a connection are tried twice more within a second, then raise; one
+    that is not answered in time raises at once. That can run a command twice: everything here that writes
+    is safe to repeat. Connecting and answering may take `timeout` seconds each; idle connections are
+    checked every 15 s before use. Who finds all `max_connections` in use waits for one, up to `timeout`.
     Raises ConfigError for a URL that cannot be read.
     """
-    # A unix socket needs no keepalive, and redis-py refuses to be asked.
-    tcp: dict[str, Any] = {} if url.startswith("unix:") else {"socket_keepalive": True}
+    options: dict[str, Any] = {
+        "timeout": timeout,
+        "protocol": 2,  # what the dedicated connections of consumer and relay speak, too
+        "decode_responses": False,
+        "socket_timeout": timeout,
+        "socket_connect_timeout": timeout,
+        "health_check_interval": 15,
+        "retry": Retry(ExponentialBackoff(cap=0.5, base=0.05), 2, supported_errors=(redis.ConnectionError,)),
+        "max_connections": max_connections,
+    }
+    if not url.startswith("unix:"):  # which needs no keepalive, and redis-py refuses to be asked
+        options["socket_keepalive"] = True
     try:
-        pool = redis.BlockingConnectionPool.from_url(
-            url,
-            timeout=timeout,
-            **tcp,
-            protocol=2,  # what the dedicated connections of consumer and relay speak, too
-            decode_responses=False,
-            socket_timeout=timeout,
-            socket_connect_timeout=timeout,
-            health_check_interval=15,
-            retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), 2),
-            max_connections=max_connections,
-        )
+        if url.startswith(sentinel.SCHEME):
+            options |= sentinel.connection_arguments(sentinel.parse(url))
+            return redis.Redis.from_pool(redis.BlockingConnectionPool(**options))
+        return redis.Redis.from_pool(redis.BlockingConnectionPool.from_url(url, **options))
     except ValueError as err:
         raise ConfigError(
-            f"redis.url: {err} (allowed: redis://host:port/db, rediss://..., unix:///path?db=0)",
+            f"redis.url: {err} (allowed: redis://host:port/db, rediss://..., unix:///path?db=0, "
+            f"{sentinel.FORM})",
             param="redis.url",
         ) from None
-    return redis.Redis.from_pool(pool)
 
 
 def address(client: redis.Redis) -> str:
     """Where a client points, without user or password."""
     kwargs = client.connection_pool.connection_kwargs
+    if master := sentinel.master_of(client):
+        return str(master.url)
     if "path" in kwargs:
         return f"unix://{kwargs['path']}"
     return f"{kwargs.get('host', 'localhost')}:{kwargs.get('port', 6379)}"
@@ -71,7 +77,10 @@ def unavailable_on_failure(client: redis.Redis) -> Iterator[None]:
         raise
 
 
-_OUTAGES = ("OOM", "READONLY", "LOADING", "MISCONF", "NOREPLICAS", "MASTERDOWN", "BUSY", "TRYAGAIN", "NOAUTH")
+_OUTAGES = (
+    *("OOM", "READONLY", "LOADING", "MISCONF", "NOREPLICAS", "MASTERDOWN", "BUSY", "TRYAGAIN", "NOAUTH"),
+    "UNBLOCKED",  # of a blocking read, when its server stops being the master
+)
 
 
 def is_outage(err: Exception) -> bool:
@@ -84,6 +93,8 @@ def is_outage(err: Exception) -> bool:
 
 
 def _reason(err: Exception) -> str:
+    if type(err).__name__ == "OutOfMemoryError":
+        return "its memory is full (maxmemory)"
     return str(err).strip().rstrip(".") or type(err).__name__
 
 

