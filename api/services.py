@@ -91,7 +91,7 @@ def build(settings: Settings) -> Services:
         settings=settings,
         model=load_model(settings),
         redis=client,
-        producer=Producer(client, prefix, settings.queue),
+        producer=Producer(client, prefix, settings.queue, wait_replicas=settings.redis.wait_replicas),
         dead=DeadLetters(client, prefix, settings.queue),
         relay=Relay(client, prefix, settings.api.stream_buffer),
         slots=Slots(settings.api.max_sockets),

@@ -151,16 +151,16 @@ def test_events_handed_over_while_redis_answers_go_out_together(
     site: Site, delivery: Delivery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = Writer(site)
-    call_many, entered, go = writer.publisher._scripts.call_many, threading.Event(), threading.Event()
+    call, entered, go = writer.publisher._scripts.call_replicated, threading.Event(), threading.Event()
     sizes: list[int] = []
 
-    def slow(calls: Any) -> Any:
+    def slow(calls: Any, *replicas: Any) -> Any:
         sizes.append(len(calls))
         entered.set()
         assert go.wait(5)
-        return call_many(calls)
+        return call(calls, *replicas)
 
-    monkeypatch.setattr(writer.publisher._scripts, "call_many", slow)
+    monkeypatch.setattr(writer.publisher._scripts, "call_replicated", slow)
     events = story(delivery.job_id, 30)
     tell(writer, delivery, events[:1])
     assert entered.wait(5)
@@ -176,16 +176,16 @@ def test_an_outage_neither_loses_nor_repeats_events(
     site: Site, delivery: Delivery, monkeypatch: pytest.MonkeyPatch, executed: bool
 ) -> None:
     writer = Writer(site)
-    call_many, failures = writer.publisher._scripts.call_many, iter(range(3))
+    call, failures = writer.publisher._scripts.call_replicated, iter(range(3))
 
-    def broken(calls: Any) -> Any:
+    def broken(*args: Any) -> Any:
         if next(failures, None) is None:
-            return call_many(calls)
+            return call(*args)
         if executed:  # the scripts ran, only the answer was lost
-            call_many(calls)
+            call(*args)
         raise redis.ConnectionError("gone")
 
-    monkeypatch.setattr(writer.publisher._scripts, "call_many", broken)
+    monkeypatch.setattr(writer.publisher._scripts, "call_replicated", broken)
     events = story(delivery.job_id, 10)
     tell(writer, delivery, events)
     assert writer.finished.get(timeout=5) == delivery
@@ -194,24 +194,50 @@ def test_an_outage_neither_loses_nor_repeats_events(
     assert site.log(delivery.job_id) == events
 
 
-def test_a_full_buffer_holds_back_the_engine_and_stop_frees_it(
+def test_a_full_buffer_says_so_and_says_when_there_is_room(
     site: Site, delivery: Delivery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    writer = Writer(site, buffer_events=4)
+    room, up = threading.Event(), threading.Event()
+    writer = Writer(site, buffer_events=4, on_room=room.set)
+    call = writer.publisher._scripts.call_replicated
 
-    def down(calls: Any) -> Any:
+    def down(*args: Any) -> Any:
+        if not up.is_set():
+            raise redis.ConnectionError("gone")
+        return call(*args)
+
+    monkeypatch.setattr(writer.publisher._scripts, "call_replicated", down)
+    events = story(delivery.job_id, 10)
+    writer.publisher.publish(delivery, events[:3])
+    assert not writer.publisher.full
+    writer.publisher.publish(delivery, events[3:6])
+    assert writer.publisher.full
+    assert not room.is_set()
+    up.set()
+    assert room.wait(5)
+    assert not writer.publisher.full
+    assert writer.publisher.stop(5)
+    assert site.log(delivery.job_id) == events[:6]
+
+
+def test_a_lost_lease_frees_the_buffer_while_redis_is_away(
+    site: Site, delivery: Delivery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room, tried = threading.Event(), threading.Event()
+    writer = Writer(site, buffer_events=4, on_room=room.set)
+
+    def down(*args: Any) -> Any:
+        tried.set()
         raise redis.ConnectionError("gone")
 
-    monkeypatch.setattr(writer.publisher._scripts, "call_many", down)
+    monkeypatch.setattr(writer.publisher._scripts, "call_replicated", down)
     events = story(delivery.job_id, 10)
-    writer.publisher.publish(delivery, events[:4])
-    with ThreadPoolExecutor(1) as threads:
-        blocked = threads.submit(writer.publisher.publish, delivery, events[4:6])
-        assert not writer.publisher.flush(0.05)
-        assert not blocked.done()
-        assert not writer.publisher.stop(0.05)
-        with pytest.raises(RuntimeError, match="stopped"):
-            blocked.result(5)
+    writer.publisher.publish(delivery, events[:3])
+    assert tried.wait(5)
+    writer.publisher.publish(delivery, events[3:8])
+    writer.publisher.forget(delivery)
+    assert room.is_set()
+    assert writer.publisher.stop(5), "nothing is left to write"
 
 
 def test_a_result_that_is_no_json_is_refused_at_once(writer: Writer, delivery: Delivery) -> None:

@@ -23,7 +23,7 @@ from redis import Redis
 
 from wicore.config import Settings
 from wicore.engine.base import Engine
-from wicore.errors import Cancelled, Expired, InvalidRequest, UnknownModel, WicoreError
+from wicore.errors import Cancelled, Expired, InvalidRequest, Unavailable, UnknownModel, WicoreError
 from wicore.generation import Generation
 from wicore.hmt import CacheManager
 from wicore.model import Model
@@ -91,7 +91,7 @@ class Worker:
             owner,
             prefix,
             leases,
-            on_lost=lambda delivery: self._inbox.put(lambda: self._drop(delivery)),
+            on_lost=self._lose,
             on_cancel=self._cancel_soon,
             progress=self._progresses,
         )
@@ -99,9 +99,11 @@ class Worker:
             redis,
             prefix,
             leases,
-            on_lost=lambda delivery: self._inbox.put(lambda: self._drop(delivery)),
+            on_lost=self._lose,
             on_cancel=self._cancel_soon,
             on_finished=self._let_go,
+            on_room=lambda: self._inbox.put(lambda: None),
+            wait_replicas=settings.redis.wait_replicas,
         )
         self._heartbeat = Heartbeat(redis, owner, self.status, prefix)
 
@@ -117,7 +119,7 @@ class Worker:
                 self._advance()
             drain_until = time.monotonic() + self._settings.queue.drain_s
             while self._jobs and time.monotonic() < drain_until:
-                self._advance()
+                self._advance(drain_until)
         finally:
             self.stop()
             intake.join()
@@ -156,10 +158,15 @@ class Worker:
 
     # --- engine thread ----------------------------------------------------------------------------
 
-    def _advance(self) -> None:
-        """Do what the inbox asks, then one step; with nothing to step, wait for the inbox."""
-        self._empty_inbox(block=self._scheduler.idle)
+    def _advance(self, until: float | None = None) -> None:
+        """Do what the inbox asks, then one step; with nothing to step, wait for the inbox, at most `until`.
+
+        While Redis is away and the publisher full, nothing is stepped either.
+        """
+        self._empty_inbox(until, block=self._scheduler.idle or self._publisher.full)
         self._expire()
+        if self._publisher.full:
+            return
         plan = self._scheduler.plan()
         if plan is None:
             return
@@ -184,8 +191,10 @@ class Worker:
         if "finish_reason" in event:
             self._end_choice(job, out.key)
 
-    def _empty_inbox(self, *, block: bool) -> None:
-        timeout = self._until_deadline() if block else None
+    def _empty_inbox(self, until: float | None, *, block: bool) -> None:
+        ends = [job.deadline for job in self._jobs.values()] if block else []
+        soonest = min((end for end in (*ends, until) if end is not None), default=None)
+        timeout = None if soonest is None else max(0.0, soonest - time.monotonic())
         try:
             self._inbox.get(block=block, timeout=timeout)()
             while True:
@@ -197,6 +206,7 @@ class Worker:
         earlier = self._jobs.get(job.delivery.tag)
         if earlier is not None:
             # We lost the lease, nobody told us yet, and got the job anew.
+            self._publisher.forget(earlier.delivery)
             self._forget(earlier)
         requests = list(job.generation.requests(self._next_key))
         self._next_key += job.generation.body.n
@@ -259,10 +269,6 @@ class Worker:
         for job in [j for j in self._jobs.values() if j.deadline is not None and j.deadline <= now]:
             self._end(job, "expired", Expired("timeout_s: the job's deadline passed while it ran"))
 
-    def _until_deadline(self) -> float | None:
-        deadlines = [job.deadline for job in self._jobs.values() if job.deadline is not None]
-        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
-
     def _leave(self, *, healthy: bool) -> None:
         """Flush, hand back what is unfinished, stop the threads.
 
@@ -272,16 +278,23 @@ class Worker:
         self._publisher.stop()
         self._keeper.stop()
         left = list(self._held.values()) if healthy else []
-        self._consumer.hand_back(left)
+        try:
+            self._consumer.hand_back(left)
+            log.info("stopped; %d jobs handed back", len(left))
+        except Unavailable as err:
+            log.warning("stopped; the leases of %d jobs run out, for %s", len(left), err.message)
         self._heartbeat.stop()
         self._consumer.close()
         self._engine.close()
-        log.info("stopped; %d jobs handed back", len(left))
 
     # --- other threads ----------------------------------------------------------------------------
 
     def _cancel_soon(self, delivery: Delivery) -> None:
         self._inbox.put(lambda: self._cancel(delivery))
+
+    def _lose(self, delivery: Delivery) -> None:
+        self._publisher.forget(delivery)
+        self._inbox.put(lambda: self._drop(delivery))
 
     def _let_go(self, delivery: Delivery) -> None:
         self._keeper.release(delivery)

@@ -44,7 +44,8 @@ def connect(url: str, *, timeout: float = 5.0, max_connections: int = 100) -> re
     try:
         if url.startswith(sentinel.SCHEME):
             options |= sentinel.connection_arguments(sentinel.parse(url))
-            return redis.Redis.from_pool(redis.BlockingConnectionPool(**options))
+            pool = redis.BlockingConnectionPool(**options)  # type: ignore[no-untyped-call]
+            return redis.Redis.from_pool(pool)
         return redis.Redis.from_pool(redis.BlockingConnectionPool.from_url(url, **options))
     except ValueError as err:
         raise ConfigError(

@@ -14,11 +14,11 @@ from typing import Any, cast
 import redis
 
 from wicore.config import QueueSettings
-from wicore.errors import Conflict, InvalidRequest, QueueFull, UnknownJob
+from wicore.errors import Conflict, InvalidRequest, QueueFull, Unavailable, UnknownJob
 from wicore.queue.codec import encode
 from wicore.queue.connection import unavailable_on_failure
 from wicore.queue.schema import BELL, Keys
-from wicore.queue.scripts import Scripts
+from wicore.queue.scripts import Arg, Scripts
 from wicore.request import JOB_ID, JobBody, JobStatus, Priority, new_job_id
 
 
@@ -79,15 +79,24 @@ _UNBOUNDED = 10**9
 """Output tokens of a job that names no bound: what jobs usually take is expected of it."""
 _RETRY_AFTER_S = 5.0
 """Told to who finds the queue full while nothing is known of its pace."""
+_REPLICATION_MS = 1000
+"""How long a submit waits for replicas."""
 
 
 class Producer:
     """Thread-safe; holds nothing but the client. Every method raises Unavailable when Redis is away."""
 
     def __init__(
-        self, client: redis.Redis, prefix: str = "wicore", settings: QueueSettings | None = None
+        self,
+        client: redis.Redis,
+        prefix: str = "wicore",
+        settings: QueueSettings | None = None,
+        *,
+        wait_replicas: int = 0,
     ) -> None:
+        """`wait_replicas`: how many must hold a job before `submit` returns."""
         self._client = client
+        self._wait_replicas = wait_replicas
         self._keys = Keys(prefix)
         self._settings = settings or QueueSettings()
         self._scripts = Scripts(client, self._keys, self._settings)
@@ -113,7 +122,8 @@ class Producer:
         whose answer was lost, giving the same `job_id`.
 
         Raises QueueFull when `max_jobs` or `max_tokens` wait on the level, Conflict when the client used the
-        idempotency key with another body in the last 24 h, InvalidRequest for a bad job id.
+        idempotency key with another body in the last 24 h, InvalidRequest for a bad job id, Unavailable when
+        fewer than `wait_replicas` confirm: the job is there, but a failover may lose it; repeat the submit.
         """
         job_id = job_id or new_job_id()
         if not JOB_ID.fullmatch(job_id):
@@ -127,15 +137,28 @@ class Producer:
             record["prompt_tokens"] = str(prompt_tokens)
         output = max_tokens or body.max_tokens or _UNBOUNDED
         with unavailable_on_failure(self._client):
-            answer = self._scripts.call(
-                "submit",
+            args: list[Arg] = [
                 *(job_id, tag, raw, int(priority), client),
                 *(len(raw) // 4 if prompt_tokens is None else prompt_tokens, output * body.n),
                 *(_ms(body.timeout_s), _ms(body.queue_timeout_s or self._settings.max_wait_s)),
                 *_idempotency(body, priority, client, idempotency_key),
                 *(part for item in record.items() for part in item),
+            ]
+            return self._submission(self._submit(args))
+
+    def _submit(self, args: builtins.list[Arg]) -> builtins.list[Any]:
+        """What submit.lua answers. Raises Unavailable when too few replicas have what it wrote."""
+        wanted = self._wait_replicas
+        (answer,), holders = self._scripts.call_replicated([("submit", args)], wanted, _REPLICATION_MS)
+        if isinstance(answer, Exception):
+            raise answer
+        if holders < wanted and answer[0] in (b"created", b"existing"):
+            raise Unavailable(
+                f"{holders} of {wanted} replicas (redis.wait_replicas) confirmed the job within "
+                f"{_REPLICATION_MS / 1000:g} s; repeat the request with the same Idempotency-Key or job id",
+                retry_after=1,
             )
-        return self._submission(answer)
+        return cast("builtins.list[Any]", answer)
 
     def _submission(self, answer: list[Any]) -> Submission:
         if answer[0] == b"full":

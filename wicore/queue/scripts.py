@@ -1,8 +1,9 @@
 """Loading and calling the Lua scripts.
 
-A script's text is a header with the key names and settings (so that both have one source), `base.lua`,
-`line.lua`, `common.lua`, then its own file. Keys are built in the scripts and not declared: see schema.py
-about Redis Cluster.
+A script's text is its flags, a header with the key names and settings (so that both have one source),
+`base.lua`, `line.lua`, `common.lua`, then its own file. Keys are built in the scripts and not declared: see
+schema.py about Redis Cluster. When memory is full the server refuses a script before it begins, save those in
+`_WHEN_FULL`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ Name = Literal[
     "dead_get",
     "dead_drop",
 ]
+_WHEN_FULL: frozenset[Name] = frozenset(("renew", "finish", "hand_back", "recover", "reap", "cancel"))
+"""What also runs when memory is full: it ends jobs or keeps their leases, and needs little or frees some."""
+
 Arg = str | bytes | int
 Call = tuple[Name, Sequence[Arg]]
 
@@ -62,27 +66,38 @@ class Scripts:
 
         Raises ConnectionError or TimeoutError when it is unknown which of them ran.
         """
-        replies = self._pipeline(calls)
+        return self.call_replicated(calls, 0, 0)[0]
+
+    def call_replicated(self, calls: Sequence[Call], replicas: int, timeout_ms: int) -> tuple[list[Any], int]:
+        """As `call_many`; also how many replicas hold all that was written, after waiting for `replicas`."""
+        replies, holders = self._pipeline(calls, replicas, timeout_ms)
         if any(isinstance(reply, NoScriptError) for reply in replies):
             for name in {name for name, _ in calls}:
                 self._client.script_load(_text(self._header, name)[0])
             missing = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
-            for i, reply in zip(missing, self._pipeline([calls[i] for i in missing]), strict=True):
+            again, holders = self._pipeline([calls[i] for i in missing], replicas, timeout_ms)
+            for i, reply in zip(missing, again, strict=True):
                 replies[i] = reply
-        return replies
+        return replies, holders
 
-    def _pipeline(self, calls: Sequence[Call]) -> list[Any]:
+    def _pipeline(self, calls: Sequence[Call], replicas: int, timeout_ms: int) -> tuple[list[Any], int]:
         with self._client.pipeline(transaction=False) as pipe:
             for name, args in calls:
                 pipe.execute_command("EVALSHA", _text(self._header, name)[1], 0, *args)
-            return list(pipe.execute(raise_on_error=False))
+            if not replicas:
+                return list(pipe.execute(raise_on_error=False)), 0
+            pipe.execute_command("WAIT", replicas, timeout_ms)
+            *replies, holders = pipe.execute(raise_on_error=False)
+            # An old master that has become a replica refuses WAIT, too.
+            return replies, 0 if isinstance(holders, Exception) else holders
 
 
 @cache
-def _text(header: str, name: str) -> tuple[str, str]:
+def _text(header: str, name: Name) -> tuple[str, str]:
     lua = resources.files("wicore.queue") / "lua"
+    flags = "#!lua flags=allow-oom" if name in _WHEN_FULL else "#!lua"
     parts = [(lua / f"{part}.lua").read_text() for part in ("base", "line", "common", name)]
-    text = "\n".join((header, *parts))
+    text = "\n".join((flags, header, *parts))
     return text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 

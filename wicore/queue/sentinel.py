@@ -88,7 +88,7 @@ class Master:
         self.url = url
         self.service_name = url.master
         login = {"username": url.sentinel_username, "password": url.sentinel_password}
-        self.sentinel = Sentinel(
+        self.sentinel = Sentinel(  # type: ignore[no-untyped-call]
             url.sentinels,
             sentinel_kwargs={
                 **{name: value for name, value in login.items() if value is not None},
@@ -102,7 +102,7 @@ class Master:
 
     def get_master_address(self) -> tuple[str, int]:
         """Raises redis.ConnectionError while the sentinels name no master that lives."""
-        host, port = self.sentinel.discover_master(self.service_name)
+        host, port = self.sentinel.discover_master(self.service_name)  # type: ignore[no-untyped-call]
         return str(host), int(port)
 
 
@@ -110,7 +110,7 @@ class _FollowsMaster(SentinelManagedConnection):
     def connect(self) -> None:
         """Once: who sends the command tries again, and with several sentinels away tries would multiply."""
         if not self._sock:
-            self.connect_to(self.connection_pool.get_master_address())
+            self.connect_to(self.connection_pool.get_master_address())  # type: ignore[no-untyped-call]
 
 
 class _FollowsMasterSSL(_FollowsMaster, SentinelManagedSSLConnection):

@@ -2,9 +2,9 @@
 -- keys: job:{id}, log:{id}, jobs:queued, jobs:running; channel events:{id}
 -- args: id, fence, seq of the first event, 1 when a `started` or `resumed` is among them, 1 when a token is,
 --       then the events, JSON text, consecutive
--- returns: 0, lease lost, nothing written | 1, written | 2, written, and someone wants the job off
+-- returns: 0, lease lost, nothing written | 1, written | 2, written, and someone wants the job off |
+--       -k, nothing written: it would leave a gap, the log needs event k next
 -- safe: fenced; events up to the log's last seq are there already (a repeat) and are passed over.
---       Fails on a gap: the log never has one.
 local id, fence, first = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local record = record_of(id, 'fence', 'seq', 'status', 'created_ms', 'started_ms', 'first_token_ms', 'cancel')
 if record.fence ~= fence then
@@ -12,7 +12,7 @@ if record.fence ~= fence then
 end
 local last = tonumber(record.seq or '0')
 if first > last + 1 then
-  return redis.error_reply('GAP job ' .. id .. ': event ' .. first .. ' after ' .. last)
+  return -(last + 1)
 end
 for i = 6, #ARGV do
   local seq = first + i - 6

@@ -2,7 +2,8 @@
 -- keys: job:{id}, dead, and those of terminate (common.lua)
 -- args: id, fence, type, seq and event JSON (both '' to have one made), result JSON, usage JSON, error JSON,
 --       finish_reason, exc_type, message, reason to bury the message; '' where there is none
--- returns: 1, ended (also on a repeat by who ended it) | 0, the lease was lost, nothing written
+-- returns: 1, ended (also on a repeat by who ended it) | 0, the lease was lost, nothing written |
+--       -k, nothing written: the log needs event k next
 -- safe: fenced; the fence goes with the end, so a job cannot end twice.
 local id, fence, seq = ARGV[1], ARGV[2], ARGV[4]
 local function arg(i)
@@ -14,7 +15,7 @@ if record.fence ~= fence then
 end
 local nextseq = tonumber(record.seq or '0') + 1
 if seq ~= '' and tonumber(seq) ~= nextseq then
-  return redis.error_reply('GAP job ' .. id .. ': terminal event ' .. seq .. ', the log needs ' .. nextseq)
+  return -nextseq
 end
 if arg(12) then
   local _, raw = read_unacked(redis.call('HGET', K.unacked, record.tag))

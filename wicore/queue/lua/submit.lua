@@ -10,6 +10,8 @@ local id, tag, raw, level, client, prompt, output, timeout, longest_wait, key, d
 
 local function answer(known)
   local record = record_of(known, 'tag', 'position', 'status', 'wait_ms')
+  -- Changes nothing, but is a write: who then waits for replicas waits for the first one's writes, too.
+  redis.call('HSET', K.job .. known, 'tag', record.tag)
   return {record.tag == tag and 'created' or 'existing', known, tonumber(record.position or '0'), record.status,
     tonumber(record.wait_ms or '-1')}
 end
