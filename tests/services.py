@@ -55,9 +55,11 @@ def running_worker(
         client.close()
 
 
-def worker_process(settings: Settings, **options: Any) -> subprocess.Popen[bytes]:
-    """`python -m workers.gpu` with these settings; `options` are Popen's."""
-    return _process(settings, "workers.gpu", **options)
+def worker_process(
+    settings: Settings, module: str = "workers.gpu", **options: Any
+) -> subprocess.Popen[bytes]:
+    """`python -m workers.gpu`, or another such module, with these settings; `options` are Popen's."""
+    return _process(settings, module, **options)
 
 
 def api_process(settings: Settings) -> subprocess.Popen[bytes]:

@@ -19,6 +19,8 @@ class ExitCode(IntEnum):
     """The service, Redis or a worker is away or busy; trying again may help."""
     INTERNAL = 70
     """A fault inside WiCore."""
+    STALLED = 75
+    """A worker whose engine hung; a new process may do better."""
     CONFIG = 78
     """A setting or the checkpoint is bad. `wicore up` does not restart a process that ends so."""
     INTERRUPTED = 130

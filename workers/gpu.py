@@ -1,6 +1,7 @@
 """The worker process: `python -m workers.gpu`. One process a device; the engine is a setting.
 
 SIGTERM or SIGINT: stop taking jobs, finish for `queue.drain_s`, hand back the rest, exit 0.
+A hanging engine: exit with ExitCode.STALLED (watchdog.py).
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import socket
 import sys
 import threading
 
-from wicore.config import load_settings
+from wicore.config import Settings, load_settings
 from wicore.engine.factory import create_engine
 from wicore.errors import ConfigError, WicoreError
 from wicore.exit_codes import ExitCode, exit_code
 from wicore.model import load_model
 from wicore.queue.connection import connect
 from wicore.queue.consumer import new_owner
+from workers.watchdog import watch
 from workers.worker import Worker
 
 log = logging.getLogger("wicore.worker")
@@ -28,11 +30,13 @@ def main() -> int:
     serving: list[Worker] = []
     _watch_signals(serving)
     try:
-        worker = _build()
+        settings = load_settings()
+        worker = _build(settings)
     except WicoreError as err:
         print(f"error: {err.message}", file=sys.stderr)
         return exit_code(err)
     serving.append(worker)
+    watch(worker, settings.queue)
     worker.run()
     return 0
 
@@ -59,8 +63,7 @@ def _watch_signals(serving: list[Worker]) -> None:
     threading.Thread(target=watch, name="signals", daemon=True).start()
 
 
-def _build() -> Worker:
-    settings = load_settings()
+def _build(settings: Settings) -> Worker:
     logging.basicConfig(
         level=settings.telemetry.log_level.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s"
     )

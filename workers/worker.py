@@ -151,6 +151,11 @@ class Worker:
             "preemptions": self._scheduler.preemptions,
         }
 
+    def step_lasts_s(self) -> float:
+        """How long the engine has been in the step under way; 0 between steps. For any thread."""
+        started = self._step_started
+        return 0.0 if started is None else time.monotonic() - started
+
     def check(self) -> None:
         """Raise EngineError when blocks, sequences or slots do not add up. Call it when `run` has ended."""
         self._scheduler.check()
@@ -304,11 +309,13 @@ class Worker:
 
     def _progresses(self) -> bool:
         """Whether the engine still makes progress; a hung one must lose its leases."""
-        started = self._step_started
-        return started is None or time.monotonic() - started < self._settings.queue.stall_s
+        return self.step_lasts_s() < self._settings.queue.stall_s
 
     def _take_in(self) -> None:
         while (offer := self._room.wait()) is not None:
+            if not self._progresses():
+                self._stopping.wait(_POLL_S)
+                continue
             try:
                 # Without a free slot the bell comes first: it costs no round trip, and slots free often.
                 if offer.above is None or self._consumer.wait(_POLL_S, above=offer.above):

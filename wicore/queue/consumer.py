@@ -19,6 +19,7 @@ from wicore.errors import Unavailable
 from wicore.queue.codec import MalformedMessage, decode
 from wicore.queue.connection import is_outage, unavailable_on_failure
 from wicore.queue.doorbell import Doorbell
+from wicore.queue.lifeline import DeathWatch
 from wicore.queue.producer import record_fields
 from wicore.queue.schema import Keys
 from wicore.queue.scripts import Arg, Call, Scripts
@@ -246,6 +247,7 @@ class LeaseKeeper:
         self._owner = owner
         self._settings = settings or QueueSettings()
         self._scripts = Scripts(client, Keys(prefix), self._settings)
+        self._watch = DeathWatch(client, self._scripts, owner, Keys(prefix))
         self._on_lost = on_lost
         self._on_cancel = on_cancel
         self._progress = progress
@@ -291,12 +293,14 @@ class LeaseKeeper:
                     self._renew()
                 if now >= next_sweep:
                     next_sweep = now + sweep_every
+                    self._watch.look()
                     self._scripts.call("reap")
             except redis.RedisError as err:
                 level = logging.WARNING if is_outage(err) else logging.ERROR
                 log.log(level, "%s: leases cannot be renewed: %s", self._owner, err)
                 next_renewal = time.monotonic() + sweep_every
                 next_sweep = time.monotonic() + lease
+                self._watch.reset()
 
     def _renew(self) -> None:
         held = self.held()

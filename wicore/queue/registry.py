@@ -1,7 +1,8 @@
 """Who works: each worker's heartbeat in one hash.
 
 A worker is alive while its last heartbeat, by Redis TIME, is less than three of its periods old. A
-stopping worker takes its entry away; what a crash leaves is swept after an hour by whoever reads.
+stopping worker takes its entry away; what a crash leaves is taken by who sees the worker's lifeline gone
+(lifeline.py), or swept after an hour by whoever reads.
 """
 
 from __future__ import annotations
@@ -17,15 +18,20 @@ from typing import Any
 import redis
 
 from wicore.queue.connection import unavailable_on_failure
+from wicore.queue.lifeline import Lifeline
 from wicore.queue.schema import ALIVE_PERIODS, Keys
 
 log = logging.getLogger(__name__)
 
 _FORGET_MS = 3_600_000
+_RETRY_S = 0.5
 
 
 class Heartbeat:
-    """Thread that writes what `status()` says of this worker, every `period_s`, through any outage."""
+    """Thread that holds this worker's lifeline and writes what `status()` says of it, through any outage.
+
+    It writes every `period_s`, and at once when the lifeline had to be made anew.
+    """
 
     def __init__(
         self,
@@ -42,6 +48,7 @@ class Heartbeat:
         self._status = status
         self._period_s = period_s
         self._started_ms = 0
+        self._lifeline = Lifeline(client, worker)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -51,21 +58,27 @@ class Heartbeat:
     def stop(self) -> None:
         """Stop the thread and take the entry away; when Redis is away that is left to the sweep."""
         self._stop.set()
+        self._lifeline.interrupt()
         if self._thread.ident is not None:
             self._thread.join()
         try:
             self._client.hdel(self._key, self._worker)
         except redis.RedisError as err:
             log.warning("%s: could not sign off: %s", self._worker, err)
+        self._lifeline.close()
 
     def _run(self) -> None:
-        while True:
+        failing = False
+        while not self._stop.is_set():
             try:
+                self._lifeline.hold()
                 self._beat()
-            except redis.RedisError as err:
-                log.warning("%s: no heartbeat: %s", self._worker, err)
-            if self._stop.wait(self._period_s):
-                return
+                failing = False
+            except (redis.RedisError, OSError) as err:
+                if not failing:
+                    log.warning("%s: no heartbeat: %s", self._worker, err)
+                failing = True
+            self._lifeline.wait(min(_RETRY_S, self._period_s) if failing else self._period_s)
 
     def _beat(self) -> None:
         now = _now_ms(self._client)
@@ -78,6 +91,7 @@ class Heartbeat:
             "started_ms": self._started_ms,
             "at_ms": now,
             "period_s": self._period_s,
+            "lifeline": self._lifeline.announcement,
         }
         self._client.hset(self._key, self._worker, json.dumps(entry))
 
@@ -85,7 +99,7 @@ class Heartbeat:
 def alive_workers(client: redis.Redis, prefix: str = "wicore") -> list[dict[str, Any]]:
     """The heartbeats of the workers alive now, by name. Raises Unavailable.
 
-    Besides what the worker's `status` gave: worker, host, pid, started_ms, at_ms, period_s.
+    Besides what the worker's `status` gave: worker, host, pid, started_ms, at_ms, period_s, lifeline.
     """
     key = Keys(prefix).workers
     alive = []

@@ -2,8 +2,7 @@
 
 A script's text is its flags, a header with the key names and settings (so that both have one source),
 `base.lua`, `line.lua`, `common.lua`, then its own file. Keys are built in the scripts and not declared: see
-schema.py about Redis Cluster. When memory is full the server refuses a script before it begins, save those in
-`_WHEN_FULL`.
+schema.py about Redis Cluster.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ Name = Literal[
     "finish",
     "hand_back",
     "recover",
+    "abandon",
     "reap",
     "cancel",
     "acquit",
@@ -37,8 +37,8 @@ Name = Literal[
     "dead_get",
     "dead_drop",
 ]
-_WHEN_FULL: frozenset[Name] = frozenset(("renew", "finish", "hand_back", "recover", "reap", "cancel"))
-"""What also runs when memory is full: it ends jobs or keeps their leases, and needs little or frees some."""
+_NEED_MEMORY: frozenset[Name] = frozenset(("submit", "pop", "adopt", "append"))
+"""What the server refuses when memory is full. The rest ends jobs or keeps leases: needs little, or frees."""
 
 Arg = str | bytes | int
 Call = tuple[Name, Sequence[Arg]]
@@ -95,7 +95,7 @@ class Scripts:
 @cache
 def _text(header: str, name: Name) -> tuple[str, str]:
     lua = resources.files("wicore.queue") / "lua"
-    flags = "#!lua flags=allow-oom" if name in _WHEN_FULL else "#!lua"
+    flags = "#!lua" if name in _NEED_MEMORY else "#!lua flags=allow-oom"
     parts = [(lua / f"{part}.lua").read_text() for part in ("base", "line", "common", name)]
     text = "\n".join((flags, header, *parts))
     return text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
