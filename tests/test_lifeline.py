@@ -14,7 +14,7 @@ import pytest
 import redis
 
 from tests.queue_site import Site
-from tests.sentinels import until
+from tests.servers import until
 from tests.services import follow, running_worker, settings_for, worker_process
 from wicore.exit_codes import ExitCode
 from wicore.queue.connection import connect

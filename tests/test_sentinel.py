@@ -10,7 +10,7 @@ import httpx
 import pytest
 import redis
 
-from tests.sentinels import Group, until
+from tests.servers import Group, until
 from tests.services import follow, running_worker, settings_for, worker_process
 from tests.test_api_process import free_port, start_api, stop
 from wicore.config import load_settings, mask_passwords

@@ -39,6 +39,8 @@ from workers.trial import Trial
 
 log = logging.getLogger("wicore.worker")
 
+_FLUSH_S = 5.0
+"""How long a stopping worker waits for Redis to take what is left to write."""
 _POLL_S = 1.0
 """How often the intake thread looks whether it should stop, when nothing wakes it."""
 
@@ -280,7 +282,7 @@ class Worker:
         After a failure of the engine nothing is handed back: the leases run out and the attempt counts,
         so that a job that brings engines down does so a bounded number of times.
         """
-        self._publisher.stop()
+        self._publisher.stop(_FLUSH_S)
         self._keeper.stop()
         left = list(self._held.values()) if healthy else []
         try:

@@ -1,4 +1,4 @@
-"""A master, its replica and three sentinels, each a process of its own, for tests of a failover."""
+"""Valkey servers to get into trouble: one alone, or a master, its replica and three sentinels."""
 
 from __future__ import annotations
 
@@ -51,9 +51,13 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        with open(self.folder / "log", "ab") as log:
-            self.process = subprocess.Popen(self._command, stdout=log, stderr=log)
+        self.launch()
         until(self.client.ping, "a server started")
+
+    def launch(self, *options: str) -> None:
+        """Start it again, with more options, and do not wait until it answers."""
+        with open(self.folder / "log", "ab") as log:
+            self.process = subprocess.Popen([*self._command, *options], stdout=log, stderr=log)
 
     def kill(self) -> None:
         self.process.kill()
