@@ -16,8 +16,10 @@ from redis.exceptions import ResponseError
 
 from wicore.cli import main
 from wicore.commands import doctor
+from wicore.commands.redis_checks import check_replicas, check_rights
 from wicore.config import load_settings
 from wicore.exit_codes import ExitCode
+from wicore.queue.connection import connect
 
 SAFE = {"appendonly": "yes", "appendfsync": "everysec", "maxmemory-policy": "noeviction"}
 
@@ -61,6 +63,36 @@ def test_a_redis_that_may_lose_jobs_fails_with_the_command_that_helps(name: str,
 
 def test_a_redis_that_hides_its_configuration_is_a_warning() -> None:
     assert {check.status for check in doctor.check_durability(Managed())} == {"warn"}
+
+
+@pytest.mark.valkey
+def test_missing_rights_are_a_warning_that_names_them(redis_client: Any, valkey_url: str) -> None:
+    redis_client.execute_command(
+        "ACL", "SETUSER", "limited", "on", "nopass", "~*", "&*", "+@all", "-client|list"
+    )
+    client = connect(valkey_url.replace("unix://", "unix://limited:any@"))
+    try:
+        assert check_rights(redis_client).status == "ok"
+        check = check_rights(client)
+    finally:
+        client.close()
+        redis_client.acl_deluser("limited")
+    assert (check.status, "client|list" in check.detail) == ("warn", True)
+    assert "+client|list" in check.fix
+
+
+@pytest.mark.valkey
+def test_a_replica_in_place_of_the_master_is_a_failure(redis_client: Any) -> None:
+    redis_client.execute_command("REPLICAOF", "127.0.0.1", "1")
+    try:
+        check = check_replicas(redis_client, 0, behind_sentinel=False)
+    finally:
+        redis_client.execute_command("REPLICAOF", "NO", "ONE")
+    assert (check.status, check.fix) == (
+        "fail",
+        "let redis.url name the master, or the sentinels that know it",
+    )
+    assert check_replicas(redis_client, 0, behind_sentinel=False).status == "ok"
 
 
 def test_a_missing_package_is_named() -> None:

@@ -13,6 +13,7 @@ import redis
 from tests.servers import Group, until
 from tests.services import follow, running_worker, settings_for, worker_process
 from tests.test_api_process import free_port, start_api, stop
+from wicore.commands import doctor
 from wicore.config import load_settings, mask_passwords
 from wicore.errors import ConfigError, Unavailable
 from wicore.queue.connection import address, connect, dedicated_connection
@@ -198,6 +199,32 @@ def test_a_demoted_master_is_left_for_the_new_one(group: Group, client: redis.Re
     blocked.disconnect()
     until(lambda: client.set("written", 1), "a write at the new master")
     assert group.replica.client.get("written") == b"1"
+
+
+# --- what `wicore doctor` says ---------------------------------------------------------------------
+
+
+def checks(group: Group, **settings: Any) -> dict[str, tuple[str, str]]:
+    found = doctor.check_redis(settings_for(group.url, **settings))
+    return {check.name: (check.status, check.detail + check.fix) for check in found}
+
+
+@pytest.mark.valkey
+def test_the_doctor_sees_sentinels_and_replicas(group: Group) -> None:
+    found = checks(group, redis__wait_replicas=1)
+    assert found["redis"][0] == found["redis replicas"][0] == found["redis rights"][0] == "ok"
+    assert found["redis sentinels"] == ("ok", f"all 3 answer; the master is 127.0.0.1:{group.master.port}")
+    status, words = checks(group)["redis replicas"]
+    assert (status, "set redis.wait_replicas to 1" in words) == ("warn", True)
+    status, words = checks(group, redis__wait_replicas=2)["redis replicas"]
+    assert (status, "1 connected, redis.wait_replicas is 2" in words) == ("fail", True)
+
+    group.sentinels[0].kill()
+    status, words = checks(group)["redis sentinels"]
+    assert (status, f"1 of 3 do not answer: 127.0.0.1:{group.sentinels[0].port}" in words) == ("warn", True)
+    group.sentinels[1].kill()
+    until(lambda: checks(group)["redis sentinels"][0] == "fail", "the last sentinel missed the others")
+    assert "NOQUORUM" in checks(group)["redis sentinels"][1]
 
 
 # --- replicas -------------------------------------------------------------------------------------

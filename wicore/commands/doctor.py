@@ -11,12 +11,13 @@ import sys
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 import click
 from redis.exceptions import RedisError
 
+from wicore.commands.check import Check
 from wicore.commands.options import base_url, config_option, read_settings
 from wicore.commands.up import data_folder, require_free_port
 from wicore.config import Settings, mask_passwords
@@ -29,14 +30,6 @@ ENGINE_PACKAGES: Mapping[str, Mapping[str, str]] = {
     "tensorrt": {"tensorrt": "pip install wicore[gpu]", "cuda": "pip install wicore[gpu]"},
 }
 """What each engine imports, and where it comes from."""
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    name: str
-    status: Literal["ok", "warn", "fail"]
-    detail: str
-    fix: str = ""
 
 
 @click.command()
@@ -104,6 +97,7 @@ def check_redis(settings: Settings) -> Iterator[Check]:
     if settings.redis.url is None:
         yield _check_embedded(settings)
         return
+    from wicore.commands.redis_checks import check_setup
     from wicore.queue.connection import connect
 
     shown = mask_passwords(settings.redis.url)
@@ -112,6 +106,7 @@ def check_redis(settings: Settings) -> Iterator[Check]:
             client.ping()
             yield Check("redis", "ok", f"{shown} answers")
             yield from check_durability(client)
+            yield from check_setup(client, settings.redis.wait_replicas)
     except (RedisError, OSError, WicoreError) as err:
         yield Check("redis", "fail", f"{shown}: {err}", "start Redis there, or correct redis.url")
 

@@ -285,6 +285,7 @@ class LeaseKeeper:
         lease = self._settings.lease_s
         renew_every, sweep_every = lease / 3, min(_SWEEP_S, lease / 3)
         next_renewal = next_sweep = time.monotonic()
+        told = False
         while not self._stop.wait(max(0.0, min(next_renewal, next_sweep) - time.monotonic())):
             now = time.monotonic()
             try:
@@ -295,9 +296,13 @@ class LeaseKeeper:
                     next_sweep = now + sweep_every
                     self._watch.look()
                     self._scripts.call("reap")
+                told = False
             except redis.RedisError as err:
-                level = logging.WARNING if is_outage(err) else logging.ERROR
-                log.log(level, "%s: leases cannot be renewed: %s", self._owner, err)
+                if not is_outage(err):
+                    log.error("%s: leases cannot be renewed: %s", self._owner, err)
+                elif not told:
+                    log.warning("%s: leases cannot be renewed, Redis is away: %s", self._owner, err)
+                told = True
                 next_renewal = time.monotonic() + sweep_every
                 next_sweep = time.monotonic() + lease
                 self._watch.reset()

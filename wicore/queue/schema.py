@@ -29,7 +29,7 @@ With prefix `wicore` ({q} is a level's list, {level} 0, 3, 6 or 9, {id} a job, {
     wicore:deadlines              zset    waiting ids by when they expire                      while waiting
     wicore:pace                   hash    decayed sums over ended jobs: jobs, ms, tokens,      for ever
                                           output (line.lua)
-    wicore:workers                hash    worker -> heartbeat JSON (registry.py)               see there
+    wicore:workers                hash    worker -> heartbeat JSON (registry.py; abandon)      see there
     wicore:capacity               string  slots of all live workers                            1 s
     wicore:bucket:{key}           hash    token bucket (the API)                               see there
     celery-task-meta-{id}         string  the result in Celery's JSON                          retention
@@ -55,8 +55,8 @@ Invariants, between any two commands:
     `waiting` and `backlog` are the sums over the jobs that wait in queues;
     a job has one terminal event, and it is the last entry of its log.
 
-One Redis (or one with replicas), version 7 or later, or Valkey. Not Redis Cluster: the scripts touch keys
-of many slots.
+One Redis (or one with replicas, behind Sentinel or not), version 7 or later, or Valkey. Not Redis Cluster:
+the scripts touch keys of many slots.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -88,7 +89,7 @@ class Master:
         self.url = url
         self.service_name = url.master
         login = {"username": url.sentinel_username, "password": url.sentinel_password}
-        self.sentinel = Sentinel(  # type: ignore[no-untyped-call]
+        self._sentinel = Sentinel(  # type: ignore[no-untyped-call]
             url.sentinels,
             sentinel_kwargs={
                 **{name: value for name, value in login.items() if value is not None},
@@ -100,9 +101,15 @@ class Master:
             },
         )
 
+    def sentinels(self) -> Iterator[tuple[tuple[str, int], redis.Redis]]:
+        """Each sentinel's address, and a client of it."""
+        for sentinel in list(self._sentinel.sentinels):
+            kwargs = sentinel.connection_pool.connection_kwargs
+            yield (kwargs["host"], kwargs["port"]), sentinel
+
     def get_master_address(self) -> tuple[str, int]:
         """Raises redis.ConnectionError while the sentinels name no master that lives."""
-        host, port = self.sentinel.discover_master(self.service_name)  # type: ignore[no-untyped-call]
+        host, port = self._sentinel.discover_master(self.service_name)  # type: ignore[no-untyped-call]
         return str(host), int(port)
 
 

@@ -261,15 +261,18 @@ class _Subscriber:
         self._connection = None
 
     def _run(self) -> None:
+        told = False
         while not self.closed.is_set():
             connection = None
             try:
                 connection = dedicated_connection(self._client)
+                told = False
                 self._subscribe_all(connection)
                 self._read(connection)
             except (redis.RedisError, OSError) as err:
-                if not self.closed.is_set():
+                if not told and not self.closed.is_set():
                     log.warning("event relay: connection lost: %s", err)
+                told = True
             finally:
                 with self._lock:
                     self._connection = None
