@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
@@ -237,18 +238,18 @@ def test_a_submit_waits_for_replicas_and_can_be_repeated_until_they_have_it(
     producer = Producer(client, wait_replicas=1)
     body = parse_job({"kind": "completion", "prompt": "Once"})
     assert producer.submit(body, Priority.NORMAL).created
-    assert group.replica.client.llen("wicore\x06\x163") == 1
+    assert Producer(group.replica.client).depths()[Priority.NORMAL] == 1
 
-    group.replica.process.send_signal(19)
+    group.replica.process.send_signal(signal.SIGSTOP)
     try:
         for _ in range(2):  # the second one finds the job and must not take that for a copy of it
             with pytest.raises(Unavailable, match=r"0 of 1 replicas \(redis.wait_replicas\)") as refused:
                 producer.submit(body, Priority.NORMAL, idempotency_key="k")
             assert refused.value.retry_after
     finally:
-        group.replica.process.send_signal(18)
+        group.replica.process.send_signal(signal.SIGCONT)
     until(lambda: producer.submit(body, Priority.NORMAL, idempotency_key="k").id, "the replica caught up")
-    assert client.llen("wicore\x06\x163") == 2
+    assert Producer(group.replica.client).depths()[Priority.NORMAL] == 2
 
 
 @pytest.mark.valkey

@@ -12,7 +12,7 @@ end
 local all = redis.call('HGETALL', K.unacked)
 for i = 1, #all, 2 do
   local head = read_unacked(all[i + 1])
-  if string.sub(head[2], 1, #owner + 1) == owner .. ':' then
+  if owner_of(head[2]) == owner then
     redis.call('ZADD', K.leases, 'XX', NOW, all[i])
     count = count + 1
   end
