@@ -25,7 +25,7 @@ from tests.test_api_process import start_api, stop
 from tests.test_stream import Writer, story, tell
 from wicore.config import Settings
 from wicore.errors import Unavailable
-from wicore.queue.connection import connect
+from wicore.queue.connection import connect, dedicated_connection
 from wicore.queue.consumer import Delivery
 from wicore.queue.producer import Producer
 from wicore.request import Event, Priority, parse_job
@@ -249,7 +249,10 @@ def test_a_worker_with_a_full_buffer_pauses_and_goes_on(server: Server, client: 
         client.config_set("maxmemory", "1mb")
         until(lambda: worker._publisher.full, "a full buffer")
         steps = worker.status()["steps"]
-        time.sleep(0.1)
+        for _ in range(20):
+            done = threading.Event()
+            worker._inbox.put(done.set)
+            assert done.wait(5)
         assert worker.status()["steps"] <= steps + 1
         client.config_set("maxmemory", "0")
         events = list(follow(client, job))
@@ -304,6 +307,17 @@ def test_a_lease_lost_behind_a_full_buffer_frees_the_worker(server: Server, clie
         "resumed",
         "cancelled",
     ]
+
+
+def test_connecting_to_a_frozen_redis_ends(server: Server) -> None:
+    client = connect(f"redis://127.0.0.1:{server.port}/0", timeout=0.2)
+    with frozen(server):
+        start = time.monotonic()
+        with pytest.raises(redis.TimeoutError):
+            dedicated_connection(client)
+        assert time.monotonic() - start < 2
+    dedicated_connection(client).disconnect()
+    client.close()
 
 
 # --- nothing spins --------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from wicore.queue.consumer import LeaseConsumer
 from wicore.queue.producer import Producer
 from wicore.queue.sentinel import SentinelUrl, parse
 from wicore.request import Event, Priority, parse_job
+from wicore.stream.relay import Relay
 
 # --- the URL --------------------------------------------------------------------------------------
 
@@ -107,6 +108,14 @@ def client(group: Group) -> Iterator[redis.Redis]:
     client.close()
 
 
+@pytest.fixture
+def other_client(group: Group) -> Iterator[redis.Redis]:
+    """Its connections have written nothing yet."""
+    client = connect(group.url)
+    yield client
+    client.close()
+
+
 def submit(client: redis.Redis, tokens: int, **fields: Any) -> str:
     body = {"kind": "completion", "prompt": "Once", "max_tokens": tokens, "ignore_eos": True, **fields}
     return Producer(client).submit(parse_job({"temperature": 0.9, "seed": 5, **body}), Priority.NORMAL).id
@@ -176,6 +185,24 @@ def test_events_that_the_new_master_never_got_are_written_again(
 
 
 @pytest.mark.valkey
+def test_a_frozen_master_is_left_for_the_new_one(
+    group: Group, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wicore.stream.relay._PING_S", 1.0)
+    expected = undisturbed(group, client)
+    with running_worker(settings_for(group.url, **NULL)):
+        job = submit(client, TOKENS)
+        seen: list[Event] = []
+        for event in follow(client, job):
+            seen.append(event)
+            if event["seq"] == 100:
+                group.master.process.send_signal(signal.SIGSTOP)
+    assert group.promoted()
+    assert [event["seq"] for event in seen] == list(range(1, TOKENS + 3))
+    assert text(seen) == text(expected)
+
+
+@pytest.mark.valkey
 def test_who_waits_for_a_message_goes_on_waiting_at_the_new_master(group: Group, client: redis.Redis) -> None:
     with closing(LeaseConsumer(client, "w")) as consumer:
         assert not consumer.wait(0.1)
@@ -233,18 +260,18 @@ def test_the_doctor_sees_sentinels_and_replicas(group: Group) -> None:
 
 @pytest.mark.valkey
 def test_a_submit_waits_for_replicas_and_can_be_repeated_until_they_have_it(
-    group: Group, client: redis.Redis
+    group: Group, client: redis.Redis, other_client: redis.Redis
 ) -> None:
-    producer = Producer(client, wait_replicas=1)
+    producer, elsewhere = (Producer(of, wait_replicas=1) for of in (client, other_client))
     body = parse_job({"kind": "completion", "prompt": "Once"})
     assert producer.submit(body, Priority.NORMAL).created
     assert Producer(group.replica.client).depths()[Priority.NORMAL] == 1
 
     group.replica.process.send_signal(signal.SIGSTOP)
     try:
-        for _ in range(2):  # the second one finds the job and must not take that for a copy of it
+        for door in (producer, elsewhere):  # the second finds the job, and must not take that for a copy
             with pytest.raises(Unavailable, match=r"0 of 1 replicas \(redis.wait_replicas\)") as refused:
-                producer.submit(body, Priority.NORMAL, idempotency_key="k")
+                door.submit(body, Priority.NORMAL, idempotency_key="k")
             assert refused.value.retry_after
     finally:
         group.replica.process.send_signal(signal.SIGCONT)
@@ -258,11 +285,13 @@ def test_tokens_flow_on_when_replicas_are_missing(
 ) -> None:
     settings = settings_for(group.url, engine__kind="null", redis__wait_replicas=1)
     with running_worker(settings):
-        events = list(follow(client, submit(client, 20)))
+        list(follow(client, submit(client, 20)))
         assert not [record for record in caplog.records if "wait_replicas" in record.message]
         group.replica.kill()
-        events = list(follow(client, submit(client, 20)))
-    assert events[-1]["type"] == "done"
+        with closing(Relay(client)) as relay:
+            batches = list(relay.follow(submit(client, 400)))
+    assert batches[-1][-1]["type"] == "done"
+    assert len(batches) > 8, "2 s of tokens did not come in a few lumps"
     assert [r.message for r in caplog.records if "wait_replicas" in r.message] == [
         "events are held by 0 replicas of 1 (redis.wait_replicas)"
     ]

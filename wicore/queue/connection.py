@@ -100,13 +100,14 @@ def _reason(err: Exception) -> str:
 
 
 def dedicated_connection(client: redis.Redis) -> Any:
-    """A connection of its own, not of the pool, without read timeout, connected: for blocking reads.
+    """A connection of its own, not of the pool, connected: for who waits with `select` or `can_read`.
 
     redis-py has no public way to wait on several connections at once; `make_connection` would count
     against the pool's bound.
     """
     pool = client.connection_pool
-    kwargs = {**pool.connection_kwargs, "socket_timeout": None, "health_check_interval": 0}
+    # The read timeout stays: a server that freezes amid the handshake must not hold anyone for ever.
+    kwargs = {**pool.connection_kwargs, "health_check_interval": 0}
     connection = pool.connection_class(**kwargs)
     connection.connect()
     return connection
