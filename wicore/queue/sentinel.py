@@ -119,6 +119,14 @@ class _FollowsMaster(SentinelManagedConnection):
         if not self._sock:
             self.connect_to(self.connection_pool.get_master_address())  # type: ignore[no-untyped-call]
 
+    def read_response(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any other connection: one that was not answered in time is not used again.
+
+        redis-py's own default here would keep it, for a frozen master to be asked for ever, and for a late
+        answer to be taken for that of the next command.
+        """
+        return super().read_response(*args, **{"disconnect_on_error": True, **kwargs})
+
 
 class _FollowsMasterSSL(_FollowsMaster, SentinelManagedSSLConnection):
     pass
