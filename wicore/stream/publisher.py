@@ -262,8 +262,7 @@ class Publisher:
             return self._changed.wait_for(lambda: self._stopping, seconds)
 
     def _report(self, key: str, replies: list[Any]) -> None:
-        with self._changed:
-            work = self._writing.get(key)
+        work = self._writing.get(key)
         if work is None:
             return  # forgotten
         refused = next((reply for reply in replies if isinstance(reply, Exception)), None)
