@@ -59,6 +59,7 @@ def embedded_redis() -> Iterator[str]:
 def service_process(
     setting: Setting, url: str, module: str, *arguments: str
 ) -> Iterator[subprocess.Popen[bytes]]:
+    """`python -m module` of the service with the null engine; terminated at the end."""
     environ = {key: value for key, value in os.environ.items() if not key.startswith("WICORE_")}
     environ |= {
         "WICORE_REDIS__URL": url,

@@ -23,14 +23,17 @@ from wicore.request import Priority, parse_job
 from wicore.stream.relay import Relay
 
 
-def saturated(setting: Setting, jobs: int) -> Line:
-    """Jobs a second with the queue never empty, from the middle 80 % of the jobs' ends."""
+def saturated(setting: Setting, jobs: int, module: str = "workers.gpu") -> Line:
+    """Jobs a second with the queue never empty, from the middle 80 % of the jobs' ends.
+
+    `module` is the worker's.
+    """
     with embedded_redis() as url:
         client = connect(url)
         producer = Producer(client)
         body = _body(setting)
         ids = [producer.submit(parse_job(body), Priority.NORMAL).id for _ in range(jobs)]
-        with service_process(setting, url, "workers.gpu") as worker:
+        with service_process(setting, url, module) as worker:
             relay = Relay(connect(url))
             for job in ids:
                 for _ in relay.follow(job, idle_s=1.0):
