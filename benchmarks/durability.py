@@ -65,9 +65,8 @@ def recovery(setting: Setting, name: str, lease_s: float, signum: signal.Signals
         body = parse_job(
             {"kind": "completion", "prompt": "Once", "max_tokens": setting.tokens, "ignore_eos": True}
         )
-        streams = [
-            _Stream(client, producer.submit(body, Priority.INTERACTIVE).id) for _ in range(setting.slots)
-        ]
+        jobs = [producer.submit(body, Priority.INTERACTIVE).id for _ in range(setting.slots)]
+        streams = [_Stream(client, job) for job in jobs]
         for stream in streams:
             stream.wait(SEEN_TOKENS)
         with _environment(environ):
@@ -137,16 +136,9 @@ def _workers(client: Redis, count: int) -> list[dict[str, object]]:
 
 def _without_client_list(url: str) -> str:
     """The server for a user that may not look at connections, as on many managed services."""
-    connect(url).acl_setuser(
-        "worker",
-        True,
-        nopass=True,
-        keys=["*"],
-        channels=["*"],
-        categories=["+@all"],
-        commands=["-client|list"],
-    )
-    return url.replace("unix://", "unix://worker:any@", 1)
+    rights = ("on", "nopass", "~*", "&*", "+@all", "-client|list")
+    connect(url).execute_command("ACL", "SETUSER", "worker", *rights)
+    return url.replace("unix://", "unix://worker@", 1)
 
 
 @contextmanager
