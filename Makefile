@@ -35,6 +35,7 @@ format: $(VENV)/.installed-dev
 bench: $(VENV)/.installed
 	$(BIN)/wicore bench engine
 	$(BIN)/wicore bench service
+	$(BIN)/python -m benchmarks.durability
 
 constraints: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet uv

@@ -14,8 +14,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 
 from redis import Redis
@@ -56,11 +55,14 @@ def recovery(setting: Setting, name: str, lease_s: float, signum: signal.Signals
     with ExitStack() as stack:
         admin = stack.enter_context(embedded_redis())
         url = admin if lifelines else _without_client_list(admin)
-        environ = {"WICORE_QUEUE__LEASE_S": str(lease_s)}
+
+        def start_worker() -> None:
+            settings = {"queue__lease_s": lease_s, "hmt__device_tokens": 2**16}
+            stack.enter_context(service_process(setting, url, "workers.gpu", **settings))
+
         client = connect(admin)
         producer = Producer(client)
-        with _environment(environ):
-            stack.enter_context(service_process(setting, url, "workers.gpu"))
+        start_worker()
         first = _workers(client, 1)[0]
         body = parse_job(
             {"kind": "completion", "prompt": "Once", "max_tokens": setting.tokens, "ignore_eos": True}
@@ -69,8 +71,7 @@ def recovery(setting: Setting, name: str, lease_s: float, signum: signal.Signals
         streams = [_Stream(client, job) for job in jobs]
         for stream in streams:
             stream.wait(SEEN_TOKENS)
-        with _environment(environ):
-            stack.enter_context(service_process(setting, url, "workers.gpu"))
+        start_worker()
         _workers(client, 2)
         died = time.monotonic()
         os.kill(int(first["pid"]), signum)
@@ -141,17 +142,6 @@ def _without_client_list(url: str) -> str:
     return url.replace("unix://", "unix://worker@", 1)
 
 
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--jobs", type=int, default=640, help="of each run of the cost")
@@ -159,7 +149,7 @@ def main() -> None:
     options = parser.parse_args()
     setting = Setting(model=load_settings().model.path, tokens=100)
     print(json.dumps(cost(setting, options.jobs, options.rounds)), flush=True)
-    long = replace(setting, tokens=20_000)
+    long = replace(setting, tokens=3000)
     kill, stop = signal.SIGKILL, signal.SIGSTOP
     for name, lease_s, signum, lifelines in (
         ("kill -9, connection gone", 20.0, kill, True),

@@ -57,9 +57,12 @@ def embedded_redis() -> Iterator[str]:
 
 @contextmanager
 def service_process(
-    setting: Setting, url: str, module: str, *arguments: str
+    setting: Setting, url: str, module: str, *arguments: str, **settings: object
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """`python -m module` of the service with the null engine; terminated at the end."""
+    """`python -m module` of the service with the null engine; terminated at the end.
+
+    More settings come as `section__key`.
+    """
     environ = {key: value for key, value in os.environ.items() if not key.startswith("WICORE_")}
     environ |= {
         "WICORE_REDIS__URL": url,
@@ -69,6 +72,7 @@ def service_process(
         "WICORE_ENGINE__NULL_STEP_MS": str(setting.step_ms),
         "WICORE_SCHEDULER__MAX_BATCH": str(setting.slots),
         "WICORE_TELEMETRY__LOG_LEVEL": "warning",
+        **{f"WICORE_{name}".upper(): str(value) for name, value in settings.items()},
     }
     command: Sequence[str] = (sys.executable, "-m", module, *arguments)
     process = subprocess.Popen(command, env=environ)
