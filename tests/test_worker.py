@@ -195,7 +195,7 @@ def test_an_interactive_job_does_not_wait_for_batch_jobs_to_end(redis_client, va
 def test_a_full_worker_leaves_jobs_of_its_own_level_to_others(redis_client, valkey_url) -> None:
     settings = settings_for(valkey_url, scheduler__max_batch=1, hmt__device_tokens=16384)
     with running_worker(settings):
-        long = submit(redis_client, max_tokens=2000, ignore_eos=True)
+        long = submit(redis_client, max_tokens=3800, ignore_eos=True)
         started(redis_client, long)
         waiting = submit(redis_client, max_tokens=2)
         urgent = parse_job({"kind": "completion", "prompt": "Hello", "max_tokens": 2})
