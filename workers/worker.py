@@ -282,6 +282,8 @@ class Worker:
         After a failure of the engine nothing is handed back: the leases run out and the attempt counts,
         so that a job that brings engines down does so a bounded number of times.
         """
+        if healthy:  # so that the slots of jobs popped amid the stop are accounted for
+            self._empty_inbox(None, block=False)
         self._publisher.stop(_FLUSH_S)
         self._keeper.stop()
         left = list(self._held.values()) if healthy else []
