@@ -235,6 +235,21 @@ def mask_passwords(text: str) -> str:
     return re.sub(r"([?&]\w*password=)[^&\s]*", r"\1***", re.sub(r"(://[^:@/\s]*):\S*@", r"\1:***@", text))
 
 
+def shown(settings: Settings) -> dict[str, Any]:
+    """Every setting in force by dotted key, fit to be read by others: no secret, no password."""
+    values: dict[str, Any] = {}
+    for key, field in FIELDS.items():
+        section, name = key.split(".")
+        values[key] = _masked(field, getattr(getattr(settings, section), name))
+    return values
+
+
+def _masked(field: FieldInfo, value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return mask_passwords(value) if field.repr else "***"
+
+
 def allowed(field: FieldInfo) -> str:
     """What a setting may be, in words: "a whole number, 1 to 65535"."""
     if get_origin(field.annotation) is Literal:
@@ -356,8 +371,8 @@ def _bad_value(err: ValidationError, origins: Mapping[str, _Layer]) -> ConfigErr
     key = ".".join(str(part) for part in first["loc"][:2])
     written = origins[key].written[key]
     value = origins[key].values[key]
-    shown = mask_passwords(value if isinstance(value, str) else scalar(value))
+    told = _masked(FIELDS[key], value if isinstance(value, str) else scalar(value))
     reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return ConfigError(
-        f"{written}: {shown} is not allowed: {reason} (allowed: {allowed(FIELDS[key])})", param=written
+        f"{written}: {told} is not allowed: {reason} (allowed: {allowed(FIELDS[key])})", param=written
     )

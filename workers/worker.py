@@ -6,6 +6,7 @@ Threads
     keeper     renews leases, reaps those of dead workers, hears of cancels (LeaseKeeper).
     publisher  writes events and results (Publisher).
     heartbeat  tells the registry that this worker lives.
+    relay, celery-control  hear of cancels and of Celery's remote control (control.py).
 All that other threads want of the engine thread goes through `_inbox` and is done between two steps.
 """
 
@@ -28,12 +29,15 @@ from wicore.generation import Generation
 from wicore.hmt import CacheManager
 from wicore.model import Model
 from wicore.queue.consumer import Delivery, LeaseConsumer, LeaseKeeper
+from wicore.queue.producer import Producer
 from wicore.queue.registry import Heartbeat
 from wicore.request import TerminalType, terminal_event
 from wicore.scheduler import Limits, Scheduler, TokenOut
 from wicore.stream.publisher import Publisher
 from wicore.stream.relay import read_log
 from wicore.text.prompt import prepare
+from workers.control import CancelListener, CeleryNode
+from workers.panel import Panel
 from workers.room import Offer, Room
 from workers.trial import Trial
 
@@ -83,7 +87,7 @@ class Worker:
         self._next_key = 0
         self._stopping = threading.Event()
         self._step_started: float | None = None
-        self._steps = self._tokens = 0
+        self._steps = self._tokens = self._accepted = 0
         prefix, leases = settings.redis.prefix, settings.queue
         self._consumer = LeaseConsumer(redis, owner, prefix, leases)
         self._room = Room(settings.scheduler.max_batch, self._consumer.interrupt)
@@ -108,12 +112,19 @@ class Worker:
             wait_replicas=settings.redis.wait_replicas,
         )
         self._heartbeat = Heartbeat(redis, owner, self.status, prefix)
+        self._cancels = CancelListener(redis, prefix, self._cancel_job)
+        assert settings.redis.url is not None
+        node = f"wicore@{owner}"
+        panel = Panel(node, self, Producer(redis, prefix, leases), settings)
+        self._celery = CeleryNode(settings.redis.url, node, panel)
 
     def run(self) -> None:
         """Serve until `stop`, then drain for `queue.drain_s` and hand back what is left."""
         self._publisher.start()
         self._keeper.start()
         self._heartbeat.start()
+        self._cancels.start()
+        self._celery.start()
         intake = threading.Thread(target=self._take_in, name="intake")
         intake.start()
         try:
@@ -128,7 +139,9 @@ class Worker:
             self._leave(healthy=sys.exc_info()[0] is None)
 
     def stop(self) -> None:
-        """Take no more jobs; `run` drains and returns. For any thread, and for signal handlers."""
+        """Take no more jobs; `run` drains and returns. For any thread; idempotent, also when it has ended."""
+        if self._stopping.is_set():
+            return
         self._stopping.set()
         self._room.close()
         self._consumer.interrupt()
@@ -151,12 +164,21 @@ class Worker:
             "steps": self._steps,
             "tokens": self._tokens,
             "preemptions": self._scheduler.preemptions,
+            "jobs": self._accepted,
         }
 
     def step_lasts_s(self) -> float:
         """How long the engine has been in the step under way; 0 between steps. For any thread."""
         started = self._step_started
         return 0.0 if started is None else time.monotonic() - started
+
+    def jobs(self) -> tuple[list[Delivery], list[Delivery]]:
+        """The jobs that the engine has, and those popped and not yet there. For any thread."""
+        running: list[Delivery] = []
+        preparing: list[Delivery] = []
+        for delivery in list(self._held.values()):
+            (running if delivery.tag in self._jobs else preparing).append(delivery)
+        return running, preparing
 
     def check(self) -> None:
         """Raise EngineError when blocks, sequences or slots do not add up. Call it when `run` has ended."""
@@ -282,6 +304,8 @@ class Worker:
         After a failure of the engine nothing is handed back: the leases run out and the attempt counts,
         so that a job that brings engines down does so a bounded number of times.
         """
+        self._celery.stop()
+        self._cancels.stop()
         if healthy:  # so that the slots of jobs popped amid the stop are accounted for
             self._empty_inbox(None, block=False)
         self._publisher.stop(_FLUSH_S)
@@ -297,6 +321,11 @@ class Worker:
         self._engine.close()
 
     # --- other threads ----------------------------------------------------------------------------
+
+    def _cancel_job(self, job_id: str) -> None:
+        for delivery in list(self._held.values()):
+            if delivery.job_id == job_id:
+                self._cancel_soon(delivery)
 
     def _cancel_soon(self, delivery: Delivery) -> None:
         self._inbox.put(lambda: self._cancel(delivery))
@@ -343,6 +372,7 @@ class Worker:
     def _accept(self, delivery: Delivery) -> None:
         """Turn a delivery into a job for the engine thread, or into its failure."""
         self._held[delivery.tag] = delivery
+        self._accepted += 1
         self._keeper.hold(delivery)
         if delivery.suspect:
             self._trial.begin(delivery)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from wicore.commands.options import config_option
-from wicore.config import FIELDS, default_yaml, load_with_sources, mask_passwords, scalar
+from wicore.config import FIELDS, default_yaml, load_with_sources, scalar, shown
 
 
 @click.group()
@@ -18,14 +18,14 @@ def config() -> None:
 def show(config: tuple[str, ...]) -> None:
     """Print the settings in force as YAML, each with its source."""
     settings, sources = load_with_sources(config or None)
+    values = shown(settings)
     section = ""
     for key in FIELDS:
         if not key.startswith(f"{section}."):
             section = key.split(".")[0]
             click.echo(f"{section}:")
         name = key.split(".")[1]
-        value = mask_passwords(scalar(getattr(getattr(settings, section), name)))
-        click.echo(f"  {name}: {value}  # {sources[key]}")
+        click.echo(f"  {name}: {scalar(values[key])}  # {sources[key]}")
 
 
 @config.command()

@@ -7,7 +7,7 @@ import logging
 import socket
 import threading
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import redis
 
@@ -62,7 +62,7 @@ class Relay:
         self._keys = Keys(prefix)
         self._buffer = buffer
         self._readers = threading.BoundedSemaphore(_READERS)
-        self._subscriber = _Subscriber(client)
+        self._subscriber = Subscriber(client)
 
     def follow(self, job_id: str, after_seq: int = 0, idle_s: float | None = None) -> Iterator[list[Event]]:
         """Every event with `seq > after_seq`, once and in order, ending after the terminal one.
@@ -193,19 +193,35 @@ class _Listener:
             return payloads
 
 
-class _Subscriber:
-    """The connection that subscribes for all listeners, and the thread that reads it."""
+class Listening(Protocol):
+    """What a subscriber hands to one listener, from its thread."""
+
+    def put(self, payload: bytes) -> None:
+        """What was published on the channel."""
+
+    def mark_stale(self) -> None:
+        """The subscription is confirmed; what came before it, or during an outage, was not heard."""
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+class Subscriber:
+    """The connection that subscribes for all listeners, and the thread that reads it, through any outage.
+
+    The thread and its connection start with the first listener.
+    """
 
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
         self._lock = threading.Lock()
-        self._listeners: dict[bytes, set[_Listener]] = {}
+        self._listeners: dict[bytes, set[Listening]] = {}
         self._confirmed: set[bytes] = set()
         self._connection: Any = None
         self._thread: threading.Thread | None = None
         self.closed = threading.Event()
 
-    def add(self, channel: bytes, listener: _Listener) -> None:
+    def add(self, channel: bytes, listener: Listening) -> None:
         """The listener is marked stale as soon as the subscription is confirmed. Raises Unavailable."""
         with self._lock:
             if self.closed.is_set():
@@ -220,7 +236,7 @@ class _Subscriber:
             elif len(listeners) == 1:
                 self._send("SUBSCRIBE", channel)
 
-    def remove(self, channel: bytes, listener: _Listener) -> None:
+    def remove(self, channel: bytes, listener: Listening) -> None:
         with self._lock:
             listeners = self._listeners.get(channel, set())
             listeners.discard(listener)
@@ -271,7 +287,7 @@ class _Subscriber:
                 self._read(connection)
             except (redis.RedisError, OSError) as err:
                 if not told and not self.closed.is_set():
-                    log.warning("event relay: connection lost: %s", err)
+                    log.warning("subscriptions: connection lost: %s", err)
                 told = True
             finally:
                 with self._lock:
