@@ -10,6 +10,7 @@ from flask import Blueprint, Response, request
 
 from api import http, streams
 from api.services import Services, current
+from wicore.admission import check_model
 from wicore.errors import Cancelled, Expired
 from wicore.openai import ChunkWriter, OpenAIRequest, chat_request, completion_request
 from wicore.request import TERMINAL_TYPES, Event, Priority
@@ -135,7 +136,7 @@ def models() -> Response:
 @door.get("/models/<path:name>")
 def model(name: str) -> Response:
     services = current()
-    services.check_model(name)
+    check_model(name, services.model)
     return http.reply(_model(services))
 
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from api import http
 from api.services import current
+from wicore.admission import check_model
 from wicore.errors import InvalidRequest, WicoreError
 from wicore.request import JobBody, Message, Text, parse_model
 from wicore.text.prompt import prompt_ids
@@ -50,7 +51,7 @@ class _TokenizeForm(BaseModel):
 def tokenize() -> Response:
     services = current()
     form = parse_model(_TokenizeForm, http.read_json())
-    services.check_model(form.model)
+    check_model(form.model, services.model)
     if (form.prompt is None) == (form.messages is None):
         raise InvalidRequest("prompt: send either prompt or messages", param="prompt")
     if form.messages is None:

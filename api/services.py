@@ -11,8 +11,9 @@ from flask import current_app
 from redis import Redis
 
 from api.slots import Slots
+from wicore.admission import admit
 from wicore.config import Settings
-from wicore.errors import ConfigError, InvalidRequest, UnknownModel
+from wicore.errors import ConfigError
 from wicore.model import Model, load_model
 from wicore.queue.connection import connect
 from wicore.queue.dead import DeadLetters
@@ -20,7 +21,6 @@ from wicore.queue.producer import Producer, Submission
 from wicore.queue.registry import alive_workers
 from wicore.request import JobBody, Priority
 from wicore.stream.relay import Relay
-from wicore.text.prompt import prepare
 
 EXTENSION = "wicore"
 
@@ -41,18 +41,14 @@ class Services:
     def accept(
         self, body: JobBody, default: Priority, client: str, idempotency_key: str | None = None
     ) -> Submission:
-        """Check what the form of a body cannot show, then put the job on the queue.
+        """Check what the form of a body cannot show (`admit`), then put the job on the queue.
 
         `client` is whose turn on its level the job takes.
 
         Raises UnknownModel, TooLarge, InvalidRequest, QueueFull, Conflict or Unavailable; then no job
         was accepted.
         """
-        self.check_model(body.model)
-        slots = self.settings.scheduler.max_batch
-        if body.n > slots:
-            raise InvalidRequest(f"n: must be at most scheduler.max_batch, {slots} (got {body.n})", param="n")
-        prompt = prepare(body, self.model.tokenizer, self.model.checkpoint.config, self.model.context)
+        prompt = admit(body, self.model, self.settings)
         return self.producer.submit(
             body,
             default if body.priority is None else body.priority,
@@ -66,13 +62,6 @@ class Services:
         """The heartbeats of live workers that serve the model. Raises Unavailable."""
         alive = alive_workers(self.redis, self.settings.redis.prefix)
         return [worker for worker in alive if worker["model"] == self.model.name]
-
-    def check_model(self, name: str | None) -> None:
-        """Raises UnknownModel unless `name` is the served model's or left out."""
-        if name not in (None, self.model.name):
-            raise UnknownModel(
-                f"model: {name!r} is not served here; the model is {self.model.name!r}", param="model"
-            )
 
 
 def build(settings: Settings) -> Services:

@@ -109,6 +109,8 @@ class Site:
             status = record["status"]
             ended = status in STATUS_OF_TERMINAL.values()
             assert client.zscore(keys.jobs_by_status(status), job) == float(record["created_ms"])
+            owes_webhook = client.zscore(keys.webhooks, job) is not None
+            assert owes_webhook == (record.get("webhook_status") == "pending")
             log = self.log(job)
             assert [event["seq"] for event in log] == list(range(1, int(record["seq"]) + 1))
             terminal = [event for event in log if event["type"] in TERMINAL_TYPES]

@@ -67,6 +67,11 @@ def api_process(settings: Settings) -> subprocess.Popen[bytes]:
     return _process(settings, "gunicorn", "-c", "python:api.gunicorn_conf", "api.wsgi:app")
 
 
+def tasks_process(settings: Settings, **options: Any) -> subprocess.Popen[bytes]:
+    """`python -m workers.tasks` with these settings; `options` are Popen's."""
+    return _process(settings, "workers.tasks", **options)
+
+
 def _process(settings: Settings, *module: str, **options: Any) -> subprocess.Popen[bytes]:
     environ = {key: value for key, value in os.environ.items() if not key.startswith("WICORE_")}
     for section, values in settings.model_dump(exclude_defaults=True).items():

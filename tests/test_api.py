@@ -500,3 +500,12 @@ def test_a_bad_path_or_query_has_openais_error_body(
 def test_a_bad_idempotency_key_is_refused(client: FlaskClient, key: str) -> None:
     answer = client.post("/v1/jobs", json={"kind": "chat", **HELLO}, headers={"Idempotency-Key": key})
     assert (answer.status_code, answer.json["error"]["param"]) == (400, "Idempotency-Key")
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/jobs", TELL), (CHAT, HELLO)])
+def test_a_webhook_is_refused_while_nothing_could_sign_it(
+    client: FlaskClient, path: str, body: dict[str, Any]
+) -> None:
+    answer = client.post(path, json={**body, "webhook_url": "https://there.example"})
+    assert (answer.status_code, answer.json["error"]["param"]) == (400, "webhook_url")
+    assert "webhooks.secret" in answer.json["error"]["message"]

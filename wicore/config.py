@@ -89,6 +89,20 @@ class QueueSettings(_Section):
     """A stopping worker finishes for this many seconds, then hands back what is left."""
 
 
+_BASE64_SECRET = r"^whsec_([A-Za-z0-9+/]{4}){8,21}([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
+
+
+class WebhookSettings(_Section):
+    secret: str | None = Field(None, pattern=_BASE64_SECRET, repr=False)
+    """Signs webhooks: whsec_ and 24 to 64 random bytes in base64; unset: no job may ask for a webhook."""
+    max_attempts: int = Field(8, ge=1, le=20)
+    """Deliveries tried before a webhook is given up."""
+    retry_s: float = Field(5.0, ge=0.1, le=600)
+    """Seconds before the second attempt; each later wait is five times as long, up to half an hour."""
+    allow_private: bool = False
+    """Deliver to loopback, private and reserved addresses too, not to public ones only."""
+
+
 class ModelSettings(_Section):
     path: str = "gemma-3-270m"
     """A checkpoint folder, a GGUF file, or a name that `wicore model fetch` knows."""
@@ -149,6 +163,7 @@ class Settings(_Section):
     api: ApiSettings = ApiSettings()
     redis: RedisSettings = RedisSettings()
     queue: QueueSettings = QueueSettings()
+    webhooks: WebhookSettings = WebhookSettings()
     model: ModelSettings = ModelSettings()
     engine: EngineSettings = EngineSettings()
     scheduler: SchedulerSettings = SchedulerSettings()

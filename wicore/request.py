@@ -16,10 +16,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
+    AnyHttpUrl,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    TypeAdapter,
     ValidationError,
     model_validator,
 )
@@ -89,7 +91,24 @@ def _encodable(value: str) -> str:
     return value
 
 
+def _webhook_url(value: str) -> str:
+    """The URL in ASCII, with its host in IDNA."""
+    try:
+        url = _HTTP_URL.validate_python(value)
+    except ValidationError:
+        raise ValueError("must be an http or https URL") from None
+    if url.username is not None or url.password is not None:
+        raise ValueError("must not hold a user or password; sign in by the webhook's signature")
+    if len(text := str(url)) > MAX_WEBHOOK_URL:
+        raise ValueError(f"must have at most {MAX_WEBHOOK_URL} characters")
+    return text
+
+
+MAX_WEBHOOK_URL = 2048
+_HTTP_URL = TypeAdapter(AnyHttpUrl)
+
 Text = Annotated[str, AfterValidator(_encodable)]
+WebhookURL = Annotated[Text, AfterValidator(_webhook_url)]
 Number = Annotated[float, AfterValidator(_finite)]
 Stop = Annotated[
     list[Annotated[Text, Field(min_length=1, max_length=256)]],
@@ -167,6 +186,8 @@ class JobBody(SamplingParams):
     """Seconds from acceptance until the job expires unless it has started; None: `queue.max_wait_s`."""
     user: Annotated[Text | None, Field(max_length=512)] = None
     metadata: dict[str, str] = Field(default_factory=dict, max_length=16)
+    webhook_url: WebhookURL | None = None
+    """Where the record is posted when the job has ended."""
 
     @model_validator(mode="after")
     def _one_prompt(self) -> JobBody:

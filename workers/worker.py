@@ -22,9 +22,10 @@ from dataclasses import dataclass, field
 
 from redis import Redis
 
+from wicore.admission import admit
 from wicore.config import Settings
 from wicore.engine.base import Engine
-from wicore.errors import Cancelled, Expired, InvalidRequest, Unavailable, UnknownModel, WicoreError
+from wicore.errors import Cancelled, Expired, Unavailable, WicoreError
 from wicore.generation import Generation
 from wicore.hmt import CacheManager
 from wicore.model import Model
@@ -35,7 +36,6 @@ from wicore.request import TerminalType, terminal_event
 from wicore.scheduler import Limits, Scheduler, TokenOut
 from wicore.stream.publisher import Publisher
 from wicore.stream.relay import read_log
-from wicore.text.prompt import prepare
 from workers.control import CancelListener, CeleryNode
 from workers.panel import Panel
 from workers.room import Offer, Room
@@ -387,15 +387,7 @@ class Worker:
 
     def _prepare(self, delivery: Delivery) -> _Job:
         body = delivery.body
-        if body.model not in (None, self._model.name):
-            raise UnknownModel(
-                f"model: {body.model!r} is not served here; use {self._model.name!r}", param="model"
-            )
-        if body.n > self._settings.scheduler.max_batch:
-            raise InvalidRequest(
-                f"n: {body.n} is over scheduler.max_batch, {self._settings.scheduler.max_batch}", param="n"
-            )
-        prompt = prepare(body, self._model.tokenizer, self._model.checkpoint.config, self._model.context)
+        prompt = admit(body, self._model, self._settings)
         events = (
             read_log(self._redis, delivery.job_id, prefix=self._settings.redis.prefix) if delivery.seq else []
         )

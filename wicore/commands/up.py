@@ -50,7 +50,7 @@ Ctrl-C stops the service; accepted jobs are kept and go on at the next start."""
 def up(
     ctx: click.Context, config: tuple[str, ...], port: int | None, model: str | None, procfile: Path
 ) -> None:
-    """Run the whole service: Redis, API and worker.
+    """Run the whole service: Redis, API, worker and tasks.
 
     With redis.url unset, an embedded Valkey keeps the jobs in a private data folder. A process that
     dies is started again. Ctrl-C or SIGTERM stops: the API takes no more requests, the worker finishes

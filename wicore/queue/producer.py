@@ -9,7 +9,7 @@ import math
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import redis
 
@@ -69,6 +69,11 @@ class JobRecord:
     metadata: dict[str, str]
     retry_of: str | None
     """Id of the dead letter that this job tries again."""
+    webhook_url: str | None
+    webhook_status: Literal["pending", "delivered", "failed"] | None
+    """None until the job has ended."""
+    webhook_error: str | None
+    """Why the last attempt failed, if it did."""
 
     def public(self) -> dict[str, Any]:
         """JSON form for clients; what is not known yet is null."""
@@ -206,7 +211,7 @@ class Producer:
             fields = self._client.hgetall(self._keys.job(job_id))
         if not fields:
             raise _unknown(job_id)
-        return _record(job_id, cast("dict[bytes, bytes]", fields))
+        return record_of(job_id, cast("dict[bytes, bytes]", fields))
 
     def list(
         self, status: JobStatus | None = None, limit: int = 20, after: str | None = None
@@ -243,7 +248,7 @@ class Producer:
                 pipe.hgetall(self._keys.job(job_id))
             replies = pipe.execute()
         # A record may have expired since; the sweep takes it off the index soon.
-        return [_record(job_id, fields) for job_id, fields in zip(ids, replies, strict=True) if fields]
+        return [record_of(job_id, fields) for job_id, fields in zip(ids, replies, strict=True) if fields]
 
     def depths(self) -> Mapping[Priority, int]:
         """Jobs waiting on each level; those of dead workers are counted apart, by `suspects`."""
@@ -277,6 +282,8 @@ def record_fields(body: JobBody) -> dict[str, str]:
         fields["model"] = body.model
     if body.metadata:
         fields["metadata"] = json.dumps(body.metadata, ensure_ascii=False)
+    if body.webhook_url is not None:
+        fields["webhook_url"] = body.webhook_url
     return fields
 
 
@@ -298,7 +305,8 @@ def _unknown(job_id: str) -> UnknownJob:
     )
 
 
-def _record(job_id: str, fields: dict[bytes, bytes]) -> JobRecord:
+def record_of(job_id: str, fields: Mapping[bytes, bytes]) -> JobRecord:
+    """A record from the fields of its hash. Pure."""
     texts = {name.decode(): value.decode("utf-8", "replace") for name, value in fields.items()}
 
     def number(name: str) -> int | None:
@@ -334,4 +342,7 @@ def _record(job_id: str, fields: dict[bytes, bytes]) -> JobRecord:
         error=data("error"),
         metadata=data("metadata") or {},
         retry_of=texts.get("retry_of"),
+        webhook_url=texts.get("webhook_url"),
+        webhook_status=cast("Any", texts.get("webhook_status")),
+        webhook_error=texts.get("webhook_error") or None,
     )

@@ -31,6 +31,11 @@ With prefix `wicore` ({q} is a level's list, {level} 0, 3, 6 or 9, {id} a job, {
                                           output (line.lua)
     wicore:workers                hash    worker -> heartbeat JSON (registry.py; abandon)      see there
     wicore:capacity               string  slots of all live workers                            1 s
+    wicore:webhooks               zset    ids whose webhook is owed, by when it is due, ms     until it ends
+    wicore:steady                 string  since when the tasks' sweep has run without a gap    15 s
+    wicore-tasks and its levels   list    Celery messages for workers/tasks.py; LPUSH in       until done
+                                          (terminate, any client); taken by stock Kombu,
+                                          with its own wicore-tasks:unacked and the like
     wicore:bucket:{key}           hash    token bucket (the API)                               see there
     celery-task-meta-{id}         string  the result in Celery's JSON                          retention
 
@@ -46,14 +51,16 @@ leased); `leases`; `worker`; `attempts`; `seq` (last in the log); `created_ms`, 
 `leased_ms`, `started_ms`, `first_token_ms`, `finished_ms`; `unread` (nobody has read the body yet); `kind`,
 `model`, `metadata`, `prompt_tokens`, `tokens` (expected in all), `charged` (to its client's turn);
 `position`, `wait_ms` (told at acceptance); `cancel` (wished); `finish_reason`, `usage`, `result`, `error`
-(JSON); `finished_by` (fence of who ended it); `retry_of` (id of the dead letter).
+(JSON); `finished_by` (fence of who ended it); `retry_of` (id of the dead letter);
+`webhook_url`, `webhook_status` (pending, delivered, failed), `webhook_attempts`, `webhook_error`.
 
 Invariants, between any two commands:
     open jobs (status queued or running) = jobs waiting (`at`) + jobs leased (`fence`);
     a waiting job's message is in message:{id}, a leased one's in `unacked`, an ended one's nowhere;
     a tag is in `unacked` exactly when it is in `leases`;
     `waiting` and `backlog` are the sums over the jobs that wait in queues;
-    a job has one terminal event, and it is the last entry of its log.
+    a job has one terminal event, and it is the last entry of its log;
+    a job is in `webhooks` exactly when its `webhook_status` is pending.
 
 One Redis (or one with replicas, behind Sentinel or not), version 7 or later, or Valkey. Not Redis Cluster:
 the scripts touch keys of many slots.
@@ -163,6 +170,19 @@ class Keys:
 
     def trial(self, owner: str) -> str:
         return f"{self.prefix}:trial:{owner}"
+
+    @property
+    def webhooks(self) -> str:
+        return f"{self.prefix}:webhooks"
+
+    @property
+    def steady(self) -> str:
+        return f"{self.prefix}:steady"
+
+    @property
+    def tasks(self) -> str:
+        """The Celery queue of workers/tasks.py, whose messages stock Kombu takes."""
+        return f"{self.prefix}-tasks"
 
     def job(self, job_id: str) -> str:
         return f"{self.prefix}:job:{job_id}"

@@ -36,12 +36,17 @@ Name = Literal[
     "dead_list",
     "dead_get",
     "dead_drop",
+    "webhook",
+    "webhook_end",
 ]
 _NEED_MEMORY: frozenset[Name] = frozenset(("submit", "pop", "adopt", "append"))
 """What the server refuses when memory is full. The rest ends jobs or keeps leases: needs little, or frees."""
 
 Arg = str | bytes | int
 Call = tuple[Name, Sequence[Arg]]
+
+WEBHOOK_TASK = "wicore.deliver_webhook"
+"""The Celery task that delivers a job's webhook; its one argument is the job's id."""
 
 _RECORD_STATES: tuple[JobStatus, ...] = ("queued", "running", *STATUS_OF_TERMINAL.values())
 
@@ -116,7 +121,7 @@ def _header(keys: Keys, settings: QueueSettings) -> str:
                 "jobs",
                 "finished",
             ),
-            *("control", "workers", "turns", "waiting", "pace", "capacity"),
+            *("control", "workers", "turns", "waiting", "pace", "capacity", "webhooks", "tasks"),
         )
     }
     # Keys of one job, owner or level: the name up to that, which the scripts append.
@@ -135,6 +140,7 @@ def _header(keys: Keys, settings: QueueSettings) -> str:
         "alive_periods": ALIVE_PERIODS,
         "bell": BELL.decode(),
         "retention_s": settings.retention_s,
+        "webhook_task": WEBHOOK_TASK,
         "background_every": round(1 / share) if share else 0,
     }
     return f"local K = {_lua(names)}\nlocal C = {_lua(constants)}"

@@ -1,6 +1,7 @@
 -- Put before every script, after line.lua: how jobs begin and end.
 
 local DEAD_KEPT = 10000
+local TASKS_KEPT = 1000
 
 -- Well-formed UTF-8 sequences, the Unicode Standard's table 3-7.
 local UTF8 = {'[\194-\223][\128-\191]', '\224[\160-\191][\128-\191]', '[\225-\236\238\239][\128-\191][\128-\191]',
@@ -100,12 +101,28 @@ local function start_retention(id)
   redis.call('ZADD', K.finished, NOW, id)
 end
 
+-- Owe the webhook of a job that ends now. The entry is what counts; the Celery message makes it prompt. It may
+-- be lost, or left out when nobody takes them: the sweep sends another (workers/tasks.py).
+local function owe_webhook(id)
+  redis.call('ZADD', K.webhooks, NOW, id)
+  redis.call('HSET', K.job .. id, 'webhook_status', 'pending')
+  if redis.call('LLEN', K.tasks) >= TASKS_KEPT then
+    return
+  end
+  local name, tag = cjson.encode(id), cjson.encode('webhook-' .. id)
+  redis.call('LPUSH', K.tasks, '{"body":' .. cjson.encode('[[' .. name .. '],{},{}]')
+    .. ',"content-encoding":"utf-8","content-type":"application/json","headers":{"lang":"lua","task":"'
+    .. C.webhook_task .. '","id":' .. tag .. ',"root_id":' .. tag .. ',"parent_id":null,"group":null,"retries":0,'
+    .. '"eta":null,"expires":null},"properties":{"correlation_id":' .. tag .. ',"reply_to":"","delivery_mode":2,'
+    .. '"delivery_info":{"exchange":"","routing_key":"' .. K.tasks .. '"},"priority":0,"delivery_tag":' .. tag .. '}}')
+end
+
 -- The one way a job ends. The caller has made sure that the record exists and is not terminal.
 -- ending: type (done, failed, cancelled, expired); event (its JSON text), or else seq to make one;
 -- optional JSON texts result, usage, error; finish_reason; exc_type and message of a failure; fence.
 local function terminate(id, ending)
   local job = K.job .. id
-  local record = record_of(id, 'status', 'created_ms', 'seq', 'tag', 'fence')
+  local record = record_of(id, 'status', 'created_ms', 'seq', 'tag', 'fence', 'webhook_url')
   local seq = tonumber(record.seq or '0') + 1
   local event = ending.event
   if not event then
@@ -142,6 +159,9 @@ local function terminate(id, ending)
     store_celery_result(id, 'REVOKED', celery_exception('TaskRevokedError', 'revoked', 'celery.exceptions'))
   else
     store_celery_result(id, 'FAILURE', celery_exception(ending.exc_type, ending.message, 'wicore.errors'))
+  end
+  if record.webhook_url then
+    owe_webhook(id)
   end
   start_retention(id)
 end
