@@ -25,6 +25,7 @@ from wicore.model import load_model
 from wicore.queue.celery_url import celery_url
 from wicore.queue.producer import Producer
 from wicore.request import Priority, parse_job
+from wicore.stream.relay import read_log
 from workers.worker import Worker
 
 pytestmark = pytest.mark.valkey
@@ -141,7 +142,8 @@ def test_a_cancelled_job_is_in_no_further_step(
     engine.during = cancel
     jobs.append(submit(producer, prompt, max_tokens=100))
     submitted.set()
-    *_, last = follow(redis_client, jobs[0])
+    until(lambda: producer.record(jobs[0]).finished_ms)
+    last = read_log(redis_client, jobs[0])[-1]
     assert last["type"] == "cancelled"
     assert len(engine.steps) == at + 1
     if at == 2:

@@ -150,6 +150,18 @@ def test_a_webhook_whose_message_was_lost_is_sent_by_the_schedule(
         until(lambda: not is_owed(site, job))
 
 
+def test_webhooks_go_on_when_redis_is_back(
+    site: Site, settings: Settings, hook: Receiver, client: celery.Celery
+) -> None:
+    with tasks(settings):
+        until(lambda: client.control.inspect(timeout=0.2).ping())
+        for kind in ("pubsub", "normal"):
+            site.redis.client_kill_filter(_type=kind, skipme=True)
+        job = ended(site, hook.url)
+        hook.next()
+        until(lambda: not is_owed(site, job))
+
+
 def test_a_stopped_process_finishes_what_it_has_begun(site: Site, settings: Settings, hook: Receiver) -> None:
     hook.may_answer.clear()
     job = ended(site, hook.url)

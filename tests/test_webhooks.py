@@ -349,11 +349,13 @@ def test_a_server_that_answers_byte_by_byte_is_left_in_time() -> None:
             connection, _ = server.accept()
             with connection:
                 connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
-                while not stop.wait(0.05):
+                for _ in range(60):
+                    if stop.wait(0.05):
+                        break
                     try:
                         connection.sendall(b"x")
                     except OSError:
-                        return
+                        break
 
         thread = threading.Thread(target=drip)
         thread.start()
