@@ -134,9 +134,12 @@ class Worker:
             while self._jobs and time.monotonic() < drain_until:
                 self._advance(drain_until)
         finally:
+            healthy = sys.exc_info()[0] is None
             self.stop()
             intake.join()
-            self._leave(healthy=sys.exc_info()[0] is None)
+            if healthy:
+                self._empty_inbox(block=False)  # jobs that came last have claimed slots, too
+            self._leave(healthy=healthy)
 
     def stop(self) -> None:
         """Take no more jobs; `run` drains and returns. For any thread; idempotent, also when it has ended."""
