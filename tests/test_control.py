@@ -263,6 +263,12 @@ def test_celery_is_told_where_redis_is(url: str, wanted: str) -> None:
     assert celery_url(url).url == wanted
 
 
+def test_celery_is_told_of_sentinels() -> None:
+    told = celery_url("sentinel://me:p%40w@a,b:7/main?db=2&sentinel_password=x")
+    assert told.url == "sentinel://me:p%40w@a:26379/2;sentinel://me:p%40w@b:7/2"
+    assert told.options == {"master_name": "main", "sentinel_kwargs": {"password": "x"}}
+
+
 def test_a_scheme_that_celery_cannot_use_is_refused() -> None:
     with pytest.raises(ConfigError, match="ftp"):
         celery_url("ftp://host")

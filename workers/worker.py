@@ -137,8 +137,6 @@ class Worker:
             healthy = sys.exc_info()[0] is None
             self.stop()
             intake.join()
-            if healthy:
-                self._empty_inbox(block=False)  # jobs that came last have claimed slots, too
             self._leave(healthy=healthy)
 
     def stop(self) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from wicore.errors import ConfigError
+from wicore.queue import sentinel
 
 
 class CeleryURL(NamedTuple):
@@ -35,7 +36,22 @@ def celery_url(url: str) -> CeleryURL:
     if parts.scheme == "unix":
         database = {"virtual_host": query["db"]} if "db" in query else {}
         return CeleryURL(_joined("redis+socket", parts.netloc, parts.path, database), {})
+    if url.startswith(sentinel.SCHEME):
+        return _sentinels(sentinel.parse(url))
     raise ConfigError(f"redis.url: {parts.scheme}:// has no form for Celery", param="redis.url")
+
+
+def _sentinels(url: sentinel.SentinelUrl) -> CeleryURL:
+    """One URL a sentinel, each with the master's user, password and database."""
+    login = ""
+    if url.username or url.password:
+        login = f"{quote(url.username or '', safe='')}:{quote(url.password or '', safe='')}@"
+    tls = {"ssl_cert_reqs": "required"} if url.ssl else {}
+    hosts = (f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in url.sentinels)
+    urls = (_joined("sentinel", login + host, f"/{url.db}", tls) for host in hosts)
+    own = {"username": url.sentinel_username, "password": url.sentinel_password, "ssl": url.ssl or None}
+    kwargs = {name: value for name, value in own.items() if value is not None}
+    return CeleryURL(";".join(urls), {"master_name": url.master, "sentinel_kwargs": kwargs})
 
 
 def _joined(scheme: str, netloc: str, path: str, query: dict[str, str] | None = None) -> str:
