@@ -2,7 +2,7 @@
 
 fence     appending, finishing and renewing skip the fence: who lost a job writes on
 resume    an attempt does not look at what the ones before it wrote
-suspects  a job whose worker died goes back to its own queue, among the others
+suspects  jobs whose worker died go back to their own queues, and run together again
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ _EDITS = {
         "finish": [("if record.fence ~= fence then", "if false then")],
         "renew": [("if record.fence == fence then", "if true then")],
     },
-    "suspects": {
-        "reap": [("requeue(id, tag, 'LPUSH', K.suspect, raw)", "requeue(id, tag, 'RPUSH', head[1], raw)")]
-    },
+    "suspects": {"reap": [("join_suspects(id, raw)", "join_line(id, raw, true)")]},
 }
 NAMES = ("resume", *_EDITS)
 

@@ -130,10 +130,11 @@ class Faults:
         return True
 
     async def _retire_api(self) -> bool:
-        if not self._fleet.apis:
-            return False
-        self._fleet.retire_api(self._rng.choice(list(self._fleet.apis)))
-        return True
+        for port in self._rng.sample(list(self._fleet.apis), len(self._fleet.apis)):
+            if await self._fleet.answers(port) and port in self._fleet.apis:
+                self._fleet.retire_api(port)
+                return True
+        return False
 
     # --- Valkey -----------------------------------------------------------------------------------
 

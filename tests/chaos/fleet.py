@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 from redis.asyncio import Redis
 
+from tests.chaos import wire
 from tests.chaos.worker import POISONED
 from tests.services import module_process, settings_for
 from wicore.config import Settings
@@ -26,6 +26,7 @@ LEASE_S = 1.5
 MAX_ATTEMPTS = 5
 _LEAVE_S = 45.0
 """What a process told to stop may take: gunicorn waits 20 s for calls under way."""
+_START_S = 60.0
 _WATCH_S = 0.05
 
 
@@ -77,11 +78,8 @@ class Fleet:
             self.start_worker()
         for port in self.ports:
             self.start_api(port)
-        async with asyncio.timeout(60), httpx.AsyncClient() as client:
-            for port in self.ports:
-                while not await _is_ready(client, port):
-                    await asyncio.sleep(0.05)
         self._watcher = asyncio.create_task(self._watch())
+        await self.ready()
 
     def settings(self, **more: Any) -> Settings:
         """A small KV pool, so that sequences are preempted; one thread an engine, for there are several."""
@@ -163,13 +161,28 @@ class Fleet:
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)
 
-    async def settle(self) -> None:
-        """Wait until those told to leave have left."""
+    async def ready(self) -> None:
+        """Wait until those told to leave have left, and everybody else is up."""
         await asyncio.gather(*self._leaving)
+        async with asyncio.timeout(_START_S), Redis.from_url(self.valkey.url) as store:
+            while not await self._is_ready(store):
+                await asyncio.sleep(0.05)
+
+    async def _is_ready(self, store: Redis) -> bool:
+        beating = {owner.decode() for owner in await store.hkeys(Keys().workers)}
+        up = [await self.answers(port) for port in self.ports]
+        return beating >= self.workers.keys() and all(up)
+
+    async def answers(self, port: int) -> bool:
+        """Whether an API is past its start: told to stop before, it would just be gone."""
+        try:
+            return (await wire.ask(port, "GET", "/ready")).status == 200
+        except wire.Broken:
+            return False
 
     async def stop(self) -> None:
         """SIGTERM to everyone but Valkey; each must end well, the workers' accounts in order."""
-        await self.settle()
+        await self.ready()
         await self._stop_watching()
         members = [*self.workers.values(), *self.apis.values()]
         for member in members:
@@ -242,12 +255,16 @@ class Fleet:
 
 async def leases(store: Redis) -> list[Lease]:
     """Who has what."""
-    found = []
-    for tag, value in (await store.hgetall(Keys().unacked)).items():
-        _, fence, job = json.loads(value.partition(b"\n")[0])
-        owner, _, attempt = fence.rpartition(":")
-        found.append(Lease(job, tag.decode(), owner, int(attempt)))
-    return found
+    keys = Keys()
+    heads = {
+        tag.decode(): json.loads(value.partition(b"\n")[0])
+        for tag, value in (await store.hgetall(keys.unacked)).items()
+    }
+    attempts = await store.hmget(keys.deliveries, list(heads)) if heads else []
+    return [
+        Lease(job, tag, fence.rpartition(":")[0], int(count or 0))
+        for (tag, (_, fence, job)), count in zip(heads.items(), attempts, strict=True)
+    ]
 
 
 def _is_complaint(line: str) -> bool:
@@ -256,13 +273,6 @@ def _is_complaint(line: str) -> bool:
 
 def _tail(log: Path) -> str:
     return " / ".join(log.read_text(errors="replace").strip().splitlines()[-6:])
-
-
-async def _is_ready(client: httpx.AsyncClient, port: int) -> bool:
-    try:
-        return (await client.get(f"http://127.0.0.1:{port}/ready")).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def _free_port() -> int:

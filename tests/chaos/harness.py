@@ -133,7 +133,6 @@ class _Run:
             for task in [*clients, *self._running]:
                 task.result() if task.done() else task.cancel()
             await self._clients.close()
-            await self._fleet.settle()
             await self._wait_until_empty()
         finally:
             for task in (injecting, reporting):
@@ -175,11 +174,12 @@ class _Run:
         self._faults_done.set()
 
     async def _wait_until_empty(self) -> None:
-        """Spare copies of messages may lie in a queue after their jobs' ends."""
+        """Submits repeated without a key and spare copies of messages may still lie in a queue."""
         keys = Keys()
         while self._elapsed() < self._plan.seconds:
-            waiting = [await self._store.llen(name) for name in (*keys.queues().values(), keys.suspect)]
-            if not any(waiting) and not await self._store.zcard(keys.leases):
+            left = [await self._store.llen(name) for name in keys.queues().values()]
+            left += [await self._store.zcard(keys.jobs_by_status(s)) for s in ("queued", "running")]
+            if not any(left):
                 return
             await asyncio.sleep(0.05)
 
@@ -217,7 +217,7 @@ class _Run:
             "checked": verdict.checked,
         }
         verdict.counts["workers killed by poison"] = self._fleet.suicides
-        longest = max(ticket.heard.longest_pause_s for ticket in tickets)
+        longest = max(t.heard.longest_pause_s for t in tickets if t.fate != "poison")
         return Report(self._plan, verdict, sections, longest, self._elapsed())
 
     def _judge_size(self, verdict: Verdict) -> None:
