@@ -7,6 +7,7 @@ import random
 import sys
 
 from tests.chaos import breaks
+from tests.chaos.faults import KINDS
 from tests.chaos.harness import Plan, Report, run
 
 _SHOWN = 40
@@ -18,6 +19,7 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=150)
     parser.add_argument("--seconds", type=float, default=570, help="bound on the whole run")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    parser.add_argument("--only", nargs="+", default=(), choices=KINDS, help="only these kinds of faults")
     parser.add_argument(
         "--break", dest="broken", choices=breaks.NAMES, help="take a guarantee out: must fail"
     )

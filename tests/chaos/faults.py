@@ -11,7 +11,7 @@ import os
 import random
 import signal
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import ClassVar
 
 from redis.asyncio import Redis
@@ -21,7 +21,7 @@ from tests.chaos.jobs import Ticket, Tickets, malformed
 from wicore.queue.schema import Keys
 from wicore.request import Priority
 
-_DECK = {
+KINDS = {
     "kill -9 of a worker": 5,
     "SIGSTOP of a worker past its lease": 4,
     "SIGTERM of a worker": 3,
@@ -40,14 +40,21 @@ _DECK = {
 
 class Faults:
     def __init__(
-        self, fleet: Fleet, store: Redis, tickets: Tickets, launch: Callable[[Ticket], None], seed: int
+        self,
+        fleet: Fleet,
+        store: Redis,
+        tickets: Tickets,
+        launch: Callable[[Ticket], None],
+        seed: int,
+        only: Collection[str],
     ) -> None:
-        """`launch` starts a client for a ticket."""
+        """`launch` starts a client for a ticket; `only`: the kinds that there shall be."""
         self._fleet = fleet
         self._redis = store
         self._tickets = tickets
         self._launch = launch
         self._rng = random.Random(f"faults {seed}")
+        self._deck = {name: count for name, count in KINDS.items() if name in only}
         self._hand: list[str] = []
         self._poison: Ticket | None = None
         self.injected: Counter[str] = Counter()
@@ -58,7 +65,7 @@ class Faults:
     async def inject(self) -> None:
         """The next fault of the deck that is possible now."""
         if not self._hand:
-            self._hand = [name for name, count in _DECK.items() for _ in range(count)]
+            self._hand = [name for name, count in self._deck.items() for _ in range(count)]
             self._rng.shuffle(self._hand)
         for name in self._hand:
             if await self._inject[name](self):
