@@ -38,7 +38,11 @@ def table(report: Report) -> str:
             f"\n{heading} ({counts.total()})" if heading in ("faults", "jobs by door") else f"\n{heading}"
         )
         lines += [f"  {count:7d}  {name}" for name, count in sorted(counts.items())]
-    lines.append(f"\nlongest pause that a client saw: {report.longest_pause_s:.1f} s")
+    worst = report.worst
+    lines.append(
+        f"\nlongest pause that a client saw: {worst.heard.longest_pause_s:.1f} s "
+        f"(job {worst.job}, {worst.priority}, resumed {worst.heard.resumed} times)"
+    )
     violations = report.verdict.violations
     lines += [f"VIOLATION {what}" for what in violations[:_SHOWN]]
     if len(violations) > _SHOWN:

@@ -15,7 +15,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 import redis
@@ -31,6 +31,10 @@ PATIENCE_S = 90.0
 """How long a job may make no progress for its client: far longer than any fault lasts."""
 _LINGER_S = 0.2
 """How long a shared socket is read on after its last job's end: nothing may come."""
+
+
+class _GivenUp(Exception):
+    """The service said something final that it must not say; it has been noted."""
 
 
 class Clients:
@@ -56,7 +60,7 @@ class Clients:
         """Wait for the cancels under way."""
         await asyncio.gather(*self._cancels)
 
-    def blame(self, ticket: Ticket, what: str) -> None:
+    def _blame(self, ticket: Ticket, what: str) -> None:
         self.faults.append(f"ticket {ticket.number} (door {ticket.door}, job {ticket.job}): {what}")
 
     async def _within_patience(self, tickets: Sequence[Ticket], serving: Coroutine[Any, Any, None]) -> None:
@@ -70,9 +74,10 @@ class Clients:
                 if total != seen:
                     seen, since = total, time.monotonic()
                 elif time.monotonic() - since > PATIENCE_S:
-                    self.blame(tickets[0], f"no event for {PATIENCE_S:g} s, after {seen}")
+                    self._blame(tickets[0], f"no event for {PATIENCE_S:g} s, after {seen}")
                     return
-            task.result()
+            with suppress(_GivenUp):
+                task.result()
         finally:
             while not task.done():
                 # More than once: redis-py, closing a broken connection, may put its error in place of ours.
@@ -124,16 +129,17 @@ class Clients:
     async def _persist(
         self, ticket: Ticket, method: str, path: str, body: Any, *, wanted: set[int]
     ) -> wire.Answer:
-        """Call until a wanted status comes; anything else but "try again" is a fault."""
+        """Call until the answer is other than "try again". Raises _GivenUp when it is not wanted."""
         headers = {"Idempotency-Key": f"ticket-{ticket.number}"} if method == "POST" else {}
         while True:
             try:
                 answer = await wire.ask(self._port(), method, path, body, headers)
                 if answer.status in wanted:
                     return answer
-                self.counts[f"HTTP {answer.status} answers, tried again"] += 1
                 if answer.status not in (429, 503):
-                    self.blame(ticket, f"{method} {path} answered {answer.status}: {answer.body!r:.200}")
+                    self._blame(ticket, f"{method} {path} answered {answer.status}: {answer.body!r:.200}")
+                    raise _GivenUp
+                self.counts[f"HTTP {answer.status} answers, tried again"] += 1
             except wire.Broken:
                 self.counts["calls that broke, tried again"] += 1
             await self._pause()
@@ -158,7 +164,8 @@ class Clients:
                 self.counts["streams that broke"] += heard.ended is None
             except wire.Refused as err:
                 if not err.retryable:
-                    self.blame(ticket, f"asked for what follows event {heard.last}: {err}")
+                    self._blame(ticket, f"asked for what follows event {heard.last}: {err}")
+                    raise _GivenUp from None
             if heard.ended is None:
                 self.counts["reconnects"] += 1
                 await self._pause()
@@ -174,7 +181,8 @@ class Clients:
                 self.counts["streams that broke"] += 1
             except wire.Refused as err:
                 if not err.retryable:
-                    self.blame(tickets[0], f"WS /v1/stream: {err}")
+                    self._blame(tickets[0], f"WS /v1/stream: {err}")
+                    raise _GivenUp from None
             if any(ticket.heard.ended is None for ticket in tickets):
                 self.counts["reconnects"] += 1
                 await self._pause()
@@ -212,7 +220,8 @@ class Clients:
         elif frame["type"] == "error":
             self.counts["error frames"] += 1
             if frame["error"]["code"] != "unavailable":
-                self.blame(tickets[0], f"WS /v1/stream: {json.dumps(frame):.200}")
+                self._blame(tickets[0], f"WS /v1/stream: {json.dumps(frame):.200}")
+                raise _GivenUp
             return True
         return False
 
@@ -222,7 +231,7 @@ class Clients:
         except asyncio.TimeoutError:
             return
         if frame is not None and "seq" in frame:
-            self.blame(ticket, f"after the end of all jobs of the socket came {json.dumps(frame):.200}")
+            self._blame(ticket, f"after the end of all jobs of the socket came {json.dumps(frame):.200}")
 
     # --- cancelling -------------------------------------------------------------------------------
 
@@ -237,7 +246,8 @@ class Clients:
         async def call() -> None:
             # A pushed message that no worker has seen has no record yet; the wish is kept all the same.
             wanted = {200, 404} if ticket.door == "redis" else {200}
-            await self._persist(ticket, "DELETE", f"/v1/jobs/{ticket.job}", None, wanted=wanted)
+            with suppress(_GivenUp):
+                await self._persist(ticket, "DELETE", f"/v1/jobs/{ticket.job}", None, wanted=wanted)
 
         task = asyncio.create_task(call())
         self._cancels.add(task)

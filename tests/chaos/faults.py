@@ -10,6 +10,7 @@ import asyncio
 import os
 import random
 import signal
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
 from typing import ClassVar
@@ -104,12 +105,19 @@ class Faults:
         return True
 
     async def _stall_worker(self) -> bool:
-        """Frozen until others have its jobs, and then some: it comes back to a world that went on."""
+        """Frozen past its lease; it comes back while others are about its jobs, or later."""
         frozen = await self._freeze_worker()
         if frozen is None:
             return False
-        await asyncio.sleep(LEASE_S + self._rng.uniform(0.3, 1.5))
-        self._signal(frozen[0], signal.SIGCONT)
+        owner, held = frozen
+        jobs = {lease.job for lease in held}
+        end = time.monotonic() + 2 * LEASE_S + 1.0
+        while time.monotonic() < end:
+            if any(lease.job in jobs and lease.owner != owner for lease in await leases(self._redis)):
+                break
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(self._rng.choice((0.0, 0.0, self._rng.uniform(0.2, 1.5))))
+        self._signal(owner, signal.SIGCONT)
         return True
 
     async def _retire_worker(self) -> bool:

@@ -60,7 +60,8 @@ class Report:
     verdict: Verdict
     sections: dict[str, Counter[str]]
     """Counts, by heading."""
-    longest_pause_s: float
+    worst: Ticket
+    """Whose client saw the longest pause."""
     seconds: float
 
 
@@ -227,8 +228,9 @@ class _Run:
             "checked": verdict.checked,
         }
         verdict.counts["workers killed by poison"] = self._fleet.suicides
-        longest = max(t.heard.longest_pause_s for t in tickets if t.fate != "poison")
-        return Report(self._plan, verdict, sections, longest, self._elapsed())
+        patient = [ticket for ticket in tickets if ticket.fate != "poison"]
+        worst = max(patient, key=lambda ticket: ticket.heard.longest_pause_s)
+        return Report(self._plan, verdict, sections, worst, self._elapsed())
 
     def _judge_size(self, verdict: Verdict) -> None:
         for name, wanted, done in (
