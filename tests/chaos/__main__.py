@@ -38,11 +38,8 @@ def table(report: Report) -> str:
             f"\n{heading} ({counts.total()})" if heading in ("faults", "jobs by door") else f"\n{heading}"
         )
         lines += [f"  {count:7d}  {name}" for name, count in sorted(counts.items())]
-    worst = report.worst
-    lines.append(
-        f"\nlongest pause that a client saw: {worst.heard.longest_pause_s:.1f} s "
-        f"(job {worst.job}, {worst.priority}, resumed {worst.heard.resumed} times)"
-    )
+    pauses = ", ".join(f"{name} {pause:.1f} s" for name, pause in report.longest_pauses_s.items())
+    lines.append(f"\nlongest pause that a client saw: {pauses}")
     violations = report.verdict.violations
     lines += [f"VIOLATION {what}" for what in violations[:_SHOWN]]
     if len(violations) > _SHOWN:

@@ -48,13 +48,11 @@ class Clients:
         self.faults: list[str] = []
         self._cancels: set[asyncio.Task[None]] = set()
 
-    async def serve(self, ticket: Ticket) -> None:
-        """Take one ticket, not of the door `shared`, to its end."""
-        await self._within_patience([ticket], getattr(self, f"_by_{ticket.door}")(ticket))
-
-    async def serve_shared(self, tickets: list[Ticket]) -> None:
-        """Take tickets of the door `shared` to their ends, on one socket."""
-        await self._within_patience(tickets, self._by_shared(tickets))
+    async def serve(self, tickets: list[Ticket]) -> None:
+        """Take one ticket, or several of the door `shared`, to the end."""
+        door = tickets[0].door
+        serving = self._by_shared(tickets) if door == "shared" else getattr(self, f"_by_{door}")(tickets[0])
+        await self._within_patience(tickets, serving)
 
     async def close(self) -> None:
         """Wait for the cancels under way."""

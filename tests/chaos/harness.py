@@ -22,16 +22,13 @@ from tests.chaos import wire
 from tests.chaos.doors import Clients
 from tests.chaos.faults import KINDS, Faults
 from tests.chaos.fleet import Fleet
-from tests.chaos.jobs import Kind, Ticket, Tickets, kinds
+from tests.chaos.jobs import PRIORITIES, Kind, Ticket, Tickets, kinds
 from tests.chaos.transcript import Transcript
 from tests.chaos.verdict import Judge, Verdict
 from wicore.queue.connection import connect
 from wicore.queue.schema import Keys
 from wicore.request import Event
 
-_DOORS = (*["socket"] * 4, *["events"] * 3, *["answer"] * 2, *["redis"] * 3, "shared")
-_SHARED = 3
-"""Jobs on one socket of the door `shared`."""
 _WRAP_UP = 0.2
 """Share of the time kept for the jobs under way at the end, and for the verdict."""
 _REPORT_S = 10.0
@@ -60,8 +57,8 @@ class Report:
     verdict: Verdict
     sections: dict[str, Counter[str]]
     """Counts, by heading."""
-    worst: Ticket
-    """Whose client saw the longest pause."""
+    longest_pauses_s: dict[str, float]
+    """That a client saw between two events, by the job's priority."""
     seconds: float
 
 
@@ -151,14 +148,9 @@ class _Run:
 
     async def _be_a_client(self) -> None:
         while self._wants_more():
-            door = self._rng.choice(_DOORS)
-            if door == "shared":
-                tickets = [self._tickets.make("shared") for _ in range(_SHARED)]
-                await self._clients.serve_shared(tickets)
-                self._ended += len(tickets)
-            else:
-                await self._clients.serve(self._tickets.make(door))
-                self._ended += 1
+            tickets = self._tickets.make()
+            await self._clients.serve(tickets)
+            self._ended += len(tickets)
 
     def _wants_more(self) -> bool:
         if self._elapsed() > self._plan.seconds * (1 - _WRAP_UP):
@@ -167,7 +159,7 @@ class _Run:
 
     def _launch(self, ticket: Ticket) -> None:
         async def serve() -> None:
-            await self._clients.serve(ticket)
+            await self._clients.serve([ticket])
             self._ended += 1
 
         task = asyncio.create_task(serve())
@@ -228,9 +220,14 @@ class _Run:
             "checked": verdict.checked,
         }
         verdict.counts["workers killed by poison"] = self._fleet.suicides
-        patient = [ticket for ticket in tickets if ticket.fate != "poison"]
-        worst = max(patient, key=lambda ticket: ticket.heard.longest_pause_s)
-        return Report(self._plan, verdict, sections, worst, self._elapsed())
+        pauses = {
+            priority: max(
+                (t.heard.longest_pause_s for t in tickets if t.priority == priority and t.fate != "poison"),
+                default=0.0,
+            )
+            for priority in PRIORITIES
+        }
+        return Report(self._plan, verdict, sections, pauses, self._elapsed())
 
     def _judge_size(self, verdict: Verdict) -> None:
         for name, wanted, done in (

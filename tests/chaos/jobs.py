@@ -19,7 +19,10 @@ POISON_SEED = 0xDEAD
 """Marks a job whose sequence kills the worker that runs it."""
 POISON_TOKENS = 3
 """How far it gets in its first attempt."""
-_PRIORITIES = ("interactive", "normal", "normal", "batch", "background")
+PRIORITIES = ("interactive", "normal", "normal", "batch", "background")
+_DOORS: tuple[Door, ...] = (*["socket"] * 4, *["events"] * 3, *["answer"] * 2, *["redis"] * 3, "shared")
+_SHARED = 3
+"""Jobs on one socket of the door `shared`."""
 _PROMPTS = ("Once upon a time", "Hello there, my friend", "Number 7 says", "In the end it was the rain that")
 _LENGTHS = (8, 14, 22, 34, 50, 80, 120)
 _SAMPLING: tuple[Mapping[str, Any], ...] = (
@@ -123,16 +126,22 @@ class Ticket:
 
 
 class Tickets:
-    """Makes tickets, all different, the same ones for the same seed. Keeps all it made."""
+    """Makes tickets, all different, those of `make` the same ones for the same seed. Keeps all it made."""
 
     def __init__(self, seed: int) -> None:
         self._rng = random.Random(f"tickets {seed}")
+        self._spare_rng = random.Random(f"spare {seed}")
         self._kinds = kinds()
         self.made: list[Ticket] = []
 
-    def make(self, door: Door) -> Ticket:
+    def make(self) -> list[Ticket]:
+        """What one client takes on next: a ticket, or those that share a socket."""
+        door = self._rng.choice(_DOORS)
+        return [self._make(door) for _ in range(_SHARED if door == "shared" else 1)]
+
+    def _make(self, door: Door) -> Ticket:
         rng = self._rng
-        ticket = self._add(Ticket(len(self.made), rng.choice(self._kinds), door, rng.choice(_PRIORITIES)))
+        ticket = Ticket(len(self.made), rng.choice(self._kinds), door, rng.choice(PRIORITIES))
         if door == "answer":
             ticket.kind = rng.choice([kind for kind in self._kinds if kind.openai_path])
         else:
@@ -142,16 +151,16 @@ class Tickets:
             ticket.fate, ticket.timeout_s = "timeout", round(rng.uniform(0.05, 2.0), 2)
         elif luck < 0.12 and door != "answer":
             ticket.fate, ticket.cancel_at = "cancel", rng.choice((0, rng.randrange(1, 40)))
-        return ticket
+        return self._keep(ticket)
 
     def make_poison(self) -> Ticket:
-        return self._add(Ticket(len(self.made), poison(), "events", "interactive", fate="poison"))
+        return self._keep(Ticket(len(self.made), poison(), "events", "interactive", fate="poison"))
 
     def make_duplicated(self) -> Ticket:
-        kind = self._rng.choice(self._kinds)
-        return self._add(Ticket(len(self.made), kind, "redis", "normal", copies=self._rng.choice((2, 2, 3))))
+        kind, copies = self._spare_rng.choice(self._kinds), self._spare_rng.choice((2, 2, 3))
+        return self._keep(Ticket(len(self.made), kind, "redis", "normal", copies=copies))
 
-    def _add(self, ticket: Ticket) -> Ticket:
+    def _keep(self, ticket: Ticket) -> Ticket:
         self.made.append(ticket)
         return ticket
 
