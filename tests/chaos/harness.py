@@ -103,7 +103,8 @@ class _Run:
         self._faults = Faults(
             self._fleet, self._store, self._tickets, self._launch, plan.seed, plan.only or KINDS
         )
-        undisturbed = await self._run_undisturbed()
+        async with asyncio.timeout(plan.seconds / 3):
+            undisturbed = await self._run_undisturbed()
         self._say(f"{self._elapsed():5.0f} s: {len(undisturbed)} kinds of jobs have run undisturbed")
         await self._run_disturbed()
         await self._fleet.stop()
