@@ -12,7 +12,8 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from contextlib import asynccontextmanager
 from typing import ClassVar
 
 from redis.asyncio import Redis
@@ -28,8 +29,11 @@ KINDS = {
     "SIGTERM of a worker": 3,
     "kill -9 of an API": 2,
     "SIGTERM of an API": 1,
+    "SIGSTOP of an API": 1,
     "kill -9 of Valkey": 2,
     "SIGSTOP of Valkey": 2,
+    "kill -9 of Valkey and of a worker": 1,
+    "kill -9 of Valkey, SIGTERM of a worker": 1,
     "CLIENT KILL TYPE normal": 1,
     "CLIENT KILL TYPE pubsub": 1,
     "poison job": 1,
@@ -151,15 +155,49 @@ class Faults:
                 return True
         return False
 
+    async def _stall_api(self) -> bool:
+        """Longer than a client of ours is silent between two events, shorter than it waits."""
+        if not self._fleet.apis:
+            return False
+        port = self._rng.choice(list(self._fleet.apis))
+        self._fleet.signal_api(port, signal.SIGSTOP)
+        await asyncio.sleep(self._rng.uniform(0.5, 3.0))
+        self._fleet.signal_api(port, signal.SIGCONT)
+        return True
+
     # --- Valkey -----------------------------------------------------------------------------------
 
     async def _kill_valkey(self) -> bool:
         if await self._any_at_risk():
             return False
-        await self._fleet.kill_valkey()
-        await asyncio.sleep(self._rng.uniform(0.0, 0.6))
-        await self._fleet.start_valkey()
+        async with self._outage():
+            return True
+
+    async def _kill_valkey_and_worker(self) -> bool:
+        frozen = None if await self._any_at_risk() else await self._freeze_worker()
+        if frozen is None:
+            return False
+        async with self._outage():
+            self._fleet.kill_worker(frozen[0])
+            return True
+
+    async def _kill_valkey_and_retire_worker(self) -> bool:
+        """It has something to write and to hand back, and cannot."""
+        frozen = None if await self._any_at_risk() else await self._freeze_worker()
+        if frozen is None:
+            return False
+        async with self._outage():
+            leaving = asyncio.create_task(self._fleet.retire_worker(frozen[0]))
+        await leaving
         return True
+
+    @asynccontextmanager
+    async def _outage(self) -> AsyncIterator[None]:
+        """Valkey is killed before, and started a moment after, what happens inside."""
+        await self._fleet.kill_valkey()
+        yield
+        await asyncio.sleep(self._rng.uniform(0.0, 0.8))
+        await self._fleet.start_valkey()
 
     async def _stall_valkey(self) -> bool:
         pid = self._fleet.valkey.pid
@@ -216,7 +254,10 @@ class Faults:
         "SIGTERM of a worker": _retire_worker,
         "kill -9 of an API": _kill_api,
         "SIGTERM of an API": _retire_api,
+        "SIGSTOP of an API": _stall_api,
         "kill -9 of Valkey": _kill_valkey,
+        "kill -9 of Valkey and of a worker": _kill_valkey_and_worker,
+        "kill -9 of Valkey, SIGTERM of a worker": _kill_valkey_and_retire_worker,
         "SIGSTOP of Valkey": _stall_valkey,
         "CLIENT KILL TYPE normal": lambda self: self._cut("normal"),
         "CLIENT KILL TYPE pubsub": lambda self: self._cut("pubsub"),

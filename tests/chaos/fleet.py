@@ -140,6 +140,13 @@ class Fleet:
         psutil.wait_procs(family, timeout=5)
         self.start_api(port)
 
+    def signal_api(self, port: int, number: int) -> None:
+        """To gunicorn and its worker, if they are in service."""
+        if port in self.apis:
+            main = psutil.Process(self.apis[port].process.pid)
+            for process in (main, *main.children(recursive=True)):
+                process.send_signal(number)
+
     async def retire_worker(self, owner: str) -> None:
         """SIGTERM, while another one starts; returns when the old one has ended."""
         member = self.workers.pop(owner)
