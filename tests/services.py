@@ -59,20 +59,21 @@ def worker_process(
     settings: Settings, module: str = "workers.gpu", **options: Any
 ) -> subprocess.Popen[bytes]:
     """`python -m workers.gpu`, or another such module, with these settings; `options` are Popen's."""
-    return _process(settings, module, **options)
+    return module_process(settings, module, **options)
 
 
 def api_process(settings: Settings) -> subprocess.Popen[bytes]:
     """The API as the Procfile starts it, with these settings."""
-    return _process(settings, "gunicorn", "-c", "python:api.gunicorn_conf", "api.wsgi:app")
+    return module_process(settings, "gunicorn", "-c", "python:api.gunicorn_conf", "api.wsgi:app")
 
 
 def tasks_process(settings: Settings, **options: Any) -> subprocess.Popen[bytes]:
     """`python -m workers.tasks` with these settings; `options` are Popen's."""
-    return _process(settings, "workers.tasks", **options)
+    return module_process(settings, "workers.tasks", **options)
 
 
-def _process(settings: Settings, *module: str, **options: Any) -> subprocess.Popen[bytes]:
+def module_process(settings: Settings, *module: str, **options: Any) -> subprocess.Popen[bytes]:
+    """`python -m MODULE ARGUMENTS` with these settings; `options` are Popen's."""
     environ = {key: value for key, value in os.environ.items() if not key.startswith("WICORE_")}
     for section, values in settings.model_dump(exclude_defaults=True).items():
         environ |= {f"WICORE_{section}__{key}".upper(): str(value) for key, value in values.items()}

@@ -7,8 +7,11 @@ import signal
 import pytest
 
 from tests.services import follow, running_worker, settings_for, worker_process
+from wicore.queue.connection import connect
+from wicore.queue.embedded import EmbeddedValkey
 from wicore.queue.producer import Producer
 from wicore.request import Event, Priority, parse_job
+from wicore.stream.publisher import Publisher
 
 pytestmark = pytest.mark.valkey
 JOBS = {
@@ -98,3 +101,23 @@ def test_the_streams_of_a_killed_worker_go_on_side_by_side(redis_client, valkey_
         for job in jobs:
             Producer(redis_client).cancel(job)
     assert statuses == ["running"] * 4
+
+
+def test_a_worker_stopped_while_redis_is_away_ends_well_and_its_job_goes_on(
+    short_folder, monkeypatch
+) -> None:
+    monkeypatch.setattr(Publisher.stop, "__defaults__", (0.2,))
+    with EmbeddedValkey(short_folder) as server:
+        settings = settings_for(server.url, queue__drain_s=0.0, queue__lease_s=0.5)
+        client = connect(server.url)
+        job = submit(client, "job", temperature=0.0)
+        with running_worker(settings, "first") as worker:
+            assert next(event for event in follow(client, job) if event["seq"] == 5)
+            server.kill()
+            worker.stop()
+        server.start()
+        with running_worker(settings, "second"):
+            events = list(follow(client, job))
+        client.close()
+    assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
+    assert events[-1]["type"] == "done"
