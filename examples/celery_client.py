@@ -7,6 +7,7 @@ import os
 import sys
 
 from celery import Celery
+from celery.exceptions import TaskRevokedError
 
 URL = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379/0")
 
@@ -30,6 +31,13 @@ def main():
         send(prompt, temperature=9).get(timeout=60)
     except Exception as error:  # of a class made up on the spot, as wicore.errors is not installed here
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
+
+    too_long = send(prompt, ignore_eos=True, max_tokens=4000)
+    app.control.revoke(too_long.id)
+    try:
+        too_long.get(timeout=60)
+    except TaskRevokedError:
+        print("revoked", file=sys.stderr)
 
 
 if __name__ == "__main__":

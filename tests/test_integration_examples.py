@@ -117,12 +117,13 @@ def test_where_the_python_examples_run_wicore_cannot_be_imported(
 
 def test_celery_gets_the_text_and_the_error(python: Callable[..., Any], client: redis.Redis) -> None:
     ran = python(EXAMPLES / "celery_client.py", PROMPT, TOKENS)
-    refused, done = newest(client), newest(client, 1)
+    revoked, refused, done = (newest(client, offset) for offset in range(3))
     assert ran.stdout == text_of(done) + "\n"
     assert done.usage is not None
     assert done.usage["completion_tokens"] == TOKENS
     assert refused.error is not None
-    assert ran.stderr == f"InvalidRequest: {refused.error['message']}\n"
+    assert ran.stderr == f"InvalidRequest: {refused.error['message']}\nrevoked\n"
+    assert revoked.status == "cancelled"
     assert "temperature" in ran.stderr
 
 
