@@ -421,6 +421,19 @@ def test_after_an_outage_the_keeper_renews_before_it_takes_from_others(
     assert keeper.lost == []
 
 
+def test_of_several_suspects_the_most_urgent_is_tried_first(site: Site) -> None:
+    levels = (Priority.BATCH, Priority.INTERACTIVE, Priority.BATCH, Priority.NORMAL, Priority.INTERACTIVE)
+    jobs = [site.submit(level).id for level in levels]
+    site.worker("dead").pop(5)
+    site.expire_leases()
+    site.reap()
+    site.producer.cancel(jobs[0])
+    tried = [site.worker(f"w{i}").pop(1)[0].level for i in range(4)]
+    assert tried == [Priority.INTERACTIVE, Priority.INTERACTIVE, Priority.NORMAL, Priority.BATCH]
+    assert site.worker().pop(1) == []
+    assert not site.redis.exists(site.keys.suspect)
+
+
 # --- who is to blame ----------------------------------------------------------------------------
 
 

@@ -37,16 +37,13 @@ from wicore.scheduler import Limits, Scheduler, TokenOut
 from wicore.stream.publisher import Publisher
 from wicore.stream.relay import read_log
 from workers.control import CancelListener, CeleryNode
+from workers.intake import Intake
 from workers.panel import Panel
-from workers.room import Offer, Room
-from workers.trial import Trial
 
 log = logging.getLogger("wicore.worker")
 
 _FLUSH_S = 5.0
 """How long a stopping worker waits for Redis to take what is left to write."""
-_POLL_S = 1.0
-"""How often the intake thread looks whether it should stop, when nothing wakes it."""
 
 
 @dataclass
@@ -90,8 +87,15 @@ class Worker:
         self._steps = self._tokens = self._accepted = 0
         prefix, leases = settings.redis.prefix, settings.queue
         self._consumer = LeaseConsumer(redis, owner, prefix, leases)
-        self._room = Room(settings.scheduler.max_batch, self._consumer.interrupt)
-        self._trial = Trial(leases.max_attempts, self._consumer.interrupt)
+        self._intake = Intake(
+            self._consumer,
+            settings.scheduler.max_batch,
+            leases.max_attempts,
+            held=lambda: list(self._held.values()),
+            accept=self._accept,
+            may_pop=self._progresses,
+        )
+        self._room, self._trial = self._intake.room, self._intake.trial
         self._keeper = LeaseKeeper(
             redis,
             owner,
@@ -125,8 +129,7 @@ class Worker:
         self._heartbeat.start()
         self._cancels.start()
         self._celery.start()
-        intake = threading.Thread(target=self._take_in, name="intake")
-        intake.start()
+        self._intake.start()
         try:
             while not self._stopping.is_set():
                 self._advance()
@@ -136,7 +139,7 @@ class Worker:
         finally:
             healthy = sys.exc_info()[0] is None
             self.stop()
-            intake.join()
+            self._intake.join()
             self._leave(healthy=healthy)
 
     def stop(self) -> None:
@@ -144,8 +147,7 @@ class Worker:
         if self._stopping.is_set():
             return
         self._stopping.set()
-        self._room.close()
-        self._consumer.interrupt()
+        self._intake.stop()
         self._inbox.put(lambda: None)
 
     def status(self) -> dict[str, object]:
@@ -345,38 +347,11 @@ class Worker:
         """Whether the engine still makes progress; a hung one must lose its leases."""
         return self.step_lasts_s() < self._settings.queue.stall_s
 
-    def _take_in(self) -> None:
-        while (offer := self._room.wait()) is not None:
-            if not self._progresses():
-                self._stopping.wait(_POLL_S)
-                continue
-            try:
-                # Without a free slot the bell comes first: it costs no round trip, and slots free often.
-                if offer.above is None or self._consumer.wait(_POLL_S, above=offer.above):
-                    self._pop(offer)
-            except WicoreError as err:
-                log.warning("the queue is out of reach, trying again: %s", err.message)
-                self._stopping.wait(_POLL_S)
-
-    def _pop(self, offer: Offer) -> None:
-        if (suspect := self._trial.suspect) is not None and self._trial.acquitted:
-            self._consumer.acquit(suspect)
-            self._trial.end(suspect)
-        suspects = self._trial.suspect is None
-        held = list(self._held.values())
-        deliveries = self._consumer.pop(offer.room, held=held, suspects=suspects, above=offer.above)
-        for delivery in deliveries:
-            self._accept(delivery)
-        if not deliveries and offer.above is None:
-            self._consumer.wait(_POLL_S, suspects=suspects)
-
     def _accept(self, delivery: Delivery) -> None:
         """Turn a delivery into a job for the engine thread, or into its failure."""
         self._held[delivery.tag] = delivery
         self._accepted += 1
         self._keeper.hold(delivery)
-        if delivery.suspect:
-            self._trial.begin(delivery)
         try:
             job = self._prepare(delivery)
         except WicoreError as err:

@@ -12,6 +12,7 @@
 local owner, wanted, suspects = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local taken, above = tonumber(ARGV[4]), tonumber(ARGV[5])
 local MOST = 1000 -- messages sorted, ended or dropped in one call: bounds the time others wait
+local SUSPECTS_SEEN = 100
 local deliveries, handled = {}, 0
 
 -- What a message says of itself, or the id (if it can be read) and what is wrong.
@@ -135,8 +136,25 @@ local function order()
   return levels
 end
 
+-- The most urgent suspect, the oldest of those; ids that mean nothing any more come first, to be dropped.
+local function next_suspect()
+  local best, urgency
+  local ids = redis.call('LRANGE', K.suspect, -SUSPECTS_SEEN, -1)
+  for i = #ids, 1, -1 do
+    local record = record_of(ids[i], 'at', 'level')
+    local level = record.at == K.suspect and tonumber(record.level) or -1
+    if not best or level < urgency then
+      best, urgency = ids[i], level
+    end
+  end
+  if best then
+    redis.call('LREM', K.suspect, -1, best)
+  end
+  return best
+end
+
 local function take_any()
-  local suspect = suspects > 0 and redis.call('RPOP', K.suspect)
+  local suspect = suspects > 0 and next_suspect()
   if suspect then
     take(suspect, K.suspect)
     return true
