@@ -27,7 +27,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal
 
 chaos: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.chaos --jobs 5000 --faults 150 --seconds 570

@@ -33,9 +33,13 @@ def test_no_job_or_token_is_lost_whatever_dies() -> None:
 def test_a_product_without_a_guarantee_is_found_out(
     broken: str, fault: str, faults: int, workers: int, told: str
 ) -> None:
+    """In one run or another: when a stalled worker writes again, say, is up to the machine."""
     size = {"jobs": 40, "faults": faults, "clients": 8 * workers, "workers": workers}
-    report = run(Plan(**size, seconds=60, seed=1, only=(fault,), broken=broken))
-    assert any(told in violation for violation in report.verdict.violations), table(report)
+    for seed in range(1, 4):
+        report = run(Plan(**size, seconds=60, seed=seed, only=(fault,), broken=broken))
+        if any(told in violation for violation in report.verdict.violations):
+            return
+    pytest.fail(table(report))
 
 
 EVENTS: list[Event] = [

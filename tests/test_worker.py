@@ -8,10 +8,14 @@ import subprocess
 import pytest
 
 from tests.services import follow, running_worker, settings_for, worker_process
+from wicore.engine.factory import create_engine
 from wicore.errors import EngineError
 from wicore.exit_codes import ExitCode
+from wicore.model import load_model
+from wicore.queue.connection import connect
 from wicore.queue.producer import Producer
 from wicore.request import Priority, parse_job
+from workers.worker import Worker
 
 pytestmark = pytest.mark.valkey
 
@@ -124,11 +128,6 @@ def test_an_engine_that_fails_ends_the_worker_and_keeps_the_job(redis_client, va
         def step(self, plan):
             raise EngineError("the device is gone")
 
-    from wicore.engine.factory import create_engine
-    from wicore.model import load_model
-    from wicore.queue.connection import connect
-    from workers.worker import Worker
-
     settings = settings_for(valkey_url, queue__lease_s=0.5)
     model = load_model(settings)
     client = connect(valkey_url)
@@ -193,7 +192,7 @@ def test_an_interactive_job_does_not_wait_for_batch_jobs_to_end(redis_client, va
 
 
 def test_a_full_worker_leaves_jobs_of_its_own_level_to_others(redis_client, valkey_url) -> None:
-    settings = settings_for(valkey_url, scheduler__max_batch=1, hmt__device_tokens=16384)
+    settings = settings_for(valkey_url, scheduler__max_batch=1, engine__kind="null", engine__null_step_ms=10)
     with running_worker(settings):
         long = submit(redis_client, max_tokens=3800, ignore_eos=True)
         started(redis_client, long)
@@ -203,3 +202,22 @@ def test_a_full_worker_leaves_jobs_of_its_own_level_to_others(redis_client, valk
         assert Producer(redis_client).record(waiting).status == "queued"
         Producer(redis_client).cancel(long)
         assert ending(redis_client, waiting)["type"] == "done"
+
+
+def test_a_worker_takes_no_more_of_a_level_than_it_has_slots(redis_client, valkey_url) -> None:
+    settings = settings_for(valkey_url, scheduler__max_batch=4, engine__kind="null", engine__null_step_ms=1)
+    engine = create_engine(settings, load_model(settings))
+    waiting = []
+
+    class Watched:
+        info, close = engine.info, engine.close
+
+        def step(self, plan):
+            waiting.append(worker.status()["waiting"])
+            return engine.step(plan)
+
+    jobs = [submit(redis_client, max_tokens=1 + i % 3, ignore_eos=True) for i in range(300)]
+    with running_worker(settings, engine=Watched()) as worker:
+        for job in jobs:
+            assert ending(redis_client, job)["type"] == "done"
+    assert set(waiting) == {0}

@@ -47,7 +47,7 @@ class Room:
             self._tell()
 
     def expect(self, ending: int) -> None:
-        """`ending` sequences end with the step in flight; 0 when it is over."""
+        """`ending` sequences end with the step in flight; 0 when it is over, before any is released."""
         with self._changed:
             self._ending = ending
             if ending:

@@ -207,10 +207,10 @@ class Worker:
         result = self._engine.step(plan)
         self._step_started = None
         self._steps += 1
+        self._room.expect(0)  # before their slots are released, or they would count twice
         with self._publisher.gathered():
             for out in self._scheduler.apply(result):
                 self._take(out)
-        self._room.expect(0)
 
     def _take(self, out: TokenOut) -> None:
         job = self._by_key.get(out.key)
