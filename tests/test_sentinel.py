@@ -291,7 +291,7 @@ def test_tokens_flow_on_when_replicas_are_missing(
         with closing(Relay(client)) as relay:
             batches = list(relay.follow(submit(client, 400)))
     assert batches[-1][-1]["type"] == "done"
-    assert len(batches) > 8, "2 s of tokens did not come in a few lumps"
+    assert len(batches) > 4, "2 s of tokens came in lumps of a second"
     assert [r.message for r in caplog.records if "wait_replicas" in r.message] == [
         "events are held by 0 replicas of 1 (redis.wait_replicas)"
     ]
