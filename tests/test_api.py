@@ -6,6 +6,7 @@ import io
 import json
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -174,6 +175,19 @@ def test_a_call_past_its_own_deadline_gives_up_and_cancels_the_job(
     assert (answer.status_code, answer.json["error"]["code"]) == (504, "expired")
     (job,) = client.get("/v1/jobs").json["data"]
     assert job["status"] in ("cancelled", "expired")
+
+
+@pytest.mark.parametrize(("setting", "status"), [(True, "cancelled"), (False, "queued")])
+def test_a_call_whose_client_left_is_cancelled_unless_it_is_set_otherwise(
+    services: Services, monkeypatch: pytest.MonkeyPatch, setting: bool, status: str
+) -> None:
+    monkeypatch.setattr("api.streams.TICK_S", 0.01)
+    monkeypatch.setattr("api.http.client_gone", lambda environ: True)
+    api = services.settings.api.model_copy(update={"cancel_on_disconnect": setting})
+    settings = services.settings.model_copy(update={"api": api})
+    client = create_app(settings, replace(services, settings=settings)).test_client()
+    client.post(CHAT, json=HELLO)
+    assert [job["status"] for job in client.get("/v1/jobs").json["data"]] == [status]
 
 
 def test_the_served_model_is_listed_and_described(client: FlaskClient) -> None:
