@@ -91,6 +91,14 @@ def test_the_same_idempotency_key_and_body_give_the_same_job(site: Site) -> None
     assert site.submit(idempotency_key="k2").created
 
 
+def test_two_clients_may_use_the_same_idempotency_key(site: Site) -> None:
+    one = site.submit(idempotency_key="k", client="one")
+    other = site.submit(idempotency_key="k", client="other", text="something else")
+    assert other.created
+    assert other.id != one.id
+    assert site.submit(idempotency_key="k", client="one").id == one.id
+
+
 def test_of_concurrent_twins_with_one_idempotency_key_one_is_created(site: Site) -> None:
     start = threading.Barrier(8)
 
