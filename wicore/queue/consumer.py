@@ -45,7 +45,7 @@ class Delivery:
     """`owner:n` for the job's n-th lease; every write on behalf of the job must carry it."""
     level: Priority
     suspect: bool
-    """Its last worker died: at most one such job runs in a worker at a time."""
+    """Its last worker died: a worker tries one such job at a time."""
     raw: bytes
     body: JobBody
     created_ms: int

@@ -38,7 +38,7 @@ local function move(id, from, to, created_ms)
   redis.call('ZADD', K.jobs_by_status[to], created_ms, id)
 end
 
--- `fence` is `owner:n`; the owner's trial (see blame in reap.lua) is over when its suspect's lease is.
+-- `fence` is `owner:n`; the owner's trial (is_blamed, reap.lua) is over when its suspect's lease is.
 local function drop_lease(tag, fence)
   redis.call('HDEL', K.unacked, tag)
   redis.call('ZREM', K.leases, tag)

@@ -30,7 +30,8 @@ local function bury(raw, reason, job, level, client)
   local number = redis.call('INCR', K.dead_count)
   local entry = '{"id":"' .. ms(NOW) .. '-' .. ms(number) .. '","at_ms":' .. ms(NOW)
     .. ',"job":' .. cjson.encode(job or cjson.null) .. ',"level":' .. level
-    .. ',"client":' .. cjson.encode(client or '') .. ',"reason":' .. cjson.encode(reason) .. DEAD_MESSAGE .. cjson.encode(as_text(raw)) .. '}'
+    .. ',"client":' .. cjson.encode(client or '') .. ',"reason":' .. cjson.encode(reason)
+    .. DEAD_MESSAGE .. cjson.encode(as_text(raw)) .. '}'
   redis.call('LPUSH', K.dead, entry)
   redis.call('LTRIM', K.dead, 0, DEAD_KEPT - 1)
 end

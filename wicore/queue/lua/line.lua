@@ -39,8 +39,9 @@ local function set_waiting(id, list)
   if record.status ~= 'queued' then
     move(id, record.status, 'queued', record.created_ms)
   end
-  if due(record) < math.huge then
-    redis.call('ZADD', K.deadlines, due(record), id)
+  local limit = due(record)
+  if limit < math.huge then
+    redis.call('ZADD', K.deadlines, limit, id)
   end
 end
 
@@ -96,10 +97,19 @@ local function charge(id, tokens)
   redis.call('HSET', K.job .. id, 'charged', tokens)
 end
 
--- Decayed means over the jobs that ended: ms from lease to end, expected and output tokens; nil before any.
-local function pace()
+-- Decayed sums over the jobs that ended: their number, ms from lease to end, expected and output tokens.
+local function pace_sums()
   local sums = redis.call('HMGET', K.pace, 'jobs', 'ms', 'tokens', 'output')
-  local jobs = tonumber(sums[1] or '0')
+  for i = 1, 4 do
+    sums[i] = tonumber(sums[i] or '0')
+  end
+  return sums
+end
+
+-- Their means; nil before any.
+local function pace()
+  local sums = pace_sums()
+  local jobs = sums[1]
   if jobs == 0 then
     return nil
   end
@@ -115,11 +125,12 @@ local function settle(id, ending, usage)
     return
   end
   local record = record_of(id, 'leased_ms', 'tokens')
-  local sums = redis.call('HMGET', K.pace, 'jobs', 'ms', 'tokens', 'output')
   local seen = {1, NOW - record.leased_ms, record.tokens, usage.completion_tokens}
-  for i, name in ipairs({'jobs', 'ms', 'tokens', 'output'}) do
-    redis.call('HSET', K.pace, name, string.format('%.6f', (sums[i] or 0) * MEMORY + seen[i]))
+  local sums = pace_sums()
+  for i = 1, 4 do
+    sums[i] = string.format('%.6f', sums[i] * MEMORY + seen[i])
   end
+  redis.call('HSET', K.pace, 'jobs', sums[1], 'ms', sums[2], 'tokens', sums[3], 'output', sums[4])
 end
 
 local function expected_tokens(prompt, most_output)
