@@ -83,6 +83,11 @@ class Site:
         for tag in self.redis.zrange(self.keys.leases, 0, -1):
             self.redis.zadd(self.keys.leases, {tag: 1})
 
+    def lose_workers(self) -> None:
+        """All workers die, and the sweep finds it."""
+        self.expire_leases()
+        self.reap()
+
     def reap(self) -> list[int]:
         return self.scripts.call("reap")
 

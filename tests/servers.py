@@ -3,39 +3,17 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import subprocess
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
 import redis
 
-from wicore.errors import Unavailable
+from tests.waiting import free_port, until
 from wicore.queue.embedded import _server_binary
 
 MASTER = "wicore-test"
 PATIENCE_S = 20.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def until(condition: Any, what: str, patience_s: float = PATIENCE_S) -> None:
-    """Wait for a condition; a server that does not answer yet counts as not fulfilling it."""
-    end = time.monotonic() + patience_s
-    while True:
-        try:
-            if condition():
-                return
-        except (redis.RedisError, Unavailable):
-            pass
-        assert time.monotonic() < end, f"{what}: did not happen"
-        time.sleep(0.02)
 
 
 class Server:

@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 from redis import Redis
 
 from wicore.config import Settings, load_settings
@@ -65,6 +67,29 @@ def worker_process(
 def api_process(settings: Settings) -> subprocess.Popen[bytes]:
     """The API as the Procfile starts it, with these settings."""
     return module_process(settings, "gunicorn", "-c", "python:api.gunicorn_conf", "api.wsgi:app")
+
+
+def start_api(settings: Settings) -> subprocess.Popen[bytes]:
+    """A running API process, answering."""
+    process = api_process(settings)
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            httpx.get(f"http://127.0.0.1:{settings.api.port}/health", timeout=5).raise_for_status()
+            return process
+        except httpx.TransportError:
+            assert process.poll() is None, "gunicorn exited"
+            assert time.monotonic() < deadline, "gunicorn did not start"
+            time.sleep(0.05)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(30)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def tasks_process(settings: Settings, **options: Any) -> subprocess.Popen[bytes]:

@@ -22,7 +22,8 @@ import psutil
 import pytest
 import simple_websocket
 
-from tests.services import api_process, settings_for, worker_process
+from tests.services import settings_for, start_api, stop, worker_process
+from tests.waiting import free_port, until
 from wicore.config import Settings
 from wicore.queue.embedded import EmbeddedValkey
 
@@ -38,35 +39,6 @@ HANDSHAKE = {
     "Sec-WebSocket-Version": "13",
     "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
 }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def start_api(settings: Settings) -> subprocess.Popen[bytes]:
-    """A running API process, answering."""
-    process = api_process(settings)
-    deadline = time.monotonic() + START_S
-    while True:
-        try:
-            httpx.get(f"http://127.0.0.1:{settings.api.port}/health", timeout=5).raise_for_status()
-            return process
-        except httpx.TransportError:
-            assert process.poll() is None, "gunicorn exited"
-            assert time.monotonic() < deadline, "gunicorn did not start"
-            time.sleep(0.05)
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(30)
-    finally:
-        process.kill()
-        process.wait()
 
 
 def service_settings(url: str, prefix: str) -> Settings:
@@ -94,7 +66,7 @@ def port(settings: Settings) -> Iterator[int]:
         try:
             ready = httpx.Client(base_url=f"http://127.0.0.1:{settings.api.port}", timeout=20)
             with ready:
-                wait_for(lambda: ready.get("/ready").status_code == 200)
+                until(lambda: ready.get("/ready").status_code == 200)
             yield settings.api.port
         finally:
             stop(api)
@@ -164,14 +136,7 @@ def record(http: httpx.Client, job: str) -> Any:
 
 
 def wait_for_status(http: httpx.Client, job: str, status: str) -> None:
-    wait_for(lambda: record(http, job)["status"] == status)
-
-
-def wait_for(condition: Any) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.02)
+    until(lambda: record(http, job)["status"] == status)
 
 
 # --- the official client --------------------------------------------------------------------------
@@ -247,8 +212,8 @@ def test_a_waiting_call_whose_client_leaves_is_cancelled(http: httpx.Client, por
             b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
         )
-        wait_for(lambda: [job["status"] for job in jobs()] == ["running"])
-    wait_for(lambda: [job["status"] for job in jobs()] == ["cancelled"])
+        until(lambda: [job["status"] for job in jobs()] == ["running"])
+    until(lambda: [job["status"] for job in jobs()] == ["cancelled"])
 
 
 def test_a_job_goes_on_when_a_follower_leaves(http: httpx.Client) -> None:
@@ -487,7 +452,7 @@ def test_sockets_over_the_limit_are_refused_and_room_returns(http: httpx.Client,
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
         assert http.get("/health").status_code == 200
     # An event stream takes a slot of the same kind.
-    wait_for(lambda: http.post("/v1/completions", json={"prompt": "a", "stream": True}).status_code == 200)
+    until(lambda: http.post("/v1/completions", json={"prompt": "a", "stream": True}).status_code == 200)
 
 
 # --- events over HTTP -----------------------------------------------------------------------------
@@ -589,7 +554,7 @@ def test_without_redis_calls_are_503_and_all_recovers_when_it_is_back() -> None:
                 server.stop()
                 server = EmbeddedValkey(folder)
                 server.start()
-                wait_for(lambda: http.get(f"/v1/jobs/{job}").status_code == 200)
+                until(lambda: http.get(f"/v1/jobs/{job}").status_code == 200)
                 http.delete(f"/v1/jobs/{job}")
                 last = [line for line in lines if line.startswith("data: ")][-1]
                 assert json.loads(last.removeprefix("data: "))["type"] == "cancelled"

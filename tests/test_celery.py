@@ -83,8 +83,7 @@ def test_celery_hears_of_a_job_that_lost_its_workers(app: celery.Celery, site: S
     sent = send(app)
     for attempt in range(3):
         assert site.worker(f"w{attempt}").pop(1)
-        site.expire_leases()
-        site.reap()
+        site.lose_workers()
     with pytest.raises(WorkerLost, match="3 attempts"):
         sent.get(timeout=5)
 

@@ -6,10 +6,8 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import celery
 import kombu.pools
@@ -17,6 +15,7 @@ import pytest
 import redis
 
 from tests.services import ROOT, follow, running_worker, settings_for
+from tests.waiting import until
 from wicore.config import Settings
 from wicore.engine.base import Engine, StepPlan, StepResult
 from wicore.engine.factory import create_engine
@@ -101,15 +100,6 @@ def app(valkey_url: str) -> Iterator[celery.Celery]:
 def submit(producer: Producer, prompt: str | list[int] = "Once", **fields: object) -> str:
     body = {"kind": "completion", "prompt": prompt, "max_tokens": 3000, "ignore_eos": True, **fields}
     return producer.submit(parse_job(body), Priority.NORMAL).id
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    """The first true value of `condition`."""
-    end = time.monotonic() + PATIENCE_S
-    while not (value := condition()):
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.005)
-    return value
 
 
 def is_listening(client: redis.Redis) -> bool:

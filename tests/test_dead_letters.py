@@ -36,8 +36,7 @@ def lose(site: Site, *jobs: str) -> None:
     """Let every worker that takes these jobs die, until they are given up."""
     for attempt in range(site.settings.max_attempts * len(jobs)):
         site.worker(f"lost{attempt}").pop(len(jobs))
-        site.expire_leases()
-        site.reap()
+        site.lose_workers()
     assert {site.producer.record(job).status for job in jobs} == {"failed"}
 
 

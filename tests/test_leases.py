@@ -13,6 +13,7 @@ import redis
 
 from tests.messages import pushed
 from tests.queue_site import Site, ids
+from tests.waiting import until
 from wicore.errors import Unavailable, UnknownJob
 from wicore.queue.connection import connect
 from wicore.queue.consumer import Delivery, LeaseConsumer, LeaseKeeper
@@ -53,8 +54,7 @@ def test_a_job_that_kills_its_workers_fails_once_with_the_reason(site: Site) -> 
         (delivery,) = site.worker(f"w{attempt}").pop(1)
         assert delivery.attempt == attempt
         site.start(delivery)
-        site.expire_leases()
-        site.reap()
+        site.lose_workers()
         site.reap()
         site.check()
     assert site.worker().pop(1) == []
@@ -169,8 +169,7 @@ def test_a_cancelled_job_whose_worker_died_is_not_tried_again(site: Site) -> Non
     (delivery,) = site.worker().pop(1)
     site.start(delivery)
     site.producer.cancel(job.id)
-    site.expire_leases()
-    site.reap()
+    site.lose_workers()
     assert site.types(job.id) == ["started", "token", "cancelled"]
 
 
@@ -186,8 +185,7 @@ def test_a_cancelled_job_that_is_handed_back_ends(site: Site) -> None:
 def test_a_suspect_can_be_cancelled(site: Site) -> None:
     job = site.submit()
     site.worker("dead").pop(1)
-    site.expire_leases()
-    site.reap()
+    site.lose_workers()
     assert site.producer.cancel(job.id) == "cancelled"
     site.check()
     assert site.worker().pop(1) == []
@@ -247,8 +245,7 @@ def test_a_job_whose_worker_died_wakes_a_waiting_one(site: Site) -> None:
     worker = site.worker("waits")
     thread, answers = in_background(worker, 30)
     blocked_clients(site.redis, 5)
-    site.expire_leases()
-    site.reap()
+    site.lose_workers()
     thread.join(10)
     assert answers[0] is True
     assert ids(worker.pop(5)) == [job.id]
@@ -328,12 +325,6 @@ class Keeper:
 
     def __exit__(self, *_: Any) -> None:
         self.keeper.stop()
-
-
-def until(condition: Any, timeout: float = 5) -> None:
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
 
 
 def test_the_keeper_renews_what_is_held_and_reaps_what_is_not(new_site: Callable[..., Site]) -> None:
@@ -422,8 +413,7 @@ def test_a_job_that_has_started_may_wait_again_as_long_as_it_takes(new_site: Cal
     (delivery,) = site.worker("w1").pop(1)
     site.start(delivery)
     site.redis.hset(site.keys.job(job), "start_by_ms", 1)
-    site.expire_leases()
-    site.reap()
+    site.lose_workers()
     assert ids(site.worker("w2").pop(1)) == [job]
 
 

@@ -14,8 +14,8 @@ import pytest
 import redis
 
 from tests.queue_site import Site
-from tests.servers import until
 from tests.services import follow, running_worker, settings_for, worker_process
+from tests.waiting import until
 from wicore.exit_codes import ExitCode
 from wicore.queue.connection import connect
 from wicore.queue.lifeline import DeathWatch

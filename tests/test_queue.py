@@ -314,8 +314,7 @@ def test_a_worker_that_lost_its_lease_writes_nothing(site: Site) -> None:
     job = site.submit()
     (lost,) = site.worker("w1").pop(1)
     site.start(lost)
-    site.expire_leases()
-    site.reap()
+    site.lose_workers()
     before = site.log(job.id)
     assert site.write(lost, token_event(job.id, 3, 0, "x", [1])) == [0]
     assert site.finish(lost) == 0

@@ -85,8 +85,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule()
     def crash(self) -> None:
-        self.site.expire_leases()
-        self.site.reap()
+        self.site.lose_workers()
 
     @rule(pick=st.integers(0, 30))
     def cancel(self, pick: int) -> None:
@@ -116,8 +115,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Nothing accepted is lost: workers that come after run every job to its end."""
-        self.site.expire_leases()
-        self.site.reap()
+        self.site.lose_workers()
         while batch := self.workers["w1"].pop(10):
             for delivery in batch:
                 assert self.site.finish(delivery) == 1

@@ -19,10 +19,10 @@ import pytest
 import redis
 
 from tests.queue_site import RESULT, Site
-from tests.servers import Server, free_port, until
-from tests.services import follow, running_worker, settings_for, worker_process
-from tests.test_api_process import start_api, stop
+from tests.servers import Server
+from tests.services import follow, running_worker, settings_for, start_api, stop, worker_process
 from tests.test_stream import Writer, story, tell
+from tests.waiting import free_port, until
 from wicore.config import Settings
 from wicore.errors import Unavailable
 from wicore.queue.connection import connect, dedicated_connection
@@ -119,8 +119,7 @@ def test_a_lost_pop_leaves_the_job_to_the_queue(site: Site, writer: Writer, deli
     events = story(delivery.job_id, 10)
     tell(writer, delivery, events[:5])
     assert writer.publisher.flush(5)
-    site.expire_leases()
-    site.reap()
+    site.lose_workers()
     undo(site, delivery.job_id, 0)
     tell(writer, delivery, events[5:6])
     assert writer.lost.get(timeout=5) == delivery

@@ -11,9 +11,9 @@ import httpx
 import pytest
 import redis
 
-from tests.servers import Group, until
-from tests.services import follow, running_worker, settings_for, worker_process
-from tests.test_api_process import free_port, start_api, stop
+from tests.servers import Group
+from tests.services import follow, running_worker, settings_for, start_api, stop, worker_process
+from tests.waiting import free_port, until
 from wicore.commands import doctor
 from wicore.config import load_settings, mask_passwords
 from wicore.errors import ConfigError, Unavailable

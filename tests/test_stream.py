@@ -109,8 +109,7 @@ def test_what_is_published_is_in_the_log_and_the_record(
 
 
 def test_a_lost_job_is_reported_and_writes_nothing(site: Site, writer: Writer, delivery: Delivery) -> None:
-    site.expire_leases()
-    site.reap()
+    site.lose_workers()
     writer.publisher.publish(delivery, [started_event(delivery.job_id, 1, 1)])
     assert writer.lost.get(timeout=5) == delivery
     writer.publisher.finish(delivery, terminal_event(delivery.job_id, 1, "done"), RESULT)

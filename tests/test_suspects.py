@@ -14,8 +14,7 @@ def test_a_worker_takes_one_suspect_at_a_time(site: Site) -> None:
     for _ in range(3):
         site.submit()
     site.worker("dead").pop(3)
-    site.expire_leases()
-    site.reap()
+    site.lose_workers()
     fresh = [site.submit().id for _ in range(2)]
     worker = site.worker()
     batch = worker.pop(10)
@@ -31,8 +30,7 @@ def test_of_several_suspects_the_most_urgent_is_tried_first(site: Site) -> None:
     levels = (Priority.BATCH, Priority.INTERACTIVE, Priority.BATCH, Priority.NORMAL, Priority.INTERACTIVE)
     jobs = [site.submit(level).id for level in levels]
     site.worker("dead").pop(5)
-    site.expire_leases()
-    site.reap()
+    site.lose_workers()
     site.producer.cancel(jobs[0])
     tried = [site.worker(f"w{i}").pop(1)[0].level for i in range(4)]
     assert tried == [Priority.INTERACTIVE, Priority.INTERACTIVE, Priority.NORMAL, Priority.BATCH]
@@ -43,12 +41,10 @@ def test_of_several_suspects_the_most_urgent_is_tried_first(site: Site) -> None:
 def test_beside_a_suspect_a_dying_worker_costs_others_no_attempt(site: Site) -> None:
     poison = site.submit(job_id="poison").id
     site.worker("w1").pop(1)
-    site.expire_leases()
-    site.reap()
+    site.lose_workers()
     beside = [site.submit(job_id=f"beside{i}").id for i in range(3)]
     assert ids(site.worker("w2").pop(4)) == [poison, *beside]
-    site.expire_leases()
-    site.reap()
+    site.lose_workers()
     assert [site.producer.record(job).attempts for job in (poison, *beside)] == [2, 0, 0, 0]
     assert site.producer.suspects() == 4
 
@@ -56,8 +52,7 @@ def test_beside_a_suspect_a_dying_worker_costs_others_no_attempt(site: Site) -> 
 def test_the_mates_of_a_suspect_are_spared_whoever_is_reaped_first(site: Site) -> None:
     site.submit(job_id="poison")
     site.worker("w1").pop(1)
-    site.expire_leases()
-    site.reap()
+    site.lose_workers()
     site.submit(job_id="beside")
     site.worker("w2").pop(2)
     tags = {job: site.redis.hget(site.keys.job(job), "tag") for job in ("poison", "beside")}
@@ -71,15 +66,13 @@ def test_the_mates_of_a_suspect_are_spared_whoever_is_reaped_first(site: Site) -
 def test_a_suspect_that_ended_well_is_blamed_for_nothing_later(site: Site) -> None:
     site.submit(job_id="cleared")
     site.worker("w1").pop(1)
-    site.expire_leases()
-    site.reap()
+    site.lose_workers()
     worker = site.worker("w2")
     (delivery,) = worker.pop(1)
     site.finish(delivery)
     site.submit(job_id="next")
     worker.pop(1)
-    site.expire_leases()
-    site.reap()
+    site.lose_workers()
     assert site.producer.record("next").attempts == 1
 
 
@@ -94,8 +87,7 @@ def test_a_poison_takes_no_other_job_with_it_and_dies_in_as_many_crashes_as_allo
             break
         if "poison" in ids(held):
             crashes += 1
-            site.expire_leases()
-            site.reap()
+            site.lose_workers()
         else:
             for delivery in held:
                 site.finish(delivery)
@@ -109,15 +101,13 @@ def test_an_acquitted_suspect_is_one_of_many_again(site: Site) -> None:
     """Its worker's death then counts for all, and the next suspect may be taken beside it."""
     jobs = [site.submit(job_id=f"j{i}").id for i in range(3)]
     site.worker("w1").pop(3)
-    site.expire_leases()
-    site.reap()
+    site.lose_workers()
     worker = site.worker("w2")
     (first,) = worker.pop(3)
     worker.acquit(first)
     (second,) = worker.pop(3, held=[first])
     worker.acquit(first)
-    site.expire_leases()
-    site.reap()
+    site.lose_workers()
     attempts = {job: site.producer.record(job).attempts for job in jobs}
     assert attempts[second.job_id] == 2, "a late word about the first ended the trial of the second"
     assert attempts[first.job_id] == 1
@@ -125,6 +115,5 @@ def test_an_acquitted_suspect_is_one_of_many_again(site: Site) -> None:
     worker.acquit(third)
     site.submit(job_id="beside")
     worker.pop(1, held=[third], suspects=False)
-    site.expire_leases()
-    site.reap()
+    site.lose_workers()
     assert site.producer.record("beside").attempts == 1

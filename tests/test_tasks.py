@@ -23,6 +23,7 @@ from tests.queue_site import Site
 from tests.receiver import Receiver, receiver
 from tests.services import ROOT, running_worker, settings_for, tasks_process
 from tests.test_webhooks import SECRET, ended, is_owed, make_due, record
+from tests.waiting import until
 from wicore.config import Settings
 from wicore.errors import InvalidRequest, TooLarge, UnknownModel
 from wicore.exit_codes import ExitCode
@@ -93,15 +94,6 @@ def here(redis_client: redis.Redis, settings: Settings) -> Iterator[celery.Celer
     """The app itself, whose tasks a test runs in its own process."""
     with closing(create_app(settings)) as app:
         yield app
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    """The first true value of `condition`."""
-    end = time.monotonic() + PATIENCE_S
-    while not (value := condition()):
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.01)
-    return value
 
 
 # --- webhooks -----------------------------------------------------------------------------------
