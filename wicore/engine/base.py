@@ -88,6 +88,10 @@ class SequenceInput:
     window_first: int
     sampling: SamplingState | None
     """Sample a token after the last new position; None for a prompt chunk that is not the last."""
+    streamed: int = 0
+    """The first `streamed` entries of the global table are not blocks of the device pool but slots of host
+    memory, which attention reads from there: a sequence may be longer than the device pool. Never blocks
+    that the step writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,14 +154,24 @@ class Engine(Protocol):
         Raises ValueError for a plan that breaks the contract, before anything is written.
         """
 
-    def copy_out(self, pool: Pool, blocks: Sequence[int], host: NDArray[np.uint8]) -> Ticket:
-        """Copy blocks of the device pool to `host`, uint8 [len(blocks), layout.block_bytes(pool)].
+    def host_memory(self, pool: Pool, slots: int) -> NDArray[np.uint8]:
+        """The host tier's memory, uint8 [slots, layout.block_bytes(pool)], to be asked for once a pool.
 
-        The blocks must not be written before the ticket is done.
+        Page-aligned and contiguous, of the kind that copies are fastest from, and untouched pages take no
+        memory where the system allows it. `streamed` table entries are its rows. It lives as long as the
+        engine. Raises ValueError when asked twice for a pool.
         """
 
-    def copy_in(self, pool: Pool, host: NDArray[np.uint8], blocks: Sequence[int]) -> Ticket:
-        """Copy `host` (as `copy_out` filled it) into blocks; not readable before the ticket is done."""
+    def copy_out(self, pool: Pool, blocks: Sequence[int], rows: Sequence[NDArray[np.uint8]]) -> Ticket:
+        """Copy blocks of the device pool to as many rows, each uint8 [layout.block_bytes(pool)] (a 2-D
+        array is a sequence of rows; rows of `host_memory` copy fastest).
+
+        Steps may run meanwhile. The blocks must not be written, nor the rows read, before the ticket is done.
+        """
+
+    def copy_in(self, pool: Pool, rows: Sequence[NDArray[np.uint8]], blocks: Sequence[int]) -> Ticket:
+        """Copy rows (as `copy_out` filled them) into blocks that no step reads; not readable before the
+        ticket is done, as the rows must not change before."""
 
     def close(self) -> None:
         """Release the device. Idempotent."""
