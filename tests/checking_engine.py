@@ -51,6 +51,8 @@ class CheckingEngine:
         self.layout = layout
         self.computed = 0
         """Tokens computed since the start."""
+        self.host: np.ndarray | None = None
+        """Host memory of the global pool, as `pools`; streamed blocks are read from it."""
         self.pools = {
             name: np.full((blocks, layout.block_tokens, 2), _EMPTY, np.int64)
             for name, blocks in (("global", global_blocks), ("window", window_blocks))
@@ -73,8 +75,10 @@ class CheckingEngine:
                 ("window", s.window_table, s.window_first),
             ):
                 assert table.dtype == np.int32
-                assert len(set(table.tolist())) == len(table), "a table names a block once"
-                for index, block in enumerate(table.tolist()):
+                skipped = s.streamed if pool == "global" else 0
+                assert s.streamed * size <= s.start, "a streamed block is written"
+                assert len(set(table[skipped:].tolist())) == len(table) - skipped, "a table names a block once"
+                for index, block in list(enumerate(table.tolist()))[skipped:]:
                     holders.setdefault((pool, block), set()).add(s.key)
                     if (first + index + 1) * size > s.start:
                         written.add((pool, block))
@@ -91,7 +95,11 @@ class CheckingEngine:
         assert s.window_first <= max(0, s.start - window + 1) // size, "the window table starts in time"
         assert s.window_first + len(s.window_table) >= blocks, "the window table covers the new positions"
 
-        past = self.pools["global"][s.global_table].reshape(-1, 2)[: s.start]
+        blocks_read = self.pools["global"][s.global_table[s.streamed :]]
+        if s.streamed:
+            assert self.host is not None, "streamed without host memory"
+            blocks_read = np.concatenate([self.host[s.global_table[: s.streamed]], blocks_read])
+        past = blocks_read.reshape(-1, 2)[: s.start]
         np.testing.assert_array_equal(past[:, 0], np.arange(s.start), f"sequence {s.key}: global KV")
         state = int(past[-1, 1]) if s.start else 0
         first_seen = max(0, s.start - window + 1)

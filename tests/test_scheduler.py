@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.checking_engine import VOCABULARY, CheckingEngine, undisturbed
+from tests.memory_tiers import MemoryMover
 from wicore.engine.base import KVLayout, StepResult
 from wicore.errors import ConfigError, EngineError, TooLarge
-from wicore.hmt import CacheManager
+from wicore.hmt import CacheManager, TierSizes
+from wicore.hmt.policy import POLICIES
 from wicore.request import Priority, SamplingParams
 from wicore.sampling import SamplingState
 from wicore.scheduler import Limits, Scheduler, SequenceRequest
@@ -31,13 +33,37 @@ class Service:
     """A scheduler, its cache and the checking engine, driven as a worker drives them."""
 
     def __init__(
-        self, *, blocks=64, window_blocks=None, window=10, max_batch=4, budget=16, prefix_cache=True
+        self,
+        *,
+        blocks=64,
+        window_blocks=None,
+        window=10,
+        max_batch=4,
+        budget=16,
+        prefix_cache=True,
+        host=None,
+        nvme=None,
+        seed=0,
+        patience=0,
+        fault_rate=0.0,
+        policy="lru",
+        checkpoint_tokens=0,
     ) -> None:
         window_blocks = window_blocks or blocks
-        self.cache = CacheManager(layout(window), blocks, window_blocks, "salt", prefix_cache=prefix_cache)
         self.engine = CheckingEngine(layout(window), blocks, window_blocks)
+        sizes = TierSizes({"global": blocks, "window": window_blocks}, host, nvme)
+        self.mover = MemoryMover(self.engine, sizes, seed=seed, patience=patience, fault_rate=fault_rate)
+        self.cache = CacheManager(
+            layout(window),
+            sizes,
+            "salt",
+            mover=self.mover,
+            prefix_cache=prefix_cache,
+            policy=POLICIES[policy],
+            checkpoint_tokens=checkpoint_tokens,
+        )
         self.scheduler = Scheduler(Limits(max_batch, budget), self.cache)
-        self.budget, self.max_batch = budget, max_batch
+        self.budget, self.max_batch, self.blocks = budget, max_batch, blocks
         self.requests: dict[int, SequenceRequest] = {}
         self.outputs: dict[int, list[int]] = {}
         self.finished: dict[int, list[int]] = {}
@@ -83,8 +109,10 @@ class Service:
                 self.finished[out.key] = output
 
     def step(self) -> bool:
+        """Compute, or wait for blocks; False when there is nothing to do."""
         if not self.start_step():
-            return False
+            self.scheduler.check()
+            return self.cache.busy or not self.scheduler.idle
         self.end_step()
         self.scheduler.check()
         return True
@@ -102,10 +130,12 @@ def words(start: int, count: int) -> list[int]:
     return [(start + i * 7) % VOCABULARY for i in range(count)]
 
 
+ANY = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+
+
 # --- any order of arrivals, ends and cancels ----------------------------------------------------------
 
 
-@settings(max_examples=120, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck))
 class AnyOrder(RuleBasedStateMachine):
     """Tiny pools, shared prefixes, every priority, cancels before, between and during steps."""
 
@@ -144,9 +174,12 @@ class AnyOrder(RuleBasedStateMachine):
         generated = ()
         if 0 < done < max_tokens:
             generated = undisturbed(prompt, done, SamplingState(params, self.key, prompt))
-        self.service.add(
-            self.key, prompt, max_tokens, generated=generated, priority=priority, params=params, seed=self.key
-        )
+        try:
+            self.service.add(
+                self.key, prompt, max_tokens, generated=generated, priority=priority, params=params, seed=self.key
+            )
+        except TooLarge:
+            assert len(prompt) + max_tokens > self.service.blocks * BLOCK
 
     @rule()
     def one_step(self) -> None:
@@ -182,6 +215,51 @@ class AnyOrder(RuleBasedStateMachine):
 
 
 TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder.settings = settings(max_examples=120, stateful_step_count=50, **ANY)
+
+
+class AnyTiers(AnyOrder):
+    """The same over host memory and a file, with every policy, copies that take their time, and faults; and
+    with sequences longer than the device pool."""
+
+    @initialize(
+        blocks=st.integers(4, 14),
+        extra=st.integers(0, 4),
+        window=st.integers(1, 14),
+        max_batch=st.integers(1, 5),
+        budget=st.integers(6, 20),
+        host=st.tuples(st.integers(6, 30), st.integers(0, 8)),
+        nvme=st.none() | st.tuples(st.integers(1, 40), st.integers(1, 20)),
+        patience=st.integers(0, 4),
+        fault_rate=st.sampled_from([0.0, 0.0, 0.1, 0.6]),
+        seed=st.integers(0, 1000),
+        policy=st.sampled_from(sorted(POLICIES)),
+        checkpoint_tokens=st.sampled_from([0, 4, 12]),
+    )
+    def start(
+        self, blocks, extra, window, max_batch, budget, host, nvme, patience, fault_rate, seed, policy,
+        checkpoint_tokens,
+    ) -> None:  # fmt: skip
+        span = -(-(window - 1) // BLOCK) + 1
+        self.service = Service(
+            blocks=blocks,
+            window_blocks=span + extra,
+            window=window,
+            max_batch=max_batch,
+            budget=budget,
+            host={"global": host[0], "window": span + host[1]},
+            nvme=None if nvme is None else {"global": nvme[0], "window": nvme[1]},
+            patience=patience,
+            fault_rate=fault_rate,
+            seed=seed,
+            policy=policy,
+            checkpoint_tokens=checkpoint_tokens,
+        )
+        self.key = 0
+
+
+TestAnyTiers = AnyTiers.TestCase
+TestAnyTiers.settings = settings(max_examples=400, stateful_step_count=40, **ANY)
 
 
 # --- single decisions ---------------------------------------------------------------------------------

@@ -1,107 +1,83 @@
-"""The blocks of the sequences being served: prefix reuse, block tables, growth, sliding, release.
+"""The blocks of the sequences being served: prefix reuse, block tables, growth, sliding, release, return.
 
 Every change is asked for before it is made: `match` and `room` look, `open` and `reserve` take. Shared
 blocks are only ever read: a match is whole blocks, and it always leaves at least one token to compute,
 so new positions fall in blocks that the sequence owns alone.
 
 The window pool keeps, of each sequence, the blocks that hold any of the last `window - 1` positions
-computed; older ones are released as the sequence advances, and stay cached while there is room.
+computed. Older ones are released as the sequence advances. They are expendable, except at checkpoints: a
+prefix can be resumed only where its window is kept, and all windows of a long prompt would take several
+times the room of its global blocks. Checkpoints are kept at the end of the prompt, where a sequence ends
+or is preempted, every `checkpoint_tokens`, and where another sequence was found to branch off (the idea
+of Marconi, MLSys'25, for hybrid models).
+
+A sequence that needs more global blocks than the device has gets half of them: the leading ones it does not
+write any more stay in host memory, and attention reads them there.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wicore.engine.base import KVLayout
-from wicore.errors import ConfigError, EngineError, TooLarge
+from wicore.engine.base import KVLayout, Pool
+from wicore.errors import EngineError, TooLarge
 from wicore.hmt.chain import Grow, TokenChain
-from wicore.hmt.policy import LRU, EvictionPolicy
-from wicore.hmt.pool import BlockPool, PoolStats
-
-Table = NDArray[np.int32]
-
-
-@dataclass(frozen=True, slots=True)
-class PrefixMatch:
-    """The longest reusable prefix of a chain, as the cache stands now. It holds until a block is taken."""
-
-    tokens: int
-    """Positions that need not be computed; a multiple of the block size."""
-    global_blocks: tuple[int, ...]
-    window_blocks: tuple[int, ...]
-    window_first: int
-    """Logical index of window_blocks[0]."""
-    global_idle: int
-    """How many of global_blocks no sequence uses: taking them makes as many fewer available."""
-    window_idle: int
-
-
-@dataclass(frozen=True, slots=True)
-class CacheStats:
-    """Both pools, and what prefix reuse has saved since the start."""
-
-    global_pool: PoolStats
-    window_pool: PoolStats
-    opened_tokens: int
-    """Tokens of all sequences opened, of which `matched_tokens` were found in the cache."""
-    matched_tokens: int
-
-
-class _Sequence:
-    """One open sequence; tables by logical block. Window entries before `window_first` are stale."""
-
-    __slots__ = ("chain", "computed", "global_table", "registered", "tables", "window_first", "window_table")
-
-    def __init__(self, chain: TokenChain, match: PrefixMatch) -> None:
-        self.chain = chain
-        self.computed = match.tokens
-        self.registered = len(match.global_blocks)
-        self.global_table = Grow(match.global_blocks)
-        self.window_table = Grow((-1,) * match.window_first + match.window_blocks)
-        self.window_first = match.window_first
-        self.tables: tuple[Table, Table, int] | None = None
+from wicore.hmt.lifts import Lifts
+from wicore.hmt.match import Place, PrefixMatch
+from wicore.hmt.moves import Mover, Tier
+from wicore.hmt.policy import LRU
+from wicore.hmt.pool import BlockPool, PolicyFactory
+from wicore.hmt.prefixes import Prefixes
+from wicore.hmt.saves import Saves
+from wicore.hmt.sequence import OpenSequence, Tables
+from wicore.hmt.stats import CacheStats, report, stats_of
+from wicore.hmt.tiers import Stored, TierSizes, build_pools
+from wicore.hmt.traffic import Traffic
 
 
 class CacheManager:
-    """Two block pools and the sequences that use them.
+    """The pools of every tier and the sequences that use them.
 
-    `salt` is the engine's fingerprint. Raises ConfigError when a pool cannot hold even one sequence's
-    window.
+    `salt` is the engine's fingerprint. `stored` is what the file tier holds from earlier. Raises
+    ConfigError when the device pool cannot hold even one block, or a tier lacks what it needs.
     """
 
     def __init__(
         self,
         layout: KVLayout,
-        global_blocks: int,
-        window_blocks: int,
+        sizes: TierSizes,
         salt: str,
         *,
+        mover: Mover | None = None,
+        stored: Stored | None = None,
         prefix_cache: bool = True,
-        policy: Callable[[int], EvictionPolicy] = LRU,
+        policy: PolicyFactory = LRU,
+        checkpoint_tokens: int = 0,
     ) -> None:
         self.layout = layout
-        self.global_pool = BlockPool("global", global_blocks, policy, leaves_first=True)
-        self.window_pool = BlockPool("window", window_blocks, policy, leaves_first=False)
-        self._salt = salt.encode()
         self.prefix_cache = prefix_cache
-        self._open: dict[int, _Sequence] = {}
-        self._opened_tokens = self._matched_tokens = 0
-        if global_blocks < 1 or window_blocks < 1:
-            raise ConfigError(
-                f"hmt.device_tokens: gives {global_blocks} global and {window_blocks} window blocks of"
-                f" {layout.block_tokens} tokens; each pool needs at least 1",
-                param="hmt.device_tokens",
-            )
+        self._salt = salt.encode()
+        self._checkpoint_blocks = checkpoint_tokens // layout.block_tokens
+        self._time = 0
+        """Tokens of all prompts opened and of all output: the clock of the policies."""
+        pools = build_pools(layout, sizes, policy, self._clock, stored)
+        self.traffic = Traffic(layout, pools, mover)
+        self._prefixes = Prefixes(layout, self.traffic)
+        self._saves, self._lifts = Saves(self.traffic), Lifts(self.traffic)
+        self._pools = pools["device"]
+        self._host = pools.get("host")
+        self._open: dict[int, OpenSequence] = {}
+        self._hits: Counter[Tier] = Counter()
+        self._opened_tokens = 0
 
     # --- looking ----------------------------------------------------------------------------------
 
     def chain(self, tokens: Sequence[int] | NDArray[np.int32]) -> TokenChain:
-        """The chain under which a sequence of these tokens is matched and opened."""
+        """The chain under which a sequence of these tokens is matched and opened. For any thread."""
         return TokenChain(self._salt, self.layout.block_tokens, tokens)
 
     def blocks(self, positions: int) -> int:
@@ -112,109 +88,156 @@ class CacheManager:
         """Most window blocks that a sequence of this many positions needs to advance by one token."""
         return min(self.blocks(positions), self.blocks(self.layout.window - 1) + 1)
 
+    @property
+    def share(self) -> int:
+        """Device blocks of the global pool that a sequence longer than it may use."""
+        return max(1, self._pools["global"].total // 2)
+
     def require(self, positions: int) -> None:
         """Raise TooLarge when a sequence of this many positions could not run even alone."""
-        for pool, need in (
-            (self.global_pool, self.blocks(positions)),
-            (self.window_pool, self.window_span(positions)),
-        ):
-            if need > pool.total:
+        needs: dict[Pool, int] = {"global": self.blocks(positions), "window": self.window_span(positions)}
+        most = {pool: self._pools[pool].total for pool in needs}
+        if self._host is not None:
+            # An eighth of host memory is left for what passes through it.
+            most["global"] = max(most["global"], self.share + self._host["global"].total * 7 // 8)
+        for pool, need in needs.items():
+            if need > most[pool]:
                 raise TooLarge(
-                    f"prompt and max_tokens need {positions} positions, which is {need} {pool.name} blocks of"
-                    f" {self.layout.block_tokens}; the device pool has {pool.total}. Ask for fewer, or raise"
-                    " hmt.device_tokens",
+                    f"prompt and max_tokens need {positions} positions, which is {need} {pool} blocks of"
+                    f" {self.layout.block_tokens}; there is room for {most[pool]}. Ask for fewer, or raise"
+                    " hmt.device_tokens or hmt.host_bytes",
                     param="max_tokens",
                 )
 
-    def match(self, chain: TokenChain) -> PrefixMatch:
-        """The longest prefix P, in whole blocks and short of the last token, such that the cache holds
-        the global blocks of [0, P) and the window blocks of [max(0, P - window + 1), P)."""
+    def is_long(self, positions: int) -> bool:
+        """Whether a sequence that grows to so many positions is kept to its share of the device."""
+        return self._host is not None and self.blocks(positions) > self._pools["global"].total
+
+    def match(self, chain: TokenChain, positions: int = 0) -> PrefixMatch:
+        """The prefix to reuse of a sequence that will grow to `positions`: whole blocks, from any tier, short
+        of the last token, and only as far as raising it is sooner than computing it."""
         if not self.prefix_cache:
-            return PrefixMatch(0, (), (), 0, 0, 0)
-        found: list[int] = []
-        windows: list[int | None] = []
-        runs: list[int] = []
-        """Consecutive blocks found in the window pool, ending at each block."""
-        for hash in chain.hashes[: (len(chain) - 1) // self.layout.block_tokens]:
-            block = self.global_pool.lookup(hash)
-            if block is None:
-                break
-            found.append(block)
-            windows.append(self.window_pool.lookup(hash))
-            runs.append(0 if windows[-1] is None else (runs[-1] if runs else 0) + 1)
-        count = len(found)
-        while count and runs[count - 1] < count - self._first_window_block(count * self.layout.block_tokens):
-            count -= 1
-        first = self._first_window_block(count * self.layout.block_tokens) if count else 0
-        global_blocks = tuple(found[:count])
-        window_blocks = tuple(block for block in windows[first:count] if block is not None)
-        return PrefixMatch(
-            count * self.layout.block_tokens,
-            global_blocks,
-            window_blocks,
-            first,
-            sum(1 for block in global_blocks if not self.global_pool.references(block)),
-            sum(1 for block in window_blocks if not self.window_pool.references(block)),
-        )
+            return PrefixMatch()
+        return self._prefixes.match(chain, self.share if self.is_long(positions) else None)
 
     def can_open(
-        self, match: PrefixMatch, positions: int, *, spare: int = 0, closing: Sequence[int] = ()
+        self,
+        match: PrefixMatch,
+        positions: int,
+        *,
+        long: bool = False,
+        spare: int = 0,
+        closing: Sequence[int] = (),
     ) -> bool:
-        """Whether, taking `match`, blocks for `positions` positions could be had and `spare` more be left.
+        """Whether, taking `match`, blocks for `positions` positions could be had and `spare` more be left,
+        without losing anything worth keeping. A `long` sequence takes its share at most.
 
         Of the window pool as many are asked for as let the sequence advance. `closing` are keys to be
-        reckoned as closed first; of their blocks only those count that no other sequence holds.
+        reckoned as closed first; of their blocks only those count that nobody else holds.
         """
-        global_need = self.blocks(positions) - len(match.global_blocks) + match.global_idle
-        window_need = max(0, self.window_span(positions) - len(match.window_blocks)) + match.window_idle
-        global_have, window_have = self.global_pool.available, self.window_pool.available
-        # What the match takes over from a closing sequence does not become available.
-        taken, taken_window = set(match.global_blocks), set(match.window_blocks)
-        for key in closing:
-            global_table, window_table, _ = self.tables(key)
-            global_have += _sole(self.global_pool, global_table, taken)
-            window_have += _sole(self.window_pool, window_table, taken_window)
-        return global_need + spare <= global_have and window_need + spare <= window_have
+        resident = self.blocks(positions) - match.streamed
+        wanted: dict[Pool, int] = {
+            "global": min(resident, self.share) if long else resident,
+            "window": self.window_span(positions),
+        }
+        places: dict[Pool, Sequence[Place]] = {
+            "global": match.global_places[match.streamed :],
+            "window": match.window_places,
+        }
+        for name, pool in self._pools.items():
+            taken = {place.block for place in places[name] if place.tier == "device"}
+            idle = sum(not pool.references(block) and pool.is_saved(block) for block in taken)
+            have = pool.ready
+            for key in closing:
+                # What the match takes over from a closing sequence does not become available.
+                have += sum(
+                    pool.references(block) == 1 and block not in taken for block in self._open[key].held(name)
+                )
+            if max(0, wanted[name] - len(taken)) + idle + spare > have:
+                return False
+        return True
 
     def room(self, key: int) -> int:
         """The most positions that `reserve` could cover for this sequence now."""
         sequence = self._open[key]
+        more = self._pools["global"].available
+        if sequence.long:
+            more = min(more, max(0, self.share - sequence.resident))
         return self.layout.block_tokens * min(
-            len(sequence.global_table) + self.global_pool.available,
-            len(sequence.window_table) + self.window_pool.available,
+            len(sequence.global_table) + more, len(sequence.window_table) + self._pools["window"].available
         )
 
-    def tables(self, key: int) -> tuple[Table, Table, int]:
-        """(global table, window table, logical index of the window table's first block).
+    def tables(self, key: int) -> Tables:
+        """The sequence's block tables: views whose contents do not change later, whatever happens to it."""
+        return self._open[key].tables()
 
-        Views without a copy; their contents do not change later, whatever happens to the sequence.
-        """
-        sequence = self._open[key]
-        if sequence.tables is None:
-            first = sequence.window_first
-            sequence.tables = (sequence.global_table.view(), sequence.window_table.view(first), first)
-        return sequence.tables
+    @property
+    def busy(self) -> bool:
+        """Whether blocks are being moved, whose arrival may let a sequence go on or start."""
+        return self.traffic.busy
+
+    @property
+    def saving(self) -> bool:
+        """Whether content waits to be saved to a lower tier, or is on its way there."""
+        return self._saves.pending
 
     # --- taking -----------------------------------------------------------------------------------
 
-    def open(self, key: int, chain: TokenChain, match: PrefixMatch, positions: int) -> int:
-        """Start a sequence with `match`, which must still hold, and global blocks for `positions`.
+    def open(self, key: int, chain: TokenChain, match: PrefixMatch, positions: int, limit: int = 0) -> None:
+        """Start a sequence with `match`, which must still hold, and global blocks for `positions`, to grow
+        to `limit` at most.
 
-        Returns how many positions are computed already. Call it only after `can_open` said yes. The
-        caller appends to `chain` as the sequence grows.
+        Call it only after `can_open` said yes; nothing may be computed while `restoring`. The caller
+        appends to `chain` as the sequence grows.
         """
         if key in self._open:
             raise ValueError(f"sequence {key} is open already")
-        sequence = _Sequence(chain, match)
-        for block in match.global_blocks:
-            self.global_pool.acquire(block)
-        for block in match.window_blocks:
-            self.window_pool.acquire(block)
-        self._open[key] = sequence
-        self._grow(sequence.global_table, self.global_pool, positions)
-        self._opened_tokens += len(chain)
-        self._matched_tokens += match.tokens
-        return match.tokens
+        sequence = self._open[key] = OpenSequence(
+            chain,
+            blocks=match.blocks,
+            streamed=match.streamed,
+            window_first=match.window_first,
+            long=self.is_long(limit),
+        )
+        # Where its own prompt ends, and where it leaves what another has computed.
+        sequence.marks = frozenset({(len(chain) - 1) // self.layout.block_tokens, match.found})
+        self._take(sequence, match)
+        if not sequence.long:
+            self._grow(sequence.global_table, self._pools["global"], positions)
+        self._account(chain, match)
+        self._settle(sequence)
+
+    def restoring(self, key: int) -> bool:
+        """Whether blocks of the sequence are still on their way to where a step may read them."""
+        sequence = self._open[key]
+        self._settle(sequence)
+        return bool(sequence.restore.left)
+
+    def computed(self, key: int) -> int | None:
+        """Positions that need not be computed (any more); None when restoring failed: close the sequence
+        and match anew, which will not find again what failed."""
+        sequence = self._open[key]
+        return None if sequence.restore.failed else sequence.computed
+
+    def make_room(self, key: int, positions: int) -> bool:
+        """Of a sequence longer than the device pool, leave leading blocks to host memory until `positions`
+        fit in its share of the device. False when it must wait for them to be copied there first; true as
+        well when nothing is needed, or when waiting does not help."""
+        sequence = self._open[key]
+        if not sequence.long or self._host is None:
+            return True
+        host = self._host["global"]
+        excess = sequence.resident + self.blocks(positions) - len(sequence.global_table) - self.share
+        while excess > 0 and sequence.streamed < sequence.registered:
+            hash = sequence.chain.hashes[sequence.streamed]
+            slot = host.lookup(hash)
+            if slot is None:
+                self._saves.add("device", "global", hash, needed=True)
+                return self.room(key) > sequence.computed or not (host.ready or self.busy)
+            host.acquire(slot)
+            self._pools["global"].release(sequence.stream(slot))
+            excess -= 1
+        return True
 
     def reserve(self, key: int, positions: int) -> bool:
         """Make both tables cover positions 0 .. positions - 1 (the window table: those still in sight).
@@ -222,14 +245,16 @@ class CacheManager:
         All or nothing: False, and nothing changed, when `room(key)` is less.
         """
         sequence = self._open[key]
-        have = min(len(sequence.global_table), len(sequence.window_table)) * self.layout.block_tokens
-        if positions <= have:
+        if (
+            positions
+            <= min(len(sequence.global_table), len(sequence.window_table)) * self.layout.block_tokens
+        ):
             return True
         if positions > self.room(key):
             return False
-        self._grow(sequence.global_table, self.global_pool, positions)
-        self._grow(sequence.window_table, self.window_pool, positions)
-        sequence.tables = None
+        self._grow(sequence.global_table, self._pools["global"], positions)
+        self._grow(sequence.window_table, self._pools["window"], positions)
+        sequence.forget_tables()
         return True
 
     def commit(self, key: int, computed: int) -> None:
@@ -239,75 +264,186 @@ class CacheManager:
         the next position are released.
         """
         sequence = self._open[key]
+        self._time += computed - sequence.computed
         sequence.computed = computed
         full = computed // self.layout.block_tokens
         if self.prefix_cache:
-            for index in range(sequence.registered, full):
-                hash, parent = sequence.chain.hashes[index], sequence.chain.parent(index)
-                self.global_pool.register(int(sequence.global_table.view()[index]), hash, parent)
-                self.window_pool.register(int(sequence.window_table.view()[index]), hash, parent)
-        sequence.registered = full
-        first = self._first_window_block(computed)
+            self._register(sequence, full)
+        sequence.registered = max(sequence.registered, full)
+        first = self._prefixes.first_window_block(computed)
         if first > sequence.window_first:
             for block in sequence.window_table.view(sequence.window_first, first).tolist():
-                self.window_pool.release(block)
+                self._pools["window"].release(block)
             sequence.window_first = first
-            sequence.tables = None
+            sequence.forget_tables()
 
     def record(self, key: int, mass: NDArray[np.float32]) -> None:
         """A step of this sequence gave `mass[i]` of its attention to logical block i."""
-        self.global_pool.record(self._open[key].global_table.view(0, len(mass)), mass)
+        sequence = self._open[key]
+        table = sequence.global_table.view(0, len(mass))
+        streamed = min(sequence.streamed, len(mass))
+        self._pools["global"].policy.record(table[streamed:], mass[streamed:])
+        if streamed and self._host is not None:
+            self._host["global"].policy.record(table[:streamed], mass[:streamed])
 
     def close(self, key: int, *, cache: bool = True) -> None:
-        """End a sequence. Its full blocks stay cached, unless not `cache`: then nothing of its content can
-        be matched any more. Idempotent."""
+        """End a sequence, or preempt it. Its full blocks stay cached and are saved, unless not `cache`: then
+        nothing of its content can be matched any more. Idempotent."""
         sequence = self._open.pop(key, None)
         if sequence is None:
             return
+        self._lifts.cancel(sequence.restore)
         if not cache:
             for hash in sequence.chain.hashes[: sequence.registered]:
-                self.global_pool.discard(hash)
-                self.window_pool.discard(hash)
+                for tier in self.traffic.pools.values():
+                    for pool in tier.values():
+                        pool.discard(hash)
+        elif self.prefix_cache and not sequence.restore.left:
+            self._checkpoint(sequence.chain, sequence.registered)
         # The end of the chain first, so that among equally old blocks it is the first to be evicted.
-        for block in sequence.global_table.view()[::-1].tolist():
-            self.global_pool.release(block)
-        for block in sequence.window_table.view(sequence.window_first)[::-1].tolist():
-            self.window_pool.release(block)
+        for name, pool in self._pools.items():
+            for block in sequence.held(name)[::-1]:
+                pool.release(block)
+        if self._host is not None:
+            for slot in sequence.slots():
+                self._host["global"].release(slot)
+
+    # --- tiers ------------------------------------------------------------------------------------
+
+    def advance(self) -> None:
+        """Take in what has moved and start what can: call it between steps. Never waits."""
+        self.traffic.advance()
+        self.start_moves()
+
+    def start_moves(self) -> None:
+        """Start what can be started, without looking at what has arrived."""
+        self._lifts.advance()
+        self._saves.advance()
+
+    def prefetch(self, chain: TokenChain, positions: int = 0) -> None:
+        """A sequence of this chain waits: bring what it will match, and only the file has, to host memory."""
+        if "nvme" not in self.traffic.pools:
+            return
+        match = self.match(chain, positions)
+        wanted: list[tuple[Pool, int, Place]] = [
+            ("window", index, place) for index, place in enumerate(match.window_places, match.window_first)
+        ]
+        wanted += [("global", index, place) for index, place in enumerate(match.global_places)]
+        for pool, index, place in wanted:
+            if place.tier == "nvme" and not self._lifts.prefetch(
+                pool, chain.hashes[index], chain.parent(index)
+            ):
+                return
+
+    def observe_prefill(self, tokens: int, seconds: float) -> None:
+        """A step computed `tokens` prompt tokens in `seconds`: what raising blocks is weighed against."""
+        self.traffic.rates.observe_prefill(tokens, seconds)
 
     # --- accounts ---------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise EngineError unless, in both pools, free + used + cached is the total and every reference
-        is an open sequence's. O(blocks)."""
-        held: tuple[Counter[int], Counter[int]] = (Counter(), Counter())
-        for key in self._open:
-            global_table, window_table, _ = self.tables(key)
-            held[0].update(global_table.tolist())
-            held[1].update(window_table.tolist())
-        self.global_pool.check(held[0])
-        self.window_pool.check(held[1])
+        """Raise EngineError unless, in every pool of every tier, free + used + cached is the total and every
+        reference is an open sequence's or a move's. O(blocks)."""
+        held: dict[tuple[Tier, Pool], Counter[int]] = {
+            (tier, pool): Counter(self.traffic.pins(tier, pool))
+            for tier, pools in self.traffic.pools.items()
+            for pool in pools
+        }
         for key, sequence in self._open.items():
+            for pool in self._pools:
+                held["device", pool].update(sequence.held(pool))
+            if self._host is not None:
+                held["host", "global"].update(sequence.slots())
             if sequence.computed > len(sequence.global_table) * self.layout.block_tokens:
-                blocks = len(sequence.global_table)
                 raise EngineError(
-                    f"sequence {key}: {sequence.computed} positions computed in {blocks} blocks"
+                    f"sequence {key}: {sequence.computed} positions computed in"
+                    f" {len(sequence.global_table)} blocks"
                 )
+        for (tier, name), references in held.items():
+            self.traffic.pools[tier][name].check(references)
 
     @property
     def stats(self) -> CacheStats:
-        return CacheStats(
-            self.global_pool.stats(), self.window_pool.stats(), self._opened_tokens, self._matched_tokens
-        )
+        return stats_of(self.traffic, self._hits, self._opened_tokens)
 
-    def _first_window_block(self, position: int) -> int:
-        """The first logical block that a window query at `position` reads."""
-        return max(0, position - self.layout.window + 1) // self.layout.block_tokens
+    def report(self) -> dict[str, object]:
+        """What there is to tell of all tiers, as JSON."""
+        return report(self.stats, self.traffic)
+
+    # --- insides ----------------------------------------------------------------------------------
+
+    def _take(self, sequence: OpenSequence, match: PrefixMatch) -> None:
+        """Hold the blocks of a match, and have those below the device lifted."""
+        chain, lifts, restore = sequence.chain, self._lifts, sequence.restore
+        resident: list[tuple[Pool, int, Place]] = [
+            ("global", i, place) for i, place in enumerate(match.global_places) if i >= match.streamed
+        ]
+        resident += [("window", i, place) for i, place in enumerate(match.window_places, match.window_first)]
+        # What is there first, lest taking a block for what is not should evict it.
+        for name, _, place in resident:
+            if place.tier == "device":
+                self._pools[name].acquire(place.block)
+        for index, place in enumerate(match.global_places[: match.streamed]):
+            lifts.add(restore, "global", chain.hashes[index], chain.parent(index), place, None)
+        for name, index, place in resident:
+            block = place.block
+            if place.tier != "device":
+                block = self._pools[name].allocate()
+                lifts.add(restore, name, chain.hashes[index], chain.parent(index), place, block)
+            (sequence.global_table if name == "global" else sequence.window_table).append(block)
+            self._touch_copies(name, chain.hashes[index])
+        self._checkpoint(chain, match.blocks)
+
+    def _settle(self, sequence: OpenSequence) -> None:
+        """Take over what the restore has left in host memory, once it is complete."""
+        restore = sequence.restore
+        if not sequence.settled and not restore.left and not restore.failed:
+            sequence.settle(self._lifts.hand_over(restore))
+
+    def _touch_copies(self, name: Pool, hash: bytes) -> None:
+        """Content used on the device: its copies below are worth as much."""
+        for tier, pools in self.traffic.pools.items():
+            block = pools[name].lookup(hash)
+            if block is not None and tier != "device":
+                pools[name].touch(block)
+
+    def _register(self, sequence: OpenSequence, full: int) -> None:
+        """Make the blocks up to `full` findable, and keep the checkpoints among them."""
+        chain = sequence.chain
+        for index in range(sequence.registered, full):
+            hash, parent = chain.hashes[index], chain.parent(index)
+            block = int(sequence.global_table.view()[index])
+            if self._pools["global"].register(block, hash, parent, saved=self._host is None):
+                self._saves.add("device", "global", hash)
+            block = int(sequence.window_table.view()[index])
+            self._pools["window"].register(block, hash, parent, expendable=True)
+            every = self._checkpoint_blocks
+            if index + 1 in sequence.marks or (every and (index + 1) % every == 0):
+                self._checkpoint(chain, index + 1)
+
+    def _checkpoint(self, chain: TokenChain, blocks: int) -> None:
+        """Keep the window that a prefix of so many blocks needs, as far as it is there."""
+        pool = self._pools["window"]
+        for hash in chain.hashes[self._prefixes.first_window_block_after(blocks) : blocks]:
+            block = pool.lookup(hash)
+            if block is not None and pool.keep(block, saved=self._host is None):
+                self._saves.add("device", "window", hash)
+
+    def _account(self, chain: TokenChain, match: PrefixMatch) -> None:
+        size = self.layout.block_tokens
+        self._opened_tokens += len(chain)
+        self._time += match.blocks * size
+        for place in match.global_places:
+            self._hits[place.tier] += size
+        if not self.prefix_cache:
+            return
+        misses = self.traffic.misses
+        misses["absent"] += (len(chain) - 1) // size - match.found
+        misses["slower" if match.slower else "no_window"] += match.found - match.blocks
+
+    def _clock(self) -> float:
+        return self._time
 
     def _grow(self, table: Grow, pool: BlockPool, positions: int) -> None:
         for _ in range(self.blocks(positions) - len(table)):
             table.append(pool.allocate())
-
-
-def _sole(pool: BlockPool, table: Table, except_for: set[int]) -> int:
-    """Blocks of `table` that only one sequence holds."""
-    return sum(pool.references(block) == 1 and block not in except_for for block in table.tolist())

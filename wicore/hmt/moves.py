@@ -61,7 +61,7 @@ class Mover(Protocol):
     """Carries moves out. Calls come from the engine thread and never wait for a copy."""
 
     def start(self, move: Move) -> None:
-        """Begin a move; `finished` returns its outcome later, exactly once. Never raises for a failed copy."""
+        """Begin a move; `finished` gives its outcome later, exactly once. A failed copy is an outcome too."""
 
     def finished(self) -> Sequence[Outcome]:
         """The outcomes since the last call."""

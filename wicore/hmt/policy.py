@@ -118,3 +118,6 @@ class LRU:
         if len(self._heap) > 64 + 4 * len(self._evictable):
             self._heap = [(self._last[evictable], evictable) for evictable in self._evictable]
             heapq.heapify(self._heap)
+
+
+POLICIES: dict[str, Callable[[int, Clock], EvictionPolicy]] = {"lru": LRU}

@@ -1,4 +1,4 @@
-"""Continuous batching with chunked prefill, admission by free blocks, and preemption by recompute.
+"""Continuous batching with chunked prefill, admission by free blocks, and preemption by swapping out.
 
 Each step decodes every running sequence that is ready to, then fills the rest of the token budget with
 prompt chunks (Orca, OSDI'22, for iteration-level scheduling; Sarathi-Serve, OSDI'24, for chunks beside
@@ -11,8 +11,12 @@ known to suffice. One exception lets others pass: a sequence is held back while 
 prefilling blocks that it shares and could then match.
 
 When a running sequence cannot get a block, the last-ranked one running is preempted, maybe itself: its
-blocks are released, full ones stay cached, and it waits by its rank. Once admitted again it prefills
-prompt and output, and goes on at the same position with the same SamplingState.
+blocks are released, full ones stay cached or go down a tier, and it waits by its rank. Once admitted again
+its blocks are raised, it computes what was in no full block, and goes on at the same position with the same
+SamplingState.
+
+A sequence admitted with blocks that lie below the device is restoring: it has its slot and its blocks, and
+joins the steps when they have arrived. When one does not arrive it waits again, and matches what is left.
 
 Why nothing starves. Take S, first in rank of all sequences present; later arrivals never rank before it.
     Running, S is never preempted: room is made at the cost of those ranked after it, levels below it give
@@ -99,6 +103,7 @@ class _Sequence:
         "level",
         "passed",
         "positions",
+        "restoring",
         "sampling",
     )
 
@@ -113,6 +118,8 @@ class _Sequence:
         self.positions = len(request.prompt) + request.max_tokens - 1
         """Positions it will have computed at the end: all but the last token's."""
         self.computed = 0
+        self.restoring = False
+        """Admitted, with blocks still on their way."""
         self.chunk = 0
         """New tokens in the step being planned or in flight."""
         self.passed = 0
@@ -120,7 +127,7 @@ class _Sequence:
     @property
     def pending(self) -> int:
         """Tokens without KV: one when decoding, more when prefilling, none when nothing may follow."""
-        return len(self.chain) - self.computed if self.left else 0
+        return len(self.chain) - self.computed if self.left and not self.restoring else 0
 
     @property
     def samples(self) -> bool:
@@ -187,6 +194,7 @@ class Scheduler:
         sequence = _Sequence(request, self._cache, self._arrivals)
         self._present[request.key] = sequence
         insort(self._waiting, sequence, key=_rank)
+        self._cache.prefetch(sequence.chain, sequence.positions)
 
     def remove(self, key: int) -> None:
         """Forget a sequence, finished or cancelled, and free its slot and blocks; idempotent.
@@ -200,12 +208,15 @@ class Scheduler:
         self._cache.close(key)
 
     def plan(self) -> StepPlan | None:
-        """The next step, with all its blocks reserved; None when there is nothing to compute.
+        """The next step, with all its blocks reserved; None when there is nothing to compute, or (when the
+        cache is `busy`) nothing until blocks have arrived.
 
         The step is in flight until `apply`; planning another before raises RuntimeError.
         """
         if self._in_flight is not None:
             raise RuntimeError("a step is in flight: apply its result before planning the next")
+        self._cache.advance()
+        self._settle()
         preempted = self.preemptions
         decoding = [sequence for sequence in self._running if sequence.pending == 1]
         for sequence in decoding:
@@ -213,6 +224,7 @@ class Scheduler:
         if self._waiting and self.preemptions == preempted:
             self._admit()
         self._share_budget()
+        self._cache.start_moves()  # what admission asked for shall be under way during the step
         planned = [sequence for sequence in self._running if sequence.chunk]
         if not planned:
             return None
@@ -268,7 +280,9 @@ class Scheduler:
 
         Returns how many; 0 when the sequence itself was preempted, now or earlier in this plan.
         """
-        if sequence not in self._running:
+        if sequence not in self._running or not self._cache.make_room(
+            sequence.key, sequence.computed + wanted
+        ):
             return 0
         while self._cache.room(sequence.key) <= sequence.computed:
             last = self._running[-1]
@@ -282,9 +296,26 @@ class Scheduler:
     def _preempt(self, sequence: _Sequence) -> None:
         self._cache.close(sequence.key)
         self._running.remove(sequence)
-        sequence.computed = sequence.chunk = 0
-        insort(self._waiting, sequence, key=_rank)
+        self._wait_again(sequence)
         self.preemptions += 1
+
+    def _wait_again(self, sequence: _Sequence) -> None:
+        sequence.computed = sequence.chunk = 0
+        sequence.restoring = False
+        insort(self._waiting, sequence, key=_rank)
+
+    def _settle(self) -> None:
+        """Let sequences whose blocks have arrived join the steps, and those whose have not match anew."""
+        for sequence in [other for other in self._running if other.restoring]:
+            if self._cache.restoring(sequence.key):
+                continue
+            computed = self._cache.computed(sequence.key)
+            if computed is None:
+                self._cache.close(sequence.key)
+                self._running.remove(sequence)
+                self._wait_again(sequence)
+            else:
+                sequence.computed, sequence.restoring = computed, False
 
     # --- admission --------------------------------------------------------------------------------
 
@@ -294,7 +325,7 @@ class Scheduler:
             sequence = self._waiting[index]
             if len(self._running) >= self._limits.max_batch and self._running[-1].level <= sequence.level:
                 return
-            match = self._cache.match(sequence.chain)
+            match = self._cache.match(sequence.chain, sequence.positions)
             if self._held(sequence, match):
                 index += 1
                 continue
@@ -304,10 +335,18 @@ class Scheduler:
             # Closing takes no block, so the match holds; victims rank after `sequence`, so `index` does.
             for victim in victims:
                 self._preempt(victim)
+            if victims and not self._fits(sequence, match):
+                return  # until what the victims leave has been saved
             del self._waiting[index]
-            sequence.computed = self._cache.open(sequence.key, sequence.chain, match, len(sequence.chain))
-            insort(self._running, sequence, key=_rank)
+            self._start(sequence, match)
             self._age(sequence)
+
+    def _start(self, sequence: _Sequence, match: PrefixMatch) -> None:
+        key = sequence.key
+        self._cache.open(key, sequence.chain, match, len(sequence.chain), sequence.positions)
+        sequence.restoring = self._cache.restoring(key)
+        sequence.computed = 0 if sequence.restoring else self._cache.computed(key) or 0
+        insort(self._running, sequence, key=_rank)
 
     def _held(self, sequence: _Sequence, match: PrefixMatch) -> bool:
         """Whether a running prefill is about to make a longer match possible."""
@@ -316,27 +355,36 @@ class Scheduler:
         size = self._cache.layout.block_tokens
         usable = (len(sequence.chain) - 1) // size * size
         for other in self._running:
-            if other.pending > 1:
+            if other.pending > 1 or other.restoring:
                 shared = min(other.chain.shared_blocks(sequence.chain) * size, usable)
-                if shared > match.tokens and other.computed < shared:
+                # What another is bringing up would be brought up twice.
+                have = match.resident if other.restoring else match.blocks
+                if shared > have * size and other.computed < shared:
                     return True
         return False
 
-    def _victims(self, sequence: _Sequence, match: PrefixMatch) -> list[_Sequence] | None:
-        """Whom to preempt so that `sequence` gets a slot and blocks; [] for nobody, None when that fails.
+    def _fits(self, sequence: _Sequence, match: PrefixMatch, closing: Sequence[_Sequence] = ()) -> bool:
+        """Whether it could be admitted, those `closing` gone.
 
         Blocks are asked for its tokens and one more block of output, and one for each running sequence,
         lest the next growth undo the admission.
         """
         positions = min(len(sequence.chain) + self._cache.layout.block_tokens, sequence.positions)
+        staying = len(self._running) - len(closing)
+        return staying < self._limits.max_batch and self._cache.can_open(
+            match,
+            positions,
+            long=self._cache.is_long(sequence.positions),
+            spare=staying,
+            closing=[victim.key for victim in closing],
+        )
+
+    def _victims(self, sequence: _Sequence, match: PrefixMatch) -> list[_Sequence] | None:
+        """Whom to preempt so that `sequence` gets a slot and blocks; [] for nobody, None when that fails."""
         below = [other for other in self._running if other.level > sequence.level]
         for count in range(len(below) + 1):
-            staying = len(self._running) - count
             victims = below[len(below) - count :]
-            closing = [victim.key for victim in victims]
-            if staying < self._limits.max_batch and self._cache.can_open(
-                match, positions, spare=staying, closing=closing
-            ):
+            if self._fits(sequence, match, victims):
                 return victims
         return None
 
@@ -365,14 +413,15 @@ class Scheduler:
 
     def _input(self, sequence: _Sequence) -> SequenceInput:
         start, end = sequence.computed, sequence.computed + sequence.chunk
-        global_table, window_table, window_first = self._cache.tables(sequence.key)
+        tables = self._cache.tables(sequence.key)
         blocks = self._cache.blocks(end)
         return SequenceInput(
             key=sequence.key,
             tokens=sequence.chain.tokens(start, end),
             start=start,
-            global_table=global_table[:blocks],
-            window_table=window_table[: blocks - window_first],
-            window_first=window_first,
+            global_table=tables.global_table[:blocks],
+            window_table=tables.window_table[: blocks - tables.window_first],
+            window_first=tables.window_first,
+            streamed=tables.streamed,
             sampling=sequence.sampling if end == len(sequence.chain) else None,
         )

@@ -1,0 +1,62 @@
+"""Tiers in memory: what a mover does, in any order, with delays and faults, over the checking engine's pools."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+
+from tests.checking_engine import CheckingEngine
+from wicore.hmt.moves import Fault, Move, Outcome
+from wicore.hmt.tiers import TierSizes
+
+
+class MemoryMover:
+    """Carries moves out when `finished` is called: those of a route in order, as many as it likes.
+
+    `patience` is how many calls a move may take; `fault_rate` the share of blocks that do not arrive.
+    """
+
+    def __init__(
+        self, engine: CheckingEngine, sizes: TierSizes, *, seed: int = 0, patience: int = 0, fault_rate: float = 0
+    ) -> None:
+        self.random = random.Random(seed)
+        self.patience, self.fault_rate = patience, fault_rate
+        self.stores = {"device": engine.pools}
+        for tier, slots in (("host", sizes.host), ("nvme", sizes.nvme)):
+            if slots is not None:
+                self.stores[tier] = {
+                    name: np.full((count, *engine.pools[name].shape[1:]), -7, np.int64)
+                    for name, count in slots.items()
+                }
+        engine.host = self.stores.get("host", {}).get("global")
+        self.moves: list[Move] = []
+        self.started = 0
+
+    def start(self, move: Move) -> None:
+        self.moves.append(move)
+        self.started += len(move.contents)
+
+    def finished(self) -> Sequence[Outcome]:
+        outcomes = []
+        blocked = set()
+        for move in list(self.moves):
+            route = (move.source, move.target)
+            if route in blocked or (self.patience and self.random.randrange(self.patience + 1)):
+                blocked.add(route)
+                continue
+            self.moves.remove(move)
+            outcomes.append(self._carry_out(move))
+        return outcomes
+
+    def _carry_out(self, move: Move) -> Outcome:
+        source, target = (self.stores[tier][move.pool] for tier in (move.source, move.target))
+        faults = {}
+        for index, (read, written) in enumerate(zip(move.sources, move.targets, strict=True)):
+            if self.random.random() < self.fault_rate:
+                faults[index] = self.random.choice(list(Fault))
+                target[written] = self.random.randrange(-9, -5)
+            else:
+                target[written] = source[read]
+        return Outcome(move, 0.001, faults)

@@ -1,0 +1,82 @@
+"""What of a sequence the cache has, and how much of it is worth raising."""
+
+from __future__ import annotations
+
+from wicore.engine.base import KVLayout, Pool
+from wicore.hmt.chain import TokenChain
+from wicore.hmt.match import Costs, Place, PrefixMatch, longest_match
+from wicore.hmt.moves import TIERS, Tier
+from wicore.hmt.traffic import Traffic
+
+
+class Prefixes:
+    """Looks chains up in every tier. Changes nothing."""
+
+    def __init__(self, layout: KVLayout, traffic: Traffic) -> None:
+        self._layout, self._traffic = layout, traffic
+
+    def match(self, chain: TokenChain, share: int | None = None) -> PrefixMatch:
+        """The prefix to reuse: whole blocks, from any tier, short of the last token, and only as far as
+        raising it is sooner than computing it.
+
+        With a `share`, at most so many blocks from the end of the prefix go to the device; those before
+        stay in host memory.
+        """
+        places: list[Place] = []
+        windows: list[Place | None] = []
+        for hash in chain.hashes[: (len(chain) - 1) // self._layout.block_tokens]:
+            place = self._locate("global", hash)
+            if place is None:
+                break
+            places.append(place)
+            windows.append(self._locate("window", hash))
+        found = len(places)
+        below = self._leading_below(chain, found) if share is not None else []
+        if share is not None:
+            del places[len(below) + share :], windows[len(below) + share :]
+        match = longest_match(places, windows, self.first_window_block_after, self._costs())
+        streamed = 0 if share is None else max(0, match.blocks - share)
+        return PrefixMatch(
+            (*below[:streamed], *match.global_places[streamed:]),
+            match.window_places,
+            match.window_first,
+            streamed,
+            found,
+            match.slower,
+        )
+
+    def first_window_block(self, position: int) -> int:
+        """The first logical block that a window query at `position` reads."""
+        return max(0, position - self._layout.window + 1) // self._layout.block_tokens
+
+    def first_window_block_after(self, blocks: int) -> int:
+        """The same, at the first position after so many leading blocks."""
+        return self.first_window_block(blocks * self._layout.block_tokens)
+
+    def _locate(self, pool: Pool, hash: bytes) -> Place | None:
+        place = self._traffic.locate(pool, hash)
+        if place is not None and place.tier == "nvme" and not self._traffic.pools["host"][pool].available:
+            return None  # what the file has comes through host memory, and sequences hold all of that
+        return place
+
+    def _leading_below(self, chain: TokenChain, most: int) -> list[Place]:
+        """Where below the device the leading blocks lie, up to the first that is not there."""
+        places: list[Place] = []
+        for hash in chain.hashes[:most]:
+            place = self._traffic.locate("global", hash, below="device")
+            if place is None:
+                break
+            places.append(place)
+        return places
+
+    def _costs(self) -> Costs:
+        rates, layout = self._traffic.rates, self._layout
+        if rates.prefill is None:
+            nothing = dict.fromkeys(TIERS, 0.0)
+            return Costs(nothing, nothing, 0.0)
+
+        def raising(pool: Pool) -> dict[Tier, float]:
+            size = layout.block_bytes(pool)
+            return {tier: rates.seconds_to_raise(tier, size) for tier in TIERS}
+
+        return Costs(raising("global"), raising("window"), layout.block_tokens / rates.prefill)
