@@ -58,10 +58,13 @@ class Services:
             max_tokens=prompt.max_tokens,
         )
 
+    def heartbeats(self) -> list[dict[str, Any]]:
+        """Of all live workers. Raises Unavailable."""
+        return alive_workers(self.redis, self.settings.redis.prefix)
+
     def workers(self) -> list[dict[str, Any]]:
         """The heartbeats of live workers that serve the model. Raises Unavailable."""
-        alive = alive_workers(self.redis, self.settings.redis.prefix)
-        return [worker for worker in alive if worker["model"] == self.model.name]
+        return [worker for worker in self.heartbeats() if worker["model"] == self.model.name]
 
 
 def build(settings: Settings) -> Services:

@@ -46,6 +46,17 @@ def test_a_slot_about_to_free_counts() -> None:
     assert full.wait() == Offer(1, None)
 
 
+def test_a_room_is_full_until_a_slot_frees_or_is_about_to() -> None:
+    shared = room(1)
+    assert not shared.full
+    shared.claim(2, Priority.BATCH)
+    assert shared.full
+    shared.release(1, Priority.BATCH)
+    assert shared.full
+    shared.expect(1)
+    assert not shared.full
+
+
 def test_who_looks_for_urgent_jobs_alone_hears_of_a_free_slot_once() -> None:
     calls = []
     full = Room(1, lambda: calls.append(1))

@@ -62,6 +62,12 @@ class Room:
             self._urgent_only = offer is not None and offer.above is not None
             return offer
 
+    @property
+    def full(self) -> bool:
+        """Whether the next job has to wait for a slot, or else displace another. For any thread."""
+        with self._changed:
+            return self._free() <= 0
+
     def close(self) -> None:
         """End every `wait`, now and later."""
         with self._changed:
@@ -74,8 +80,11 @@ class Room:
         if claimed != present:
             raise EngineError(f"{claimed} of {self._slots} slots are claimed for {present} sequences")
 
+    def _free(self) -> int:
+        return self._slots - sum(self._claimed.values()) + self._ending
+
     def _offer(self) -> Offer | None:
-        free = self._slots - sum(self._claimed.values()) + self._ending
+        free = self._free()
         if free > 0:
             return Offer(free, None)
         # Those over the slots have given way already; is the next one of a level that would?

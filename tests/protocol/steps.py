@@ -60,6 +60,7 @@ class Steps:
                 yield Step(f"{worker} pops {size}, the answer is lost", lost)
             for hold in state.view.holds[number]:
                 yield from self._of_worker(state, number, hold)
+        yield Step(f"{WORKERS[0]} peeks", partial(self._peek, state), True, True)
         yield from self._of_time(state)
 
     def _of_clients(self, state: State, index: int, job: Sent) -> Iterator[Step]:
@@ -136,6 +137,17 @@ class Steps:
             assert not called_off, f"{job} is delivered although it was called off"
             assert not _is_late(record), f"{job} is delivered although it is late"
         return view.popped(worker, got, lost=False)
+
+    def _peek(self, state: State) -> View:
+        for peeked in self._consumers[0].peek(len(self._world.jobs)):
+            job, record = peeked.job_id, state.record(peeked.job_id)
+            assert record[b"at"].startswith(KEYS.line("").encode()), (
+                f"{job} is shown although it does not wait"
+            )
+            called_off = KEYS.cancel(job) in state.keys or b"cancel" in record
+            assert not called_off, f"{job} is shown although it was called off"
+            assert not _is_late(record), f"{job} is shown although it is late"
+        return state.view
 
     def _pop_unheard(self, view: View, worker: int, size: int) -> View:
         deaf = self._deaf[worker]

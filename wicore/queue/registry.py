@@ -99,7 +99,8 @@ class Heartbeat:
 def alive_workers(client: redis.Redis, prefix: str = "wicore") -> list[dict[str, Any]]:
     """The heartbeats of the workers alive now, by name. Raises Unavailable.
 
-    Besides what the worker's `status` gave: worker, host, pid, started_ms, at_ms, period_s, lifeline.
+    Besides what the worker's `status` gave: worker, host, pid, started_ms, at_ms, period_s, lifeline;
+    and `age_s`, how long ago it was written.
     """
     key = Keys(prefix).workers
     alive = []
@@ -109,7 +110,7 @@ def alive_workers(client: redis.Redis, prefix: str = "wicore") -> list[dict[str,
             entry = json.loads(text)
             age = now - entry["at_ms"]
             if age < ALIVE_PERIODS * entry["period_s"] * 1000:
-                alive.append(entry)
+                alive.append({**entry, "age_s": age / 1000})
             elif age > _FORGET_MS:
                 client.hdel(key, worker)
     return alive

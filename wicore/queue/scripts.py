@@ -23,6 +23,7 @@ from wicore.request import STATUS_OF_TERMINAL, JobStatus
 Name = Literal[
     "submit",
     "pop",
+    "peek",
     "adopt",
     "renew",
     "append",
@@ -41,6 +42,8 @@ Name = Literal[
 ]
 _NEED_MEMORY: frozenset[Name] = frozenset(("submit", "pop", "adopt", "append"))
 """What the server refuses when memory is full. The rest ends jobs or keeps leases: needs little, or frees."""
+_READ_ONLY: frozenset[Name] = frozenset(("peek", "dead_list", "dead_get"))
+"""The server refuses their writes; there should be none."""
 
 Arg = str | bytes | int
 Call = tuple[Name, Sequence[Arg]]
@@ -100,10 +103,15 @@ class Scripts:
 @cache
 def _text(header: str, name: Name) -> tuple[str, str]:
     lua = resources.files("wicore.queue") / "lua"
-    flags = "#!lua" if name in _NEED_MEMORY else "#!lua flags=allow-oom"
     parts = [(lua / f"{part}.lua").read_text() for part in ("base", "line", "common", name)]
-    text = "\n".join((flags, header, *parts))
+    text = "\n".join((_flags(name), header, *parts))
     return text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
+def _flags(name: Name) -> str:
+    if name in _READ_ONLY:  # which implies allow-oom
+        return "#!lua flags=no-writes"
+    return "#!lua" if name in _NEED_MEMORY else "#!lua flags=allow-oom"
 
 
 def _header(keys: Keys, settings: QueueSettings) -> str:
