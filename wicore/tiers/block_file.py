@@ -59,11 +59,12 @@ class BlockFile:
         self._format = SlotFormat(block_bytes, digest(fingerprint))
         if slots < 1:
             raise ConfigError(
-                f"hmt.nvme_bytes: has no room for a block, of {self._format.stride:,} bytes; raise it,"
+                f"hmt.nvme_bytes: has no room for a block of {self._format.stride:,} bytes; raise it,"
                 " or set 0",
                 param="hmt.nvme_bytes",
             )
         self.slots = slots
+        self.block_bytes = block_bytes
         path = folder / f"{name}.blocks"
         self._file = PageFile(path, slots * self._format.stride)
         kept = self._file.kept // self._format.stride

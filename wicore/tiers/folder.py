@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import itertools
 import os
 from pathlib import Path
 from types import TracebackType
@@ -39,7 +38,8 @@ def claim(folder: Path) -> Claim:
     A worker that starts again so finds what it, or another one, left there. Raises ConfigError when the
     folder cannot be made or written.
     """
-    for number in itertools.count():
+    number = 0
+    while True:
         path = folder / str(number)
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)  # a cache holds what users wrote
@@ -51,7 +51,7 @@ def claim(folder: Path) -> Claim:
             return Claim(path, lock)
         except BlockingIOError:
             os.close(lock)
+            number += 1
         except OSError as err:
             os.close(lock)
             raise unusable(path, err) from None
-    raise AssertionError("numbers do not end")

@@ -137,7 +137,7 @@ def _open_direct(path: Path) -> int | None:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | flag)
     except OSError:
         return None
-    page = pages(1, PAGE)
+    page = pages(1, PAGE)[0]
     try:
         # Writing back what is there changes nothing, even if it is the last thing this process does.
         if os.preadv(fd, [page.data], 0) == PAGE and os.pwritev(fd, [page.data], 0) == PAGE:
