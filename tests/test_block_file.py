@@ -49,6 +49,7 @@ def test_entries_outlive_closing_in_the_order_of_writing(block_folder: Path, siz
         write(file, {2: 20})
         write(file, {3: 31})
         file.discard([1])
+        assert [entry.slot for entry in file.entries()] == [2, 3]
     with opened(block_folder, size=size) as file:
         found = [(entry.slot, entry.content, entry.parent) for entry in file.entries()]
         assert found == [(2, content(20), content(21)), (3, content(31), content(32))]
@@ -102,6 +103,7 @@ def test_one_thread_reads_while_another_writes(block_folder: Path) -> None:
         ([0], [b"short"], pages_of(1, BLOCK)),
         ([0], [content(1)], pages_of(1, BLOCK - 1)),
         ([0], [content(1)], pages_of(1, 2 * BLOCK)[:, ::2]),
+        ([0], [content(1)], pages_of(1, BLOCK).view(np.int8)),
         ([0, 1], [content(1)], pages_of(1, BLOCK)),
     ],
 )
@@ -113,6 +115,11 @@ def test_what_breaks_the_contract_raises(
             file.read(slots, contents, rows)
         with pytest.raises(ValueError):  # noqa: PT011
             file.write(slots, contents, contents, rows)
+
+
+def test_a_parent_is_a_hash(tmp_path: Path) -> None:
+    with opened(tmp_path) as file, pytest.raises(ValueError, match="a hash of 5 bytes instead of 16"):
+        file.write([0], [content(1)], [b"short"], pages_of(1, BLOCK))
 
 
 # --- how it is moved ----------------------------------------------------------------------------------
@@ -176,7 +183,9 @@ def test_transfers_that_stop_halfway_go_on(block_folder: Path, calls: Calls) -> 
 # --- another model ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("other", [{"fingerprint": b"other"}, {"size": BLOCK - 64}, {"slots": 9}])
+@pytest.mark.parametrize(
+    "other", [{"fingerprint": b"other"}, {"size": BLOCK - 200}, {"slots": 9}, {"slots": 7}]
+)
 def test_a_file_of_another_model_or_size_is_empty(block_folder: Path, other: dict[str, Any]) -> None:
     with opened(block_folder) as file:
         write(file, {0: 1})
@@ -184,6 +193,8 @@ def test_a_file_of_another_model_or_size_is_empty(block_folder: Path, other: dic
         assert file.entries() == []
         assert write(file, {1: 5}) == {}
         assert read_all(file) == ({1: 5}, {})
+        size = (block_folder / "global.blocks").stat().st_size
+        assert size == file.slots * slot_bytes(file.block_bytes)
     with opened(block_folder) as file:
         assert file.entries() == []
 

@@ -168,6 +168,17 @@ def test_a_torn_journal_is_cut_off_where_it_is_torn(cut: int, garbage: bytes) ->
                 whole[7] = 70
 
 
+def test_a_flipped_record_promises_nothing(block_folder: Path) -> None:
+    with opened(block_folder) as file:
+        write(file, {slot: slot for slot in range(8)})
+    path = block_folder / "global.journal"
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+    with opened(block_folder) as file:
+        assert [entry.slot for entry in file.entries()] == list(range(7))
+
+
 def test_a_journal_that_lies_gives_faults(block_folder: Path) -> None:
     with opened(block_folder) as file:
         write(file, {0: 1})
@@ -191,6 +202,7 @@ def test_a_journal_that_cannot_be_written_anew_goes_on(
         for turn in range(40):
             assert write(file, {0: turn}) == {}
     assert 1 <= len(caplog.records) <= 8
+    assert not (block_folder / "global.journal.new").exists()
     with opened(block_folder) as file:
         assert read_all(file) == ({0: 39}, {})
 

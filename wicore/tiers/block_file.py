@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from wicore.errors import ConfigError
 from wicore.hmt.moves import Fault
 from wicore.tiers.journal import Journal
@@ -99,6 +101,7 @@ class BlockFile:
         whose slots then hold no entry; never raises OSError. Raises ValueError for other shapes.
         """
         self._check(slots, contents, rows)
+        self._check(slots, parents, rows)
         entries = [
             Entry(slot, content, parent, self._journal.next_sequence())
             for slot, content, parent in zip(slots, contents, parents, strict=True)
@@ -147,14 +150,16 @@ class BlockFile:
         self._file.close()
         self._journal.close()
 
-    def _check(self, slots: Sequence[int], contents: Sequence[bytes], rows: Sequence[Bytes]) -> None:
-        for slot, content, row in zip(slots, contents, rows, strict=True):
+    def _check(self, slots: Sequence[int], hashes: Sequence[bytes], rows: Sequence[Bytes]) -> None:
+        for slot, hashed, row in zip(slots, hashes, rows, strict=True):
             if not 0 <= slot < self.slots:
                 raise ValueError(f"slot {slot} of {self.slots}")
-            if len(content) != 16:
-                raise ValueError(f"a content hash of {len(content)} bytes instead of 16")
-            if row.shape != (self._format.block_bytes,) or not row.flags.c_contiguous:
-                raise ValueError(f"a row of shape {row.shape} instead of ({self._format.block_bytes},)")
+            if len(hashed) != 16:
+                raise ValueError(f"a hash of {len(hashed)} bytes instead of 16")
+            if row.shape != (self.block_bytes,) or row.dtype != np.uint8 or not row.flags.c_contiguous:
+                raise ValueError(
+                    f"a row of {row.dtype} {row.shape} instead of contiguous uint8 ({self.block_bytes},)"
+                )
 
     def _runs(self, slots: Sequence[int], rows: Sequence[Bytes]) -> Iterator[list[_Lane]]:
         """The slots in runs of such that neighbour each other in the file."""

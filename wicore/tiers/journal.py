@@ -12,7 +12,7 @@ import logging
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import xxhash
@@ -65,7 +65,7 @@ class Journal:
         except OSError as err:
             self.close()
             raise unusable(path, err) from None
-        last = max((entry.sequence for entry in self.entries()), default=0)
+        last = max((_entry(record).sequence for record in self._live.values()), default=0)
         self._sequence = itertools.count(last + 1)
 
     def entries(self) -> list[Entry]:
@@ -76,7 +76,7 @@ class Journal:
     def next_sequence(self) -> int:
         return next(self._sequence)
 
-    def record(self, puts: Iterable[Entry] = (), discards: Iterable[int] = ()) -> None:
+    def record(self, puts: Sequence[Entry] = (), discards: Iterable[int] = ()) -> None:
         """Note that blocks are in their slots, in place of what was there, and that slots hold none.
 
         Never raises OSError: what cannot be written is missed after the next start. It may wait for a
@@ -84,10 +84,9 @@ class Journal:
         """
         records = [_put(entry) for entry in puts]
         with self._lock:
-            for record in records:
-                slot = _entry(record).slot
-                self._live.pop(slot, None)  # so that it goes to the end
-                self._live[slot] = record
+            for entry, record in zip(puts, records, strict=True):
+                self._live.pop(entry.slot, None)  # so that it goes to the end
+                self._live[entry.slot] = record
             for slot in discards:
                 if self._live.pop(slot, None):
                     records.append(_sealed(_RECORD.pack(_DISCARD, slot, 0, b"", b"")))

@@ -18,7 +18,6 @@ Call = Callable[[int, list[memoryview], int], int]
 
 MAX_VECTORS = 1024
 """The kernel's bound (IOV_MAX) on the buffers of one call."""
-_SECTOR = 512
 _TOO_LARGE = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
 
 
@@ -62,10 +61,9 @@ class PageFile:
         moved = 0
         while left:
             count = call(self._fd, left[:MAX_VECTORS], offset + moved)
-            moved += count
-            # A direct read stops amid a sector at the end of the file only, and cannot go on from there.
-            if count == 0 or (self.direct and count % _SECTOR):
+            if count == 0:
                 break
+            moved += count
             left = _after(left, count)
         return moved
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -32,8 +33,7 @@ _SEALED = _FIELDS.size + 16
 """The fields and the xxh3_128 of payload and fields; zeros fill the rest."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A block in a file."""
 
     slot: int
