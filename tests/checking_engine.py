@@ -77,7 +77,9 @@ class CheckingEngine:
                 assert table.dtype == np.int32
                 skipped = s.streamed if pool == "global" else 0
                 assert s.streamed * size <= s.start, "a streamed block is written"
-                assert len(set(table[skipped:].tolist())) == len(table) - skipped, "a table names a block once"
+                assert len(set(table[skipped:].tolist())) == len(table) - skipped, (
+                    "a table names a block once"
+                )
                 for index, block in list(enumerate(table.tolist()))[skipped:]:
                     holders.setdefault((pool, block), set()).add(s.key)
                     if (first + index + 1) * size > s.start:

@@ -19,7 +19,13 @@ class MemoryMover:
     """
 
     def __init__(
-        self, engine: CheckingEngine, sizes: TierSizes, *, seed: int = 0, patience: int = 0, fault_rate: float = 0
+        self,
+        engine: CheckingEngine,
+        sizes: TierSizes,
+        *,
+        seed: int = 0,
+        patience: int = 0,
+        fault_rate: float = 0,
     ) -> None:
         self.random = random.Random(seed)
         self.patience, self.fault_rate = patience, fault_rate

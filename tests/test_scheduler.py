@@ -176,7 +176,13 @@ class AnyOrder(RuleBasedStateMachine):
             generated = undisturbed(prompt, done, SamplingState(params, self.key, prompt))
         try:
             self.service.add(
-                self.key, prompt, max_tokens, generated=generated, priority=priority, params=params, seed=self.key
+                self.key,
+                prompt,
+                max_tokens,
+                generated=generated,
+                priority=priority,
+                params=params,
+                seed=self.key,
             )
         except TooLarge:
             assert len(prompt) + max_tokens > self.service.blocks * BLOCK

@@ -143,6 +143,20 @@ class HmtSettings(_Section):
     """Positions the device pool holds, over all sequences and cached prefixes."""
     prefix_cache: bool = True
     """Keep the KV of finished prompts, so that a request that begins alike starts from it."""
+    host_bytes: int = Field(512 * 2**20, ge=0)
+    """Host memory for what the device pool has no room for; 0: none."""
+    nvme_path: str | None = None
+    """Folder of the file tier, which survives restarts; each worker takes a folder in it; unset: none."""
+    nvme_bytes: int = Field(4 * 2**30, ge=0)
+    """Size of a worker's files there; allocated at its start."""
+    window_share: float = Field(0.5, gt=0, lt=1)
+    """Share of host memory and files for the windows at which a prefix can be resumed."""
+    checkpoint_tokens: int = Field(8192, ge=0)
+    """Keep such a window every so many tokens of a prompt, besides its end and where prompts part; 0: not."""
+    policy: Literal["a2cr", "lru", "lfu", "arc", "slru"] = "a2cr"
+    """Which cached block goes first; see docs/hmt.md."""
+    look_ahead: int = Field(8, ge=0, le=256)
+    """Waiting jobs whose prefixes a full worker brings from the file in advance."""
 
     @field_validator("block_tokens")
     @classmethod

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wicore.config import Settings
+from wicore.engine.sizing import longest
 from wicore.gemma3.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from wicore.text.tokenizer import Tokenizer
 
@@ -19,8 +20,8 @@ class Model:
     checkpoint: Checkpoint
     tokenizer: Tokenizer
     context: int
-    """Longest sequence served, in tokens: the least of what the checkpoint, `model.max_context` and the
-    device pool (`hmt.device_tokens`) allow."""
+    """Longest sequence served, in tokens: the least of what the checkpoint, `model.max_context` and the KV
+    cache (`hmt.device_tokens`, `hmt.host_bytes`) allow."""
     created_s: int
     """Unix time of the checkpoint."""
 
@@ -32,7 +33,7 @@ def load_model(settings: Settings) -> Model:
     """
     path = resolve_model(settings.model.path)
     checkpoint = open_checkpoint(path)
-    limits = (checkpoint.config.max_context, settings.model.max_context, settings.hmt.device_tokens)
+    limits = (checkpoint.config.max_context, settings.model.max_context, longest(settings, checkpoint.config))
     return Model(
         name=settings.model.name or _default_name(path),
         checkpoint=checkpoint,

@@ -2,36 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from wicore.config import Settings
 from wicore.engine.base import Engine
 from wicore.engine.null import NullEngine
+from wicore.engine.sizing import tier_sizes
 from wicore.errors import EngineError
-from wicore.gemma3.config import Gemma3Config
 from wicore.model import Model
-
-
-@dataclass(frozen=True, slots=True)
-class PoolSizes:
-    """Blocks of the device pool."""
-
-    global_blocks: int
-    window_blocks: int
-
-
-def pool_sizes(settings: Settings, config: Gemma3Config) -> PoolSizes:
-    """What `hmt.device_tokens` and a full batch need.
-
-    The window pool holds the window of every sequence of a full batch and the step's new tokens, and never
-    more than all positions would take. Sequences that have not reached their window leave room in it for
-    cached prefixes.
-    """
-    block = settings.hmt.block_tokens
-    every = -(-settings.hmt.device_tokens // block)
-    a_sequence = -(-(config.sliding_window - 1) // block) + 1
-    running = settings.scheduler.max_batch * a_sequence + -(-settings.scheduler.token_budget // block)
-    return PoolSizes(every, min(every, running))
 
 
 def create_engine(settings: Settings, model: Model) -> Engine:
@@ -39,13 +15,13 @@ def create_engine(settings: Settings, model: Model) -> Engine:
 
     Raises EngineError when it cannot run here, CheckpointError for bad weights.
     """
-    sizes = pool_sizes(settings, model.checkpoint.config)
+    blocks = tier_sizes(settings, model.checkpoint.config).device
     block = settings.hmt.block_tokens
     if settings.engine.kind == "null":
         return NullEngine(
             step_ms=settings.engine.null_step_ms,
-            global_blocks=sizes.global_blocks,
-            window_blocks=sizes.window_blocks,
+            global_blocks=blocks["global"],
+            window_blocks=blocks["window"],
             block_tokens=block,
             window=model.checkpoint.config.sliding_window,
             vocab_size=model.checkpoint.config.vocab_size,
@@ -60,8 +36,8 @@ def create_engine(settings: Settings, model: Model) -> Engine:
             weights=settings.engine.weights,
             threads=settings.engine.threads,
             block_tokens=block,
-            global_blocks=sizes.global_blocks,
-            window_blocks=sizes.window_blocks,
+            global_blocks=blocks["global"],
+            window_blocks=blocks["window"],
             max_context=model.context,
         )
     raise EngineError(

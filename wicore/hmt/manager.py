@@ -35,7 +35,7 @@ from wicore.hmt.prefixes import Prefixes
 from wicore.hmt.saves import Saves
 from wicore.hmt.sequence import OpenSequence, Tables
 from wicore.hmt.stats import CacheStats, report, stats_of
-from wicore.hmt.tiers import Stored, TierSizes, build_pools
+from wicore.hmt.tiers import Stored, TierSizes, build_pools, device_share, longest_sequence
 from wicore.hmt.traffic import Traffic
 
 
@@ -64,6 +64,8 @@ class CacheManager:
         self._checkpoint_blocks = checkpoint_tokens // layout.block_tokens
         self._time = 0
         """Tokens of all prompts opened and of all output: the clock of the policies."""
+        self._share = device_share(sizes)
+        self._longest = longest_sequence(sizes)
         pools = build_pools(layout, sizes, policy, self._clock, stored)
         self.traffic = Traffic(layout, pools, mover)
         self._prefixes = Prefixes(layout, self.traffic)
@@ -88,23 +90,16 @@ class CacheManager:
         """Most window blocks that a sequence of this many positions needs to advance by one token."""
         return min(self.blocks(positions), self.blocks(self.layout.window - 1) + 1)
 
-    @property
-    def share(self) -> int:
-        """Device blocks of the global pool that a sequence longer than it may use."""
-        return max(1, self._pools["global"].total // 2)
-
     def require(self, positions: int) -> None:
         """Raise TooLarge when a sequence of this many positions could not run even alone."""
-        needs: dict[Pool, int] = {"global": self.blocks(positions), "window": self.window_span(positions)}
-        most = {pool: self._pools[pool].total for pool in needs}
-        if self._host is not None:
-            # An eighth of host memory is left for what passes through it.
-            most["global"] = max(most["global"], self.share + self._host["global"].total * 7 // 8)
-        for pool, need in needs.items():
-            if need > most[pool]:
+        for pool, need, most in (
+            ("global", self.blocks(positions), self._longest),
+            ("window", self.window_span(positions), self._pools["window"].total),
+        ):
+            if need > most:
                 raise TooLarge(
                     f"prompt and max_tokens need {positions} positions, which is {need} {pool} blocks of"
-                    f" {self.layout.block_tokens}; there is room for {most[pool]}. Ask for fewer, or raise"
+                    f" {self.layout.block_tokens}; there is room for {most}. Ask for fewer, or raise"
                     " hmt.device_tokens or hmt.host_bytes",
                     param="max_tokens",
                 )
@@ -118,7 +113,7 @@ class CacheManager:
         of the last token, and only as far as raising it is sooner than computing it."""
         if not self.prefix_cache:
             return PrefixMatch()
-        return self._prefixes.match(chain, self.share if self.is_long(positions) else None)
+        return self._prefixes.match(chain, self._share if self.is_long(positions) else None)
 
     def can_open(
         self,
@@ -137,7 +132,7 @@ class CacheManager:
         """
         resident = self.blocks(positions) - match.streamed
         wanted: dict[Pool, int] = {
-            "global": min(resident, self.share) if long else resident,
+            "global": min(resident, self._share) if long else resident,
             "window": self.window_span(positions),
         }
         places: dict[Pool, Sequence[Place]] = {
@@ -162,7 +157,7 @@ class CacheManager:
         sequence = self._open[key]
         more = self._pools["global"].available
         if sequence.long:
-            more = min(more, max(0, self.share - sequence.resident))
+            more = min(more, max(0, self._share - sequence.resident))
         return self.layout.block_tokens * min(
             len(sequence.global_table) + more, len(sequence.window_table) + self._pools["window"].available
         )
@@ -227,11 +222,14 @@ class CacheManager:
         if not sequence.long or self._host is None:
             return True
         host = self._host["global"]
-        excess = sequence.resident + self.blocks(positions) - len(sequence.global_table) - self.share
+        excess = sequence.resident + self.blocks(positions) - len(sequence.global_table) - self._share
         while excess > 0 and sequence.streamed < sequence.registered:
             hash = sequence.chain.hashes[sequence.streamed]
             slot = host.lookup(hash)
             if slot is None:
+                # Ours may be a second block of this content, whose first is gone.
+                block = int(sequence.global_table.view()[sequence.streamed])
+                self._pools["global"].register(block, hash, sequence.chain.parent(sequence.streamed))
                 self._saves.add("device", "global", hash, needed=True)
                 return self.room(key) > sequence.computed or not (host.ready or self.busy)
             host.acquire(slot)
@@ -310,13 +308,13 @@ class CacheManager:
 
     # --- tiers ------------------------------------------------------------------------------------
 
-    def advance(self) -> None:
-        """Take in what has moved and start what can: call it between steps. Never waits."""
+    def take_in(self) -> None:
+        """Learn what has moved: call it before deciding anything about a step. Never waits."""
         self.traffic.advance()
-        self.start_moves()
 
     def start_moves(self) -> None:
-        """Start what can be started, without looking at what has arrived."""
+        """Start the moves that are wanted and for which there is room: call it when a step is decided, so
+        that it had the first choice of what has arrived. Never waits."""
         self._lifts.advance()
         self._saves.advance()
 

@@ -36,6 +36,20 @@ def split_bytes(layout: KVLayout, size: int, window_share: float) -> dict[Pool, 
     return slots if all(slots.values()) else None
 
 
+def device_share(sizes: TierSizes) -> int:
+    """Global blocks on the device that a sequence longer than it may use."""
+    return max(1, sizes.device["global"] // 2)
+
+
+def longest_sequence(sizes: TierSizes) -> int:
+    """Most global blocks of one sequence: those of the device, or a share of them and what host memory holds.
+
+    An eighth of host memory is left for what passes through it.
+    """
+    streamed = 0 if sizes.host is None else device_share(sizes) + sizes.host["global"] * 7 // 8
+    return max(sizes.device["global"], streamed)
+
+
 def build_pools(
     layout: KVLayout, sizes: TierSizes, policy: PolicyFactory, clock: Clock, stored: Stored | None
 ) -> dict[Tier, dict[Pool, BlockPool]]:

@@ -215,7 +215,7 @@ class Scheduler:
         """
         if self._in_flight is not None:
             raise RuntimeError("a step is in flight: apply its result before planning the next")
-        self._cache.advance()
+        self._cache.take_in()
         self._settle()
         preempted = self.preemptions
         decoding = [sequence for sequence in self._running if sequence.pending == 1]
@@ -224,7 +224,7 @@ class Scheduler:
         if self._waiting and self.preemptions == preempted:
             self._admit()
         self._share_budget()
-        self._cache.start_moves()  # what admission asked for shall be under way during the step
+        self._cache.start_moves()
         planned = [sequence for sequence in self._running if sequence.chunk]
         if not planned:
             return None

@@ -14,6 +14,9 @@ from wicore.errors import InvalidRequest
 from wicore.request import Message
 from wicore.text.tokenizer import Tokenizer
 
+TEMPLATE = "gemma3-1"
+"""Names how chats become ids: change it with the template."""
+
 _SYSTEM_ROLES = ("system", "developer")
 
 

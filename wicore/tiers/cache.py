@@ -1,0 +1,101 @@
+"""From the settings and an engine to a cache with all its tiers."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from wicore.config import Settings
+from wicore.engine.base import Engine, Pool
+from wicore.engine.sizing import tier_sizes
+from wicore.gemma3.config import Gemma3Config
+from wicore.hmt import CacheManager
+from wicore.hmt.moves import Tier
+from wicore.hmt.policy import POLICIES
+from wicore.hmt.tiers import POOLS, Stored
+from wicore.text.template import TEMPLATE
+from wicore.tiers.block_file import BlockFile
+from wicore.tiers.folder import Claim, claim
+from wicore.tiers.mover import TierMover
+
+log = logging.getLogger("wicore.tiers")
+
+
+class TieredCache:
+    """A `CacheManager` over an engine, with host memory and files as the settings say, and what moves blocks
+    between them. The manager is the engine thread's; `wake` is called from others when blocks have moved."""
+
+    def __init__(
+        self, settings: Settings, config: Gemma3Config, engine: Engine, wake: Callable[[], None]
+    ) -> None:
+        """Claims a folder and opens the files. Raises ConfigError, naming the setting, when that fails."""
+        hmt, info = settings.hmt, engine.info
+        sizes = tier_sizes(settings, config)
+        # Whatever changes what equal tokens mean: KV of another model or another template is never found.
+        fingerprint = f"{info.fingerprint} {TEMPLATE}"
+        self._claim: Claim | None = None
+        self._files: dict[Pool, BlockFile] = {}
+        if sizes.nvme is not None and hmt.nvme_path is not None:
+            self._claim = claim(Path(hmt.nvme_path).expanduser())
+            for pool in POOLS:
+                self._files[pool] = BlockFile(
+                    self._claim.path,
+                    pool,
+                    sizes.nvme[pool],
+                    info.layout.block_bytes(pool),
+                    fingerprint.encode(),
+                )
+        self._mover = None
+        if sizes.host is not None:
+            host = {pool: engine.host_memory(pool, sizes.host[pool]) for pool in POOLS}
+            self._mover = TierMover(engine, host, self._files, wake)
+        stored: Stored = {
+            pool: [(entry.slot, entry.content, entry.parent) for entry in file.entries()]
+            for pool, file in self._files.items()
+        }
+        self.manager = CacheManager(
+            info.layout,
+            sizes,
+            fingerprint,
+            mover=self._mover,
+            stored=stored or None,
+            prefix_cache=hmt.prefix_cache,
+            policy=POLICIES[hmt.policy],
+            checkpoint_tokens=hmt.checkpoint_tokens,
+        )
+        self._tell(stored)
+
+    def report(self) -> dict[str, object]:
+        """What there is to tell of the tiers, as JSON. For any thread."""
+        direct = all(file.direct for file in self._files.values()) if self._files else None
+        return {**self.manager.report(), "direct_io": direct}
+
+    def flush(self, seconds: float, wait: Callable[[float], None]) -> None:
+        """Save what waits to be saved, for at most so long; `wait(s)` returns when something has moved, or
+        after s seconds. For the engine thread, when it steps no more."""
+        end = time.monotonic() + seconds
+        while self.manager.saving and time.monotonic() < end:
+            self.manager.take_in()
+            self.manager.start_moves()
+            if self.manager.busy:
+                wait(max(0.0, end - time.monotonic()))
+
+    def close(self) -> None:
+        """Let what is under way finish, and close the files. Call it before the engine's `close`."""
+        if self._mover is not None:
+            self._mover.close()
+        for file in self._files.values():
+            file.close()
+        if self._claim is not None:
+            self._claim.close()
+
+    def _tell(self, stored: Stored) -> None:
+        tiers: list[Tier] = list(self.manager.traffic.pools)
+        if self._claim is not None:
+            blocks = sum(map(len, stored.values()))
+            way = "direct I/O" if all(file.direct for file in self._files.values()) else "buffered I/O"
+            log.info("KV tiers %s; %s holds %d blocks, %s", ", ".join(tiers), self._claim.path, blocks, way)
+        else:
+            log.info("KV tiers %s", ", ".join(tiers))

@@ -1,0 +1,127 @@
+"""Carries moves out: copies through the engine, reads and writes on threads of their own.
+
+Threads
+    copies  waits for the engine's tickets, in order
+    reads   brings blocks from the file
+    writes  takes blocks to the file
+A move is handed over by the engine thread and its outcome fetched by it; `wake` tells that there is one.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wicore.engine.base import Engine, Pool, Ticket
+from wicore.errors import EngineError
+from wicore.hmt.moves import Fault, Move, Outcome
+from wicore.tiers.block_file import BlockFile
+
+log = logging.getLogger("wicore.tiers")
+
+Host = Mapping[Pool, NDArray[np.uint8]]
+
+
+class _Job(NamedTuple):
+    move: Move
+    run: Callable[[], Mapping[int, Fault]]
+
+
+class TierMover:
+    """`Mover` over an engine, its host memory and the files below. `wake` is called from other threads."""
+
+    def __init__(
+        self, engine: Engine, host: Host, files: Mapping[Pool, BlockFile], wake: Callable[[], None]
+    ) -> None:
+        self._engine, self._host, self._files, self._wake = engine, host, files, wake
+        self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self._complained = False
+        self._queues: dict[str, queue.SimpleQueue[_Job | None]] = {
+            name: queue.SimpleQueue() for name in (("copies", "reads", "writes") if files else ("copies",))
+        }
+        self._threads = [
+            threading.Thread(target=self._serve, args=(jobs,), name=f"tier-{name}", daemon=True)
+            for name, jobs in self._queues.items()
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def start(self, move: Move) -> None:
+        route = (move.source, move.target)
+        if route == ("device", "host"):
+            ticket = self._engine.copy_out(move.pool, move.sources, self._rows(move.pool, move.targets))
+            self._queues["copies"].put(_Job(move, lambda: _await(ticket, move)))
+        elif route == ("host", "device"):
+            ticket = self._engine.copy_in(move.pool, self._rows(move.pool, move.sources), move.targets)
+            self._queues["copies"].put(_Job(move, lambda: _await(ticket, move)))
+        elif route == ("host", "nvme"):
+            self._queues["writes"].put(_Job(move, lambda: self._write(move)))
+        elif route == ("nvme", "host"):
+            self._queues["reads"].put(_Job(move, lambda: self._read(move)))
+        else:
+            raise ValueError(f"no way from {move.source} to {move.target}")
+
+    def finished(self) -> Sequence[Outcome]:
+        outcomes = []
+        while True:
+            try:
+                outcomes.append(self._outcomes.get_nowait())
+            except queue.Empty:
+                return outcomes
+
+    def close(self) -> None:
+        """Finish what has been started, and end the threads. Idempotent."""
+        for jobs in self._queues.values():
+            jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _serve(self, jobs: queue.SimpleQueue[_Job | None]) -> None:
+        while (job := jobs.get()) is not None:
+            started = time.monotonic()
+            faults = job.run()
+            if faults and not self._complained:
+                # Once: a failing disk fails often, and the counters tell the rest.
+                log.warning(
+                    "%d of %d KV blocks did not get from %s to %s (%s); they count as misses",
+                    len(faults),
+                    len(job.move.contents),
+                    job.move.source,
+                    job.move.target,
+                    ", ".join(sorted({fault.value for fault in faults.values()})),
+                )
+                self._complained = True
+            self._outcomes.put(Outcome(job.move, time.monotonic() - started, faults))
+            self._wake()
+
+    def _rows(self, pool: Pool, slots: Sequence[int]) -> list[NDArray[np.uint8]]:
+        memory = self._host[pool]
+        return [memory[slot] for slot in slots]
+
+    def _write(self, move: Move) -> Mapping[int, Fault]:
+        rows = self._rows(move.pool, move.sources)
+        return self._files[move.pool].write(move.targets, move.contents, move.parents, rows)
+
+    def _read(self, move: Move) -> Mapping[int, Fault]:
+        rows = self._rows(move.pool, move.targets)
+        faults = self._files[move.pool].read(move.sources, move.contents, rows)
+        if faults:
+            # What failed once must not be found again after a restart.
+            self._files[move.pool].discard([move.sources[index] for index in faults])
+        return faults
+
+
+def _await(ticket: Ticket, move: Move) -> Mapping[int, Fault]:
+    try:
+        ticket.wait()
+    except EngineError as err:
+        log.warning("a copy between %s and %s failed: %s", move.source, move.target, err.message)
+        return dict.fromkeys(range(len(move.contents)), Fault.IO)
+    return {}
