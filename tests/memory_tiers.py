@@ -1,4 +1,4 @@
-"""Tiers in memory: what a mover does, in any order, with delays and faults, over the checking engine's pools."""
+"""Tiers in memory: moves carried out in any order, with delays and faults, over the checking engine."""
 
 from __future__ import annotations
 

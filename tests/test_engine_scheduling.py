@@ -7,7 +7,7 @@ import pytest
 
 from tests.engines import FIXTURES, cpu_engine
 from wicore.engine.cpu import CpuEngine
-from wicore.hmt import CacheManager
+from wicore.hmt import CacheManager, TierSizes
 from wicore.request import Priority, SamplingParams
 from wicore.sampling import SamplingState
 from wicore.scheduler import Limits, Scheduler, SequenceRequest
@@ -28,7 +28,9 @@ def run(
 ) -> tuple[list, Scheduler]:
     """Greedy output of every prompt, all handed in at once, with `blocks` of each pool."""
     info = engine.info
-    cache = CacheManager(info.layout, blocks, blocks, info.fingerprint, **options)
+    cache = CacheManager(
+        info.layout, TierSizes({"global": blocks, "window": blocks}), info.fingerprint, **options
+    )
     scheduler = Scheduler(Limits(max_batch=8, token_budget=96), cache)
     for key, prompt in enumerate(prompts):
         state = SamplingState(SamplingParams(temperature=0.0), key)

@@ -9,14 +9,15 @@ from hypothesis import strategies as st
 
 from wicore.engine.base import KVLayout
 from wicore.errors import ConfigError, EngineError, TooLarge
-from wicore.hmt import LRU, BlockPool, CacheManager, TokenChain
+from wicore.hmt import LRU, BlockPool, CacheManager, TierSizes, TokenChain
 
 BLOCK = 4
 
 
 def manager(blocks=32, window_blocks=None, window=10, **options) -> CacheManager:
     layout = KVLayout(BLOCK, 1, 1, 1, 1, window, "float32")
-    return CacheManager(layout, blocks, window_blocks or blocks, options.pop("salt", "model"), **options)
+    sizes = TierSizes({"global": blocks, "window": window_blocks or blocks})
+    return CacheManager(layout, sizes, options.pop("salt", "model"), **options)
 
 
 def serve(cache: CacheManager, key: int, tokens: list[int], step: int = 5) -> TokenChain:
@@ -24,7 +25,8 @@ def serve(cache: CacheManager, key: int, tokens: list[int], step: int = 5) -> To
     chain = cache.chain(tokens)
     match = cache.match(chain)
     assert cache.can_open(match, len(tokens))
-    computed = cache.open(key, chain, match, len(tokens))
+    cache.open(key, chain, match, len(tokens))
+    computed = cache.computed(key)
     while computed < len(tokens):
         computed = min(len(tokens), computed + step)
         assert cache.reserve(key, computed)
@@ -34,7 +36,7 @@ def serve(cache: CacheManager, key: int, tokens: list[int], step: int = 5) -> To
 
 
 def matched(cache: CacheManager, tokens: list[int]) -> int:
-    return cache.match(cache.chain(tokens)).tokens
+    return cache.match(cache.chain(tokens)).blocks * BLOCK
 
 
 # --- the chain ----------------------------------------------------------------------------------------
@@ -66,6 +68,10 @@ def test_another_salt_gives_other_hashes():
 # --- the pool -----------------------------------------------------------------------------------------
 
 
+def block_pool(blocks: int, name: str = "p", *, leaves_first: bool = True) -> BlockPool:
+    return BlockPool(name, blocks, LRU, lambda: 0.0, leaves_first=leaves_first)
+
+
 def cached_chain(pool: BlockPool, names: str) -> dict[str, int]:
     """Blocks that continue one another, named by one letter each, all cached."""
     blocks = {}
@@ -78,7 +84,7 @@ def cached_chain(pool: BlockPool, names: str) -> dict[str, int]:
 
 
 def test_free_blocks_go_before_cached_ones():
-    pool = BlockPool("p", 4, LRU, leaves_first=True)
+    pool = block_pool(4, "p", leaves_first=True)
     cached_chain(pool, "ab")
     pool.allocate()
     pool.allocate()
@@ -87,7 +93,7 @@ def test_free_blocks_go_before_cached_ones():
 
 
 def test_a_chain_is_evicted_from_its_end():
-    pool = BlockPool("p", 3, LRU, leaves_first=True)
+    pool = block_pool(3, "p", leaves_first=True)
     cached_chain(pool, "abc")
     order = []
     for _ in range(3):
@@ -98,7 +104,7 @@ def test_a_chain_is_evicted_from_its_end():
 
 
 def test_the_least_recently_used_chain_goes_first_to_its_root():
-    pool = BlockPool("p", 4, LRU, leaves_first=True)
+    pool = block_pool(4, "p", leaves_first=True)
     old = cached_chain(pool, "ab")
     cached_chain(pool, "xy")
     pool.allocate()
@@ -111,7 +117,7 @@ def test_the_least_recently_used_chain_goes_first_to_its_root():
 
 
 def test_a_window_pool_evicts_the_oldest_whatever_continues_it():
-    pool = BlockPool("p", 2, LRU, leaves_first=False)
+    pool = block_pool(2, "p", leaves_first=False)
     cached_chain(pool, "ab")
     pool.allocate()
     assert pool.lookup(b"a") is None
@@ -119,7 +125,7 @@ def test_a_window_pool_evicts_the_oldest_whatever_continues_it():
 
 
 def test_a_block_taken_up_again_is_used_and_not_evicted():
-    pool = BlockPool("p", 2, LRU, leaves_first=True)
+    pool = block_pool(2, "p", leaves_first=True)
     block = cached_chain(pool, "a")["a"]
     pool.acquire(block)
     pool.allocate()
@@ -129,7 +135,7 @@ def test_a_block_taken_up_again_is_used_and_not_evicted():
 
 
 def test_the_second_block_of_equal_content_goes_free_after_use():
-    pool = BlockPool("p", 2, LRU, leaves_first=True)
+    pool = block_pool(2, "p", leaves_first=True)
     first, second = pool.allocate(), pool.allocate()
     pool.register(first, b"a", b"^")
     pool.register(second, b"a", b"^")
@@ -141,7 +147,7 @@ def test_the_second_block_of_equal_content_goes_free_after_use():
 
 
 def test_a_check_that_fails_says_the_numbers():
-    pool = BlockPool("global", 3, LRU, leaves_first=True)
+    pool = block_pool(3, "global", leaves_first=True)
     block = pool.allocate()
     with pytest.raises(EngineError, match=f"block {block} has 1 references, 0 held"):
         pool.check({})
@@ -150,21 +156,9 @@ def test_a_check_that_fails_says_the_numbers():
         pool.check({block: 1})
 
 
-def test_attention_is_the_decayed_mean_of_the_mass_and_starts_anew_with_the_content():
-    pool = BlockPool("p", 1, LRU, leaves_first=True)
-    block = pool.allocate()
-    for _ in range(200):
-        pool.record(np.array([block], np.int32), np.array([0.5], np.float32))
-    assert pool.attention[block] == pytest.approx(0.5, rel=1e-3)
-    pool.record(np.array([block], np.int32), np.array([0.0], np.float32))
-    assert pool.attention[block] == pytest.approx(0.45, rel=1e-3)
-    pool.release(block)
-    assert pool.attention[pool.allocate()] == 0
-
-
 @given(st.lists(st.tuples(st.sampled_from("tar"), st.integers(0, 7)), max_size=300))
 def test_lru_names_the_evictable_block_touched_longest_ago(actions):
-    policy = LRU(8)
+    policy = LRU(8, lambda: 0.0)
     last, evictable = dict.fromkeys(range(8), -1), set()
     for now, (action, block) in enumerate(actions):
         if action == "t":
@@ -224,7 +218,7 @@ def test_a_match_needs_the_window_before_its_end():
 def test_a_sequence_holds_only_its_window_of_the_window_pool():
     cache = manager(window=10)
     serve(cache, 1, list(range(60)), step=4)
-    _, window_table, first = cache.tables(1)
+    _, window_table, first, _ = cache.tables(1)
     assert first == (60 - 10 + 1) // BLOCK
     assert len(window_table) == 15 - first
     assert cache.stats.window_pool.used == 15 - first
@@ -251,7 +245,7 @@ def test_cached_blocks_of_the_match_are_not_counted_as_room_for_the_rest(pool):
     cache.close(1)
     serve(cache, 2, [50] * 12)
     match = cache.match(cache.chain(list(range(20)) * 2))
-    assert match.tokens == 20
+    assert match.blocks == 5
     assert cache.can_open(match, 28)
     assert not cache.can_open(match, 28, spare=1)
     assert not cache.can_open(match, 29)
@@ -262,7 +256,7 @@ def test_what_the_match_shares_with_a_closing_sequence_is_not_counted_twice():
     cache = manager(blocks=8, window=200)
     serve(cache, 1, list(range(21)))
     match = cache.match(cache.chain([*range(20), 98, 99]))
-    assert match.tokens == 20
+    assert match.blocks == 5
     assert cache.can_open(match, 32, closing=[1])
     assert not cache.can_open(match, 33, closing=[1])
 
@@ -287,7 +281,7 @@ def test_a_sequence_closed_without_caching_leaves_nothing_to_match():
 def test_tables_handed_out_do_not_change_while_the_sequence_grows():
     cache = manager(blocks=64, window=10)
     serve(cache, 1, list(range(30)))
-    global_table, window_table, first = cache.tables(1)
+    global_table, window_table, first, _ = cache.tables(1)
     copies = global_table.copy(), window_table.copy()
     chain = cache._open[1].chain
     for token in range(100):
@@ -296,7 +290,7 @@ def test_tables_handed_out_do_not_change_while_the_sequence_grows():
     cache.commit(1, 130)
     np.testing.assert_array_equal(global_table, copies[0])
     np.testing.assert_array_equal(window_table, copies[1])
-    assert cache.tables(1)[2] > first
+    assert cache.tables(1).window_first > first
 
 
 def test_another_model_never_matches():
@@ -343,7 +337,8 @@ def test_blocks_always_add_up(blocks, window, arrivals):
         while not cache.can_open(cache.match(cache.chain(tokens)), len(tokens)):
             cache.close(open_keys.pop())
         chain = cache.chain(tokens)
-        computed = cache.open(key, chain, cache.match(chain), len(tokens))
+        cache.open(key, chain, cache.match(chain), len(tokens))
+        computed = cache.computed(key)
         open_keys.append(key)
         while computed < len(tokens) and cache.reserve(key, computed + 1):
             computed += 1

@@ -10,7 +10,7 @@ import pytest
 
 from wicore.engine.base import Engine, SequenceInput, StepPlan
 from wicore.engine.null import NullEngine
-from wicore.hmt import CacheManager
+from wicore.hmt import CacheManager, TierSizes
 from wicore.request import Priority, SamplingParams
 from wicore.sampling import SamplingState
 from wicore.scheduler import Limits, Scheduler, SequenceRequest
@@ -39,7 +39,9 @@ def chunk(tokens, start=0, *, key=1, sampled=True, **changes) -> SequenceInput:
 def generate(prompts: list[list[int]], count: int, budget: int, blocks: int = 64) -> dict[int, list[int]]:
     null = engine(global_blocks=blocks, window_blocks=blocks, window=20)
     info = null.info
-    cache = CacheManager(info.layout, info.global_blocks, info.window_blocks, info.fingerprint)
+    cache = CacheManager(
+        info.layout, TierSizes({"global": info.global_blocks, "window": info.window_blocks}), info.fingerprint
+    )
     scheduler = Scheduler(Limits(4, budget), cache)
     output: dict[int, list[int]] = {}
     for key, prompt in enumerate(prompts):

@@ -5,6 +5,8 @@ Threads
     intake     pops jobs when there is room, tokenises them, hands them to the engine thread.
     keeper     renews leases, reaps those of dead workers, hears of cancels (LeaseKeeper).
     publisher  writes events and results (Publisher).
+    look-ahead has the cached prefixes of waiting jobs brought nearer (LookAhead).
+    tier-*     copy KV blocks between tiers (TierMover).
     heartbeat  tells the registry that this worker lives.
     relay, celery-control  hear of cancels and of Celery's remote control (control.py).
 All that other threads want of the engine thread goes through `_inbox` and is done between two steps.
@@ -17,7 +19,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from redis import Redis
@@ -27,7 +29,6 @@ from wicore.config import Settings
 from wicore.engine.base import Engine
 from wicore.errors import Cancelled, Expired, Unavailable, WicoreError
 from wicore.generation import Generation
-from wicore.hmt import CacheManager
 from wicore.model import Model
 from wicore.queue.consumer import Delivery, LeaseConsumer, LeaseKeeper
 from wicore.queue.producer import Producer
@@ -36,8 +37,10 @@ from wicore.request import TerminalType, terminal_event
 from wicore.scheduler import Limits, Scheduler, TokenOut
 from wicore.stream.publisher import Publisher
 from wicore.stream.relay import read_log
+from wicore.tiers.cache import TieredCache
 from workers.control import CancelListener, CeleryNode
 from workers.intake import Intake
+from workers.lookahead import LookAhead
 from workers.panel import Panel
 
 log = logging.getLogger("wicore.worker")
@@ -65,17 +68,10 @@ class Worker:
         """`owner` names this process in leases and must never be used again by another."""
         self._settings, self._model, self._engine, self._redis = settings, model, engine, redis
         self._owner = owner
-        info = engine.info
-        cache = CacheManager(
-            info.layout,
-            info.global_blocks,
-            info.window_blocks,
-            info.fingerprint,
-            prefix_cache=settings.hmt.prefix_cache,
-        )
-        limits = Limits(settings.scheduler.max_batch, settings.scheduler.token_budget)
-        self._scheduler = Scheduler(limits, cache)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._cache = TieredCache(settings, model.checkpoint.config, engine, self._wake)
+        limits = Limits(settings.scheduler.max_batch, settings.scheduler.token_budget)
+        self._scheduler = Scheduler(limits, self._cache.manager)
         self._jobs: dict[str, _Job] = {}
         """By delivery tag."""
         self._by_key: dict[int, _Job] = {}
@@ -84,6 +80,8 @@ class Worker:
         self._next_key = 0
         self._stopping = threading.Event()
         self._step_started: float | None = None
+        self._awaits_blocks = False
+        """Every sequence waits for blocks under way."""
         self._steps = self._tokens = self._accepted = 0
         prefix, leases = settings.redis.prefix, settings.queue
         self._consumer = LeaseConsumer(redis, owner, prefix, leases)
@@ -96,6 +94,13 @@ class Worker:
             may_pop=self._progresses,
         )
         self._room, self._trial = self._intake.room, self._intake.trial
+        self._look_ahead = LookAhead(
+            self._consumer.peek,
+            tokens=lambda body: admit(body, model, settings).token_ids,
+            offer=self._prefetch,
+            count=settings.hmt.look_ahead if settings.hmt.nvme_path else 0,
+            busy=lambda: self._room.full and self._progresses(),
+        )
         self._keeper = LeaseKeeper(
             redis,
             owner,
@@ -112,7 +117,7 @@ class Worker:
             on_lost=self._lose,
             on_cancel=self._cancel_soon,
             on_finished=self._let_go,
-            on_room=lambda: self._inbox.put(lambda: None),
+            on_room=self._wake,
             wait_replicas=settings.redis.wait_replicas,
         )
         self._heartbeat = Heartbeat(redis, owner, self.status, prefix)
@@ -130,6 +135,7 @@ class Worker:
         self._cancels.start()
         self._celery.start()
         self._intake.start()
+        self._look_ahead.start()
         try:
             while not self._stopping.is_set():
                 self._advance()
@@ -140,6 +146,7 @@ class Worker:
             healthy = sys.exc_info()[0] is None
             self.stop()
             self._intake.join()
+            self._look_ahead.join()
             self._leave(healthy=healthy)
 
     def stop(self) -> None:
@@ -148,7 +155,8 @@ class Worker:
             return
         self._stopping.set()
         self._intake.stop()
-        self._inbox.put(lambda: None)
+        self._look_ahead.stop()
+        self._wake()
 
     def status(self) -> dict[str, object]:
         """What the registry shows of this worker. For any thread."""
@@ -167,6 +175,7 @@ class Worker:
             "steps": self._steps,
             "tokens": self._tokens,
             "preemptions": self._scheduler.preemptions,
+            "kv": self._cache.report(),
             "jobs": self._accepted,
         }
 
@@ -193,18 +202,24 @@ class Worker:
     def _advance(self, until: float | None = None) -> None:
         """Do what the inbox asks, then one step; with nothing to step, wait for the inbox, at most `until`.
 
-        While Redis is away and the publisher full, nothing is stepped either.
+        While Redis is away and the publisher full, nothing is stepped either. Blocks that have moved ring
+        in the inbox, too.
         """
-        self._empty_inbox(until, block=self._scheduler.idle or self._publisher.full)
+        idle = self._scheduler.idle
+        if idle:
+            self._cache.tend()
+        self._empty_inbox(until, block=idle or self._publisher.full or self._awaits_blocks)
         self._expire()
         if self._publisher.full:
             return
         plan = self._scheduler.plan()
+        self._awaits_blocks = plan is None and self._cache.manager.busy
         if plan is None:
             return
         self._room.expect(self._scheduler.ending_soon())
         self._step_started = time.monotonic()
         result = self._engine.step(plan)
+        self._cache.observe(plan, time.monotonic() - self._step_started)
         self._step_started = None
         self._steps += 1
         self._room.expect(0)  # before their slots are released, or they would count twice
@@ -321,9 +336,26 @@ class Worker:
             log.warning("stopped; the leases of %d jobs run out, for %s", len(left), err.message)
         self._heartbeat.stop()
         self._consumer.close()
+        if healthy:
+            self._cache.flush(_FLUSH_S, self._wait)
+        self._cache.close()
         self._engine.close()
 
+    def _wait(self, seconds: float) -> None:
+        """Until the inbox rings, but no longer."""
+        try:
+            self._inbox.get(timeout=seconds)
+        except queue.Empty:
+            return
+
     # --- other threads ----------------------------------------------------------------------------
+
+    def _wake(self) -> None:
+        self._inbox.put(lambda: None)
+
+    def _prefetch(self, tokens: Sequence[int]) -> None:
+        chain = self._cache.manager.chain(tokens)
+        self._inbox.put(lambda: self._cache.manager.prefetch(chain))
 
     def _cancel_job(self, job_id: str) -> None:
         for delivery in list(self._held.values()):
@@ -359,6 +391,7 @@ class Worker:
             self._publisher.finish(delivery, event)
             return
         self._room.claim(delivery.body.n, delivery.level)
+        self._look_ahead.wake()
         self._inbox.put(lambda: self._begin(job))
 
     def _prepare(self, delivery: Delivery) -> _Job:

@@ -19,7 +19,7 @@ import numpy as np
 from wicore.bench.hardware import Ceiling, describe
 from wicore.engine.base import Engine, KVLayout
 from wicore.gemma3.config import Gemma3Config
-from wicore.hmt import CacheManager
+from wicore.hmt import CacheManager, TierSizes
 from wicore.request import Priority, SamplingParams
 from wicore.sampling import SamplingState
 from wicore.scheduler import Limits, Scheduler, SequenceRequest
@@ -76,9 +76,8 @@ class Ours:
 
     def _scheduler(self) -> Scheduler:
         info = self._engine.info
-        cache = CacheManager(
-            info.layout, info.global_blocks, info.window_blocks, info.fingerprint, prefix_cache=False
-        )
+        sizes = TierSizes({"global": info.global_blocks, "window": info.window_blocks})
+        cache = CacheManager(info.layout, sizes, info.fingerprint, prefix_cache=False)
         return Scheduler(self._limits, cache)
 
     def _add(self, scheduler: Scheduler, key: int, prompt: int, output: int, params: SamplingParams) -> None:

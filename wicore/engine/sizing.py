@@ -6,7 +6,8 @@ from __future__ import annotations
 from wicore.config import Settings
 from wicore.engine.base import KVLayout, Pool
 from wicore.gemma3.config import Gemma3Config
-from wicore.hmt.tiers import TierSizes, longest_sequence, split_bytes
+from wicore.hmt.tiers import POOLS, TierSizes, longest_sequence, split_bytes
+from wicore.tiers.slot import slot_bytes
 
 
 def kv_layout(settings: Settings, config: Gemma3Config) -> KVLayout:
@@ -38,11 +39,12 @@ def tier_sizes(settings: Settings, config: Gemma3Config) -> TierSizes:
         -settings.scheduler.token_budget // hmt.block_tokens
     )
     device: dict[Pool, int] = {"global": every, "window": min(every, running)}
-    on_file = hmt.nvme_bytes if hmt.nvme_path is not None else 0
+    in_memory = {pool: layout.block_bytes(pool) for pool in POOLS}
+    on_file = {pool: slot_bytes(size) for pool, size in in_memory.items()}
     return TierSizes(
         device,
-        split_bytes(layout, hmt.host_bytes, hmt.window_share),
-        split_bytes(layout, on_file, hmt.window_share),
+        split_bytes(in_memory, hmt.host_bytes, hmt.window_share),
+        split_bytes(on_file, hmt.nvme_bytes if hmt.nvme_path is not None else 0, hmt.window_share),
     )
 
 

@@ -44,7 +44,8 @@ def stats_of(traffic: Traffic, hit_tokens: Mapping[Tier, int], opened_tokens: in
 def report(stats: CacheStats, traffic: Traffic) -> dict[str, object]:
     """All of it as JSON: for heartbeats, `/status` and `/metrics`."""
     moved: dict[str, dict[str, int]] = {}
-    for (route, pool), size in traffic.moved_bytes.items():
+    # Copies, as heartbeats read them from another thread.
+    for (route, pool), size in dict(traffic.moved_bytes).items():
         moved.setdefault(">".join(route), {})[pool] = size
     return {
         "tiers": {
@@ -60,7 +61,7 @@ def report(stats: CacheStats, traffic: Traffic) -> dict[str, object]:
         "opened_tokens": stats.opened_tokens,
         "hit_tokens": dict(stats.hit_tokens),
         "miss_blocks": dict(traffic.misses),
-        "move_seconds": {">".join(route): h.as_dict() for route, h in traffic.move_seconds.items()},
+        "move_seconds": {">".join(route): h.as_dict() for route, h in dict(traffic.move_seconds).items()},
         "victim_age_tokens": {
             tier: pools["global"].victim_ages.as_dict() for tier, pools in traffic.pools.items()
         },

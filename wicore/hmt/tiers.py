@@ -26,13 +26,11 @@ class TierSizes:
     nvme: Mapping[Pool, int] | None = None
 
 
-def split_bytes(layout: KVLayout, size: int, window_share: float) -> dict[Pool, int] | None:
+def split_bytes(slot_bytes: Mapping[Pool, int], size: int, window_share: float) -> dict[Pool, int] | None:
     """Slots of each pool in `size` bytes, `window_share` of them for windows; None when there are none."""
-    window = int(size * window_share) // layout.block_bytes("window")
-    slots: dict[Pool, int] = {
-        "global": (size - window * layout.block_bytes("window")) // layout.block_bytes("global"),
-        "window": window,
-    }
+    window = int(size * window_share) // slot_bytes["window"]
+    rest = size - window * slot_bytes["window"]
+    slots: dict[Pool, int] = {"global": rest // slot_bytes["global"], "window": window}
     return slots if all(slots.values()) else None
 
 

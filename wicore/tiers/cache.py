@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from wicore.config import Settings
-from wicore.engine.base import Engine, Pool
+from wicore.engine.base import Engine, Pool, StepPlan
 from wicore.engine.sizing import tier_sizes
 from wicore.gemma3.config import Gemma3Config
 from wicore.hmt import CacheManager
@@ -72,13 +72,23 @@ class TieredCache:
         direct = all(file.direct for file in self._files.values()) if self._files else None
         return {**self.manager.report(), "direct_io": direct}
 
+    def observe(self, plan: StepPlan, seconds: float) -> None:
+        """A step took so long: what raising blocks is weighed against, when the step was mostly prefill."""
+        prompt = sum(len(sequence.tokens) for sequence in plan.sequences if len(sequence.tokens) > 1)
+        if prompt >= 8 * len(plan.sequences):
+            self.manager.observe_prefill(prompt, seconds)
+
+    def tend(self) -> None:
+        """Let blocks move while no step is planned."""
+        self.manager.take_in()
+        self.manager.start_moves()
+
     def flush(self, seconds: float, wait: Callable[[float], None]) -> None:
         """Save what waits to be saved, for at most so long; `wait(s)` returns when something has moved, or
         after s seconds. For the engine thread, when it steps no more."""
         end = time.monotonic() + seconds
         while self.manager.saving and time.monotonic() < end:
-            self.manager.take_in()
-            self.manager.start_moves()
+            self.tend()
             if self.manager.busy:
                 wait(max(0.0, end - time.monotonic()))
 

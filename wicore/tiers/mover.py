@@ -47,8 +47,9 @@ class TierMover:
             name: queue.SimpleQueue() for name in (("copies", "reads", "writes") if files else ("copies",))
         }
         self._threads = [
-            threading.Thread(target=self._serve, args=(jobs,), name=f"tier-{name}", daemon=True)
-            for name, jobs in self._queues.items()
+            threading.Thread(target=self._serve, args=(name,), name=f"tier-{name}", daemon=True)
+            # Two read at a time: one verifies what it has read while the other waits for the disk.
+            for name in (*self._queues, *(("reads",) if files else ()))
         ]
         for thread in self._threads:
             thread.start()
@@ -78,12 +79,13 @@ class TierMover:
 
     def close(self) -> None:
         """Finish what has been started, and end the threads. Idempotent."""
-        for jobs in self._queues.values():
-            jobs.put(None)
+        for thread in self._threads:
+            self._queues[thread.name.removeprefix("tier-")].put(None)
         for thread in self._threads:
             thread.join()
 
-    def _serve(self, jobs: queue.SimpleQueue[_Job | None]) -> None:
+    def _serve(self, name: str) -> None:
+        jobs = self._queues[name]
         while (job := jobs.get()) is not None:
             started = time.monotonic()
             faults = job.run()
