@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 
 import numpy as np
@@ -10,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.engines import FIXTURES, TINY, Row, cpu_engine, generate, rows
-from wicore.engine.base import Engine, StepPlan
+from wicore.engine.base import Engine, Pool, StepPlan
+from wicore.errors import EngineError
 from wicore.request import SamplingParams
 
 ENGINES: dict[str, Callable[[], Engine]] = {
@@ -18,12 +20,19 @@ ENGINES: dict[str, Callable[[], Engine]] = {
     for name in TINY
     for weights in ("float32", "int8")
 }
+POOLS: tuple[Pool, Pool] = ("global", "window")
 PROMPT = np.random.default_rng(3).integers(5, 500, 210).astype(np.int32)
 
 
 @pytest.fixture(scope="module", params=ENGINES.keys())
 def engine(request: pytest.FixtureRequest) -> Engine:
     return ENGINES[request.param]()
+
+
+@pytest.fixture(scope="module")
+def host(engine: Engine) -> dict[Pool, np.ndarray]:
+    """The engine's host memory, for the one time that it gives it."""
+    return {pool: engine.host_memory(pool, 40) for pool in POOLS}
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +78,56 @@ def test_text_survives_eviction_and_return_of_every_block_between_steps(engine, 
         engine.copy_in(pool, host, elsewhere.blocks.tolist()).wait()
     moved = Row(row.key, elsewhere.blocks, row.start, output=row.output)
     assert generate(engine, moved, row.output[-1:], 40) == undisturbed
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_host_memory_is_aligned_and_given_once(engine, host, pool) -> None:
+    memory = host[pool]
+    assert memory.shape == (40, engine.info.layout.block_bytes(pool))
+    assert memory.flags.c_contiguous
+    assert memory.ctypes.data % mmap.PAGESIZE == 0
+    with pytest.raises(ValueError, match=f"{pool} pool: asked for twice"):
+        engine.host_memory(pool, 40)
+
+
+def test_blocks_come_back_from_host_memory_as_they_were(engine, host) -> None:
+    for pool, memory in host.items():
+        memory[[3, 1]] = (
+            np.random.default_rng(15).random((2, memory.shape[1] // 4), np.float32).view(np.uint8)
+        )
+        engine.copy_in(pool, [memory[3], memory[1]], [9, 8]).wait()
+        engine.copy_out(pool, [8, 9], [memory[5], memory[6]]).wait()
+        assert np.array_equal(memory[[6, 5]], memory[[3, 1]])
+
+
+def test_copies_made_while_steps_run_arrive_whole(engine, undisturbed) -> None:
+    row, elsewhere = rows(engine, 2, 260, seed=13)
+    blocks, size = elsewhere.blocks.tolist(), engine.info.layout.block_bytes("global")
+    sent = np.random.default_rng(14).random((len(blocks), size // 4), np.float32).view(np.uint8)
+    tickets, returned = [], []
+    for _ in range(20):
+        tickets.append(engine.copy_in("global", sent, blocks))
+        returned.append(np.zeros_like(sent))
+        tickets.append(engine.copy_out("global", blocks, list(returned[-1])))
+    assert generate(engine, row, PROMPT, 40) == undisturbed
+    for ticket in tickets:
+        ticket.wait()
+    assert all(ticket.done() for ticket in tickets)
+    assert all(np.array_equal(back, sent) for back in returned)
+
+
+def test_a_copy_that_fails_says_so_when_it_is_waited_for(engine) -> None:
+    size = engine.info.layout.block_bytes("global")
+    ticket = engine.copy_out("global", [10**6], np.empty((1, size), np.uint8))
+    with pytest.raises(EngineError, match="copy of KV blocks failed"):
+        ticket.wait()
+    assert ticket.done()
+
+
+def test_a_copy_of_more_blocks_than_rows_is_refused(engine) -> None:
+    size = engine.info.layout.block_bytes("window")
+    with pytest.raises(ValueError, match="2 blocks and 1 rows"):
+        engine.copy_in("window", np.empty((1, size), np.uint8), [1, 2])
 
 
 @pytest.mark.parametrize("k", [1, 17, 39])

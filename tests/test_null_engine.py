@@ -124,6 +124,7 @@ def test_blocks_come_back_as_they_were_copied_out():
     null.copy_in("window", host, [3, 7]).wait()
     back = np.zeros((3, size), np.uint8)
     ticket = null.copy_out("window", [7, 3, 4], back)
+    ticket.wait()
     assert ticket.done()
     np.testing.assert_array_equal(back, [host[1], host[0], np.zeros(size)])
     null.close()

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wicore.engine.base import (
-    Completed,
     EngineInfo,
     KVLayout,
     Pool,
@@ -23,7 +22,9 @@ from wicore.engine.base import (
     SequenceOutput,
     StepPlan,
     StepResult,
+    Ticket,
 )
+from wicore.engine.copies import Copier, HostMemory
 from wicore.engine.plans import check_plan
 from wicore.sampling import SampledToken, philox
 
@@ -74,6 +75,7 @@ class NullEngine:
             fingerprint="null",
         )
         self._step_s = step_ms / 1000
+        self._host, self._copier = HostMemory(layout), Copier()
         self._memory: dict[Pool, NDArray[np.uint8]] = {
             "global": np.zeros((global_blocks, layout.block_bytes("global")), np.uint8),
             "window": np.zeros((window_blocks, layout.block_bytes("window")), np.uint8),
@@ -98,16 +100,22 @@ class NullEngine:
             time.sleep(0)
         return StepResult(outputs)
 
-    def copy_out(self, pool: Pool, blocks: Sequence[int], host: NDArray[np.uint8]) -> Completed:
-        host[:] = self._memory[pool][list(blocks)]
-        return Completed()
+    def host_memory(self, pool: Pool, slots: int) -> NDArray[np.uint8]:
+        return self._host.allocate(pool, slots)
 
-    def copy_in(self, pool: Pool, host: NDArray[np.uint8], blocks: Sequence[int]) -> Completed:
-        self._memory[pool][list(blocks)] = host
-        return Completed()
+    def copy_out(self, pool: Pool, blocks: Sequence[int], rows: Sequence[NDArray[np.uint8]]) -> Ticket:
+        memory = self._memory[pool]
+
+        def copy(block: int, row: NDArray[np.uint8]) -> None:
+            row[:] = memory[block]
+
+        return self._copier.start(copy, blocks, rows)
+
+    def copy_in(self, pool: Pool, rows: Sequence[NDArray[np.uint8]], blocks: Sequence[int]) -> Ticket:
+        return self._copier.start(self._memory[pool].__setitem__, blocks, rows)
 
     def close(self) -> None:
-        """Holds nothing that needs releasing."""
+        self._copier.close()
 
     def _tokens(self, sequences: Sequence[SequenceInput]) -> list[SampledToken]:
         counters = np.zeros((len(sequences), 4), np.uint32)

@@ -23,7 +23,6 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from wicore.engine.base import (
-    Completed,
     EngineInfo,
     KVLayout,
     Pool,
@@ -33,6 +32,7 @@ from wicore.engine.base import (
     StepResult,
     Ticket,
 )
+from wicore.engine.copies import Copier, HostMemory
 from wicore.engine.cpu.graph import build_body, build_head
 from wicore.engine.cpu.pool import KVPool
 from wicore.engine.cpu.rope import RopeTables
@@ -123,6 +123,7 @@ class CpuEngine:
             "global": KVPool(layout, "global", global_blocks),
             "window": KVPool(layout, "window", window_blocks),
         }
+        self._host, self._copier = HostMemory(layout), Copier()
         threads = threads or os.cpu_count() or 1
         # One after the other, and the file's pages given back, so that the peak is one copy of the weights
         # and not three.
@@ -168,15 +169,17 @@ class CpuEngine:
         tokens = self._sample(rows, samplers) if samplers else {}
         return StepResult({key: SequenceOutput(tokens.get(key), share) for key, share in mass.items()})
 
-    def copy_out(self, pool: Pool, blocks: Sequence[int], host: NDArray[np.uint8]) -> Ticket:
-        self._pools[pool].copy_out(blocks, host)
-        return Completed()
+    def host_memory(self, pool: Pool, slots: int) -> NDArray[np.uint8]:
+        return self._host.allocate(pool, slots)
 
-    def copy_in(self, pool: Pool, host: NDArray[np.uint8], blocks: Sequence[int]) -> Ticket:
-        self._pools[pool].copy_in(host, blocks)
-        return Completed()
+    def copy_out(self, pool: Pool, blocks: Sequence[int], rows: Sequence[NDArray[np.uint8]]) -> Ticket:
+        return self._copier.start(self._pools[pool].copy_out, blocks, rows)
+
+    def copy_in(self, pool: Pool, rows: Sequence[NDArray[np.uint8]], blocks: Sequence[int]) -> Ticket:
+        return self._copier.start(self._pools[pool].copy_in, blocks, rows)
 
     def close(self) -> None:
+        self._copier.close()
         if self._second is not None:
             self._second.shutdown()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,14 +28,14 @@ class KVPool:
         k, v = self._data[index].reshape(2, blocks * heads, tokens, width)
         return k, v
 
-    def copy_out(self, blocks: Sequence[int], host: NDArray[np.uint8]) -> None:
-        """Blocks to `host`, uint8 [len(blocks), block_bytes]: per block, layers, then K and V."""
-        self._host_view(blocks, host)[:] = np.moveaxis(self._data[:, :, list(blocks)], 2, 0)
+    def copy_out(self, block: int, row: NDArray[np.uint8]) -> None:
+        """A block to its row, uint8 [block_bytes]: layers, then K and V, then heads and positions."""
+        self._like_block(row)[:] = self._data[:, :, block]
 
-    def copy_in(self, host: NDArray[np.uint8], blocks: Sequence[int]) -> None:
+    def copy_in(self, block: int, row: NDArray[np.uint8]) -> None:
         """The reverse of `copy_out`."""
-        self._data[:, :, list(blocks)] = np.moveaxis(self._host_view(blocks, host), 0, 2)
+        self._data[:, :, block] = self._like_block(row)
 
-    def _host_view(self, blocks: Sequence[int], host: NDArray[np.uint8]) -> Float:
+    def _like_block(self, row: NDArray[np.uint8]) -> Float:
         layers, two, _, heads, tokens, width = self._data.shape
-        return host.view(np.float32).reshape(len(blocks), layers, two, heads, tokens, width)
+        return row.view(np.float32).reshape(layers, two, heads, tokens, width)
