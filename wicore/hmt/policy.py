@@ -120,4 +120,4 @@ class LRU:
             heapq.heapify(self._heap)
 
 
-POLICIES: dict[str, Callable[[int, Clock], EvictionPolicy]] = {"lru": LRU}
+POLICIES: dict[str, Callable[[int, Clock], EvictionPolicy]] = {"lru": LRU, "a2cr": LRU}

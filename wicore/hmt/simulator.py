@@ -5,8 +5,8 @@ modelled: time. Copies of a route follow one another at its bandwidth, prompts a
 other at a fixed rate, and output at a fixed time a token, beside each other.
 
 A trace's line is a request: when it came, how long its prompt and output were, and the ids of its prompt's
-blocks, where an equal id means an equal prefix up to there (the form of Mooncake's published traces). Output is
-held while it is generated and then forgotten, as such traces do not say which request continues it.
+blocks, where an equal id means an equal prefix up to there (the form of Mooncake's published traces). Output
+is held while it is generated and then forgotten, as such traces do not say which request continues it.
 """
 
 from __future__ import annotations
