@@ -210,7 +210,8 @@ def test_a_worker_takes_no_more_of_a_level_than_it_has_slots(redis_client, valke
     waiting = []
 
     class Watched:
-        info, close = engine.info, engine.close
+        info, close, host_memory = engine.info, engine.close, engine.host_memory
+        copy_in, copy_out = engine.copy_in, engine.copy_out
 
         def step(self, plan):
             waiting.append(worker.status()["waiting"])
