@@ -34,16 +34,24 @@ class Row:
     start: int = 0
     params: SamplingParams = GREEDY
     output: list[int] = field(default_factory=list)
+    global_blocks: NDArray[np.int32] | None = None
+    """Where the global table differs from `blocks`; its first `streamed` are slots of host memory."""
+    streamed: int = 0
+
+    @property
+    def global_table(self) -> NDArray[np.int32]:
+        return self.blocks if self.global_blocks is None else self.global_blocks
 
     def input(self, tokens: Sequence[int] | NDArray[np.int32], *, sample: bool = False) -> SequenceInput:
         return SequenceInput(
             key=self.key,
             tokens=np.asarray(tokens, np.int32),
             start=self.start,
-            global_table=self.blocks,
+            global_table=self.global_table,
             window_table=self.blocks,
             window_first=0,
             sampling=SamplingState(self.params, 7, output=self.output) if sample else None,
+            streamed=self.streamed,
         )
 
 

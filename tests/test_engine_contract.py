@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -211,3 +212,80 @@ def test_logits_are_bitwise_the_same_in_any_chunking_and_company(engine, data) -
         parts.append(engine.logits(plan)[row.key])
         row.start += size
     assert np.array_equal(np.concatenate(parts), whole)
+
+
+# --- streamed blocks ------------------------------------------------------------------------------
+
+
+def stream(engine: Engine, row: Row, host: np.ndarray, streamed: int, rng: np.random.Generator) -> Row:
+    """The sequence with its first blocks in host memory only: on the device they are overwritten."""
+    slots = rng.permutation(len(host))[:streamed]
+    leaving = row.blocks[:streamed].tolist()
+    engine.copy_out("global", leaving, [host[slot] for slot in slots]).wait()
+    other = rng.random((streamed, host.shape[1] // 4), np.float32).view(np.uint8)
+    engine.copy_in("global", other, leaving).wait()
+    table = np.concatenate([slots, row.blocks[streamed:]]).astype(np.int32)
+    return replace(row, global_blocks=table, streamed=streamed)
+
+
+@pytest.mark.parametrize("streamed", [1, 5, 13])
+def test_text_is_the_same_when_leading_blocks_are_streamed(engine, undisturbed, host, streamed) -> None:
+    row, other = rows(engine, 2, 260, seed=16)
+    generate(engine, row, PROMPT, 1)
+    row = stream(engine, row, host["global"], streamed, np.random.default_rng(streamed))
+    generate(engine, other, PROMPT[:60], 1)
+    while len(row.output) < 40:
+        plan = StepPlan((other.input(PROMPT[60:61]), row.input(row.output[-1:], sample=True)))
+        row.output.append(engine.step(plan).outputs[row.key].token.id)
+        row.start += 1
+    assert row.output == undisturbed
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_logits_and_mass_are_bitwise_the_same_with_any_blocks_streamed(engine, host, data) -> None:
+    resident, row, *others = rows(engine, 4, 260, seed=17)
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    size = engine.info.layout.block_tokens
+    while row.start < len(PROMPT):
+        part = PROMPT[row.start :][: data.draw(st.integers(1, 100))]
+        if data.draw(st.booleans()):
+            part = part[:1]
+        streamed = data.draw(st.integers(0, row.start // size))
+        moved = stream(engine, row, host["global"], streamed, rng) if streamed else row
+        company = [o for o in others if data.draw(st.booleans())]
+        plan = StepPlan((*(o.input(PROMPT[:1]) for o in company), moved.input(part)))
+        expected_plan = StepPlan((resident.input(part),))
+        expected = engine.logits(expected_plan)[resident.key]
+        assert np.array_equal(engine.logits(plan)[row.key], expected)
+        mass = engine.step(plan).outputs[row.key].mass
+        assert np.array_equal(mass, engine.step(expected_plan).outputs[resident.key].mass)
+        slots = moved.global_table[:streamed].tolist()
+        engine.copy_in("global", [host["global"][i] for i in slots], row.blocks[:streamed].tolist()).wait()
+        row.start = resident.start = row.start + len(part)
+
+
+@pytest.mark.parametrize(
+    ("streamed", "slot", "block", "words"),
+    [
+        (3, 0, 0, "3 streamed blocks do not end before position 40"),
+        (-1, 0, 0, "-1 streamed blocks"),
+        (1, 40, 0, "slot of host memory is not in 0..39"),
+        (1, -1, 0, "slot of host memory"),
+        (2, 0, 10**6, "block id is not in 0..255"),
+    ],
+)
+def test_a_plan_that_streams_what_it_cannot_is_refused(engine, host, streamed, slot, block, words) -> None:
+    [row] = rows(engine, 1, 260, seed=18)
+    table = row.blocks.copy()
+    table[0], table[2] = slot, block
+    broken = replace(row, start=40, global_blocks=table, streamed=streamed)
+    with pytest.raises(ValueError, match=words):
+        engine.step(StepPlan((broken.input([5]),)))
+
+
+def test_streaming_before_host_memory_was_asked_for_is_refused() -> None:
+    engine = cpu_engine(FIXTURES / "tiny")
+    [row] = rows(engine, 1, 260)
+    with pytest.raises(ValueError, match="host_memory was not asked for"):
+        engine.step(StepPlan((replace(row, start=40, streamed=1).input([5]),)))

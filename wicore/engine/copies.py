@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -39,10 +39,9 @@ class HostMemory:
         self._rows[pool] = rows
         return rows
 
-    @property
-    def slots(self) -> Mapping[Pool, int]:
-        """How many each pool that has been asked for has."""
-        return {pool: len(rows) for pool, rows in self._rows.items()}
+    def slots(self, pool: Pool) -> int | None:
+        """How many the pool has; None before it was asked for."""
+        return len(self._rows[pool]) if pool in self._rows else None
 
 
 class CopyTicket:

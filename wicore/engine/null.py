@@ -87,7 +87,7 @@ class NullEngine:
 
     def step(self, plan: StepPlan) -> StepResult:
         deadline = time.monotonic() + self._step_s
-        check_plan(plan, self._info)
+        check_plan(plan, self._info, self._host.slots("global"))
         sampled = [sequence for sequence in plan.sequences if sequence.sampling is not None]
         tokens = dict(zip((sequence.key for sequence in sampled), self._tokens(sampled), strict=True))
         outputs = {}

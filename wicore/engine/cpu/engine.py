@@ -145,13 +145,14 @@ class CpuEngine:
             value = ort.OrtValue.ortvalue_from_numpy(rows)
             self._binding.bind_ortvalue_input(name, value)
             self._binding.bind_ortvalue_output(f"{name}_out", value)
+        self._bind_host(np.zeros((1, layout.block_bytes("global")), np.uint8))
 
     @property
     def info(self) -> EngineInfo:
         return self._info
 
     def step(self, plan: StepPlan) -> StepResult:
-        check_plan(plan, self._info)
+        check_plan(plan, self._info, self._host.slots("global"))
         mass = {s.key: np.zeros(len(s.global_table), np.float32) for s in plan.sequences}
         rows: list[Float] = []
         samplers: list[SequenceInput] = []
@@ -170,7 +171,10 @@ class CpuEngine:
         return StepResult({key: SequenceOutput(tokens.get(key), share) for key, share in mass.items()})
 
     def host_memory(self, pool: Pool, slots: int) -> NDArray[np.uint8]:
-        return self._host.allocate(pool, slots)
+        rows = self._host.allocate(pool, slots)
+        if pool == "global" and slots:
+            self._bind_host(rows)
+        return rows
 
     def copy_out(self, pool: Pool, blocks: Sequence[int], rows: Sequence[NDArray[np.uint8]]) -> Ticket:
         return self._copier.start(self._pools[pool].copy_out, blocks, rows)
@@ -185,7 +189,7 @@ class CpuEngine:
 
     def logits(self, plan: StepPlan) -> dict[int, Float]:
         """Logits after every new token of every sequence, [n, vocab]: for parity tests and scoring."""
-        check_plan(plan, self._info)
+        check_plan(plan, self._info, self._host.slots("global"))
         parts: dict[int, list[Float]] = {s.key: [] for s in plan.sequences}
         for run in self._runs(plan.sequences):
             hidden, _ = self._run(run, every_row=True)
@@ -197,10 +201,11 @@ class CpuEngine:
     # --- one step ---------------------------------------------------------------------------------
 
     def _runs(self, sequences: Sequence[SequenceInput]) -> Iterator[_Run]:
-        """Cut a plan into passes of the stack: prompt chunks one by one, single tokens together."""
-        single = [s for s in sequences if len(s.tokens) == 1]
+        """Cut a plan into passes of the stack: prompt chunks and streamed sequences one by one, the other
+        single tokens together."""
+        single = [s for s in sequences if len(s.tokens) == 1 and not s.streamed]
         for sequence in sequences:
-            if len(sequence.tokens) > 1:
+            if len(sequence.tokens) > 1 or sequence.streamed:
                 yield from self._chunks(sequence)
         for batch in _batches(single, self._padding_limit):
             yield _Run(
@@ -238,10 +243,11 @@ class CpuEngine:
         positions = run.starts[:, None] + np.arange(n)
         for pool in POOLS:
             feeds |= self._attention_feeds(pool, run, positions)
+        feeds |= self._streamed_feeds(run)
         for name, array in feeds.items():
             value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
             self._binding.bind_ortvalue_input(name, value)
-        span = feeds["blocks_global"].shape[2]
+        span = feeds["mask_global"].shape[-1] // self._info.layout.block_tokens
         hidden = np.empty((len(rows), self._config.hidden_size), np.float32)
         mass = np.empty((batch, span, self._info.layout.block_tokens), np.float32)
         self._bind_output("hidden", hidden, hidden.shape)
@@ -257,6 +263,19 @@ class CpuEngine:
     def _bind_output(self, name: str, array: Float, shape: tuple[int, ...]) -> None:
         """Have the next run write output `name`, of `shape`, into `array`."""
         self._binding.bind_output(name, "cpu", 0, np.float32, shape, array.ctypes.data)
+
+    def _bind_host(self, rows: NDArray[np.uint8]) -> None:
+        """Let streamed blocks be read from these rows, in place."""
+        layout = self._info.layout
+        matrices = rows.view(np.float32).reshape(-1, layout.block_tokens, layout.head_dim)
+        self._binding.bind_ortvalue_input("host", ort.OrtValue.ortvalue_from_numpy(matrices))
+
+    def _streamed_feeds(self, run: _Run) -> dict[str, NDArray[np.generic]]:
+        """Which blocks the graph reads from host memory; a run with any holds one sequence."""
+        layout, sequence = self._info.layout, run.inputs[0]
+        slots = sequence.global_table[: sequence.streamed].astype(np.int64)
+        rows = slots * (2 * layout.global_layers * layout.kv_heads) + np.arange(layout.kv_heads)[:, None]
+        return {"streamed": np.array(sequence.streamed > 0), "host_blocks": rows[None]}
 
     def _attention_feeds(self, pool: Pool, run: _Run, positions: Ints) -> dict[str, NDArray[np.generic]]:
         """Block table, slots, mask and RoPE rows of one pool; `positions` is [B, S]."""
@@ -281,10 +300,12 @@ class CpuEngine:
         heads = np.arange(c.kv_heads)
         by_head = slots[:, :, None, :] * np.array([c.kv_heads, 1]) + np.stack([heads, heads * 0], -1)
         cos, sin = self._rope.rows(pool, positions.ravel())
+        # What is streamed, the span's first blocks, is read from elsewhere.
+        streamed = run.inputs[0].streamed if pool == "global" else 0
         return {
             f"cos_{pool}": cos,
             f"sin_{pool}": sin,
-            f"blocks_{pool}": table[:, None, :] * c.kv_heads + heads[:, None],
+            f"blocks_{pool}": table[:, None, streamed:] * c.kv_heads + heads[:, None],
             f"slots_{pool}": by_head.reshape(-1, c.kv_heads, 1, 2),
             f"mask_{pool}": np.repeat(mask, c.heads // c.kv_heads, axis=1)[:, None],
         }

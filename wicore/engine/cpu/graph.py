@@ -18,7 +18,7 @@ norm's weight. `SimplifiedLayerNormalization`, `FusedMatMul`, `RotaryEmbedding`,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -90,6 +90,18 @@ class Graph:
         name = out or self.name(kind.lower())
         self.nodes.append(helper.make_node(kind, list(inputs), [name], domain=domain, **attrs))
         return name
+
+    def choose(self, condition: str, then: Callable[[], str], otherwise: Callable[[], str]) -> str:
+        """What one of two branches gives, a float32 tensor; only the nodes of that one run."""
+        branches = {"then_branch": self._branch(then), "else_branch": self._branch(otherwise)}
+        return self.op("If", [condition], **branches)
+
+    def _branch(self, build: Callable[[], str]) -> onnx.GraphProto:
+        outside, self.nodes = self.nodes, []
+        result = helper.make_tensor_value_info(build(), TensorProto.FLOAT, None)
+        branch = helper.make_graph(self.nodes, self.name("branch"), [], [result])
+        self.nodes = outside
+        return branch
 
     def split(self, x: str, sizes: Sequence[int]) -> list[str]:
         names = [self.name("part") for _ in sizes]
@@ -189,10 +201,14 @@ def build_body(
         rows          int64 [R], which of the N to return
         positions     int64 [N, 1], rows of the RoPE tables: 0 .. N - 1
         cos_P, sin_P  float32 [N, head_dim / 2]
-        blocks_P      int64 [B, kv_heads, T / block_tokens], rows of the flattened pool
+        blocks_P      int64 [B, kv_heads, T / block_tokens], rows of the flattened pool; in the global pool
+                      only those after the streamed blocks
         slots_P       int64 [N, kv_heads, 1, 2], row of the flattened pool and offset in its block that each
                       new K and V goes to
         mask_P        float32 [B, 1, S * heads / kv_heads, T], 0 or a large negative
+        streamed      bool [], whether the span's first blocks come from host memory; B is then 1
+        host_blocks   int64 [1, kv_heads, streamed blocks], rows of `host`: K of the first global layer
+        host          float32 [slots * global layers * 2 * kv_heads, block_tokens, head_dim], host memory
         k_i, v_i      float32 [blocks * kv_heads, block_tokens, head_dim], the pool, one pair a layer
     Outputs:
         hidden        float32 [R, hidden]
@@ -206,6 +222,9 @@ def build_body(
     x = g.input("x", f32, [1, "N", config.hidden_size])
     g.input("rows", i64, ["R"])
     g.input("positions", i64, ["N", 1])
+    g.input("streamed", TensorProto.BOOL, [])
+    g.input("host_blocks", i64, [1, kv, "streamed blocks"])
+    g.input("host", f32, ["slots*layers*2*kv", "bs", hd])
     attention = {kind: _Attention(g, config, kind) for kind in dict.fromkeys(config.layer_kinds)}
     scale = np.float32(config.query_pre_attn_scalar**-0.5)
     mass: list[str] = []
@@ -251,9 +270,11 @@ class _Attention:
         f32, i64 = TensorProto.FLOAT, TensorProto.INT64
         self.cos = g.input(f"cos_{kind}", f32, ["N", self.width // 2])
         self.sin = g.input(f"sin_{kind}", f32, ["N", self.width // 2])
-        self.blocks = g.input(f"blocks_{kind}", i64, ["B", self.kv, f"T_{kind}/bs"])
+        self.blocks = g.input(f"blocks_{kind}", i64, ["B", self.kv, f"blocks_{kind}"])
         self.slots = g.input(f"slots_{kind}", i64, ["N", self.kv, 1, 2])
         self.mask = g.input(f"mask_{kind}", f32, ["B", 1, "S*group", f"T_{kind}"])
+        self.in_host = 0
+        """Where in host memory a block's matrix for the next K or V starts, in rows."""
         batch = g.op("Shape", [self.blocks], start=0, end=1)
 
         def shape(*parts: str) -> str:
@@ -296,4 +317,23 @@ class _Attention:
         g.input(pool, TensorProto.FLOAT, shape)
         g.output(f"{pool}_out", TensorProto.FLOAT, shape)
         written = g.op("ScatterND", [pool, self.slots, new], out=f"{pool}_out")
-        return g.op("Reshape", [g.op("Gather", [written, self.blocks], axis=0), self.by_head])
+        if self.kind == "window":
+            span = g.op("Gather", [written, self.blocks], axis=0)
+        else:
+            span = self._streamed_or_not(written)
+        return g.op("Reshape", [span, self.by_head])
+
+    def _streamed_or_not(self, pool: str) -> str:
+        """Gather the span [B, kv_heads, blocks, bs, width], its first blocks from host memory where streamed.
+
+        The array is the same in both cases, so whatever follows computes the same to the bit.
+        """
+        g, start = self.g, self.in_host
+        self.in_host += self.kv
+
+        def streamed() -> str:
+            rows = g.op("Add", ["host_blocks", g.ints(start)])
+            parts = [g.op("Gather", ["host", rows], axis=0), g.op("Gather", [pool, self.blocks], axis=0)]
+            return g.op("Concat", parts, axis=2)
+
+        return g.choose("streamed", streamed, lambda: g.op("Gather", [pool, self.blocks], axis=0))
