@@ -1,0 +1,1 @@
+"""Cache replacement policies, one a module; `wicore.hmt.policy` names them all."""
