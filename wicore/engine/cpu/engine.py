@@ -107,7 +107,7 @@ class CpuEngine:
             window=config.sliding_window,
             dtype="float32",
         )
-        described = f"{_REVISION} {weights} {layout} {checkpoint.fingerprint}"
+        described = f"{_REVISION} {weights} {layout} {checkpoint.content_digest}"
         self._info = EngineInfo(
             name="cpu",
             device=f"CPU, ONNX Runtime {ort.__version__}",
