@@ -20,9 +20,9 @@ TINY = ("tiny", "tiny-mqa", "tiny-image")
 GREEDY = SamplingParams(temperature=0.0)
 
 
-def cpu_engine(path: Path, weights: str = "float32", **options: int) -> CpuEngine:
+def cpu_engine(path: Path, weights: str = "float32", kv: str = "float32", **options: int) -> CpuEngine:
     sizes = {"block_tokens": 16, "global_blocks": 256, "window_blocks": 256} | options
-    return CpuEngine(open_checkpoint(path), weights=weights, **sizes)
+    return CpuEngine(open_checkpoint(path), weights=weights, kv=kv, **sizes)
 
 
 @dataclass

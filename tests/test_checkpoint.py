@@ -14,6 +14,8 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from tests.fixtures.gguf_files import write_gguf
@@ -147,8 +149,9 @@ def test_bfloat16_rounds_half_to_even(value: float, bits: int) -> None:
 # --- fingerprint and pages ----------------------------------------------------------------------
 
 
-def test_a_fingerprint_depends_on_content_and_not_on_place(tiny: Checkpoint, folder: Path) -> None:
+def test_digests_depend_on_content_and_not_on_place(tiny: Checkpoint, folder: Path) -> None:
     assert open_checkpoint(folder).fingerprint == tiny.fingerprint
+    assert open_checkpoint(folder).content_digest == tiny.content_digest
 
 
 @pytest.mark.parametrize("name", [EMBEDDING, NORM, "model.layers.7.mlp.down_proj.weight"])
@@ -162,10 +165,27 @@ def test_a_tensor_with_other_values_changes_the_fingerprint(
     assert open_checkpoint(folder).fingerprint != tiny.fingerprint
 
 
-def test_another_config_changes_the_fingerprint(tiny: Checkpoint, folder: Path) -> None:
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_bit_of_the_weights_changes_the_content_digest(
+    tiny: Checkpoint, folder: Path, data: st.DataObject
+) -> None:
+    file = folder / "model.safetensors"
+    stored = file.read_bytes()
+    weights = len(stored) - len(read_header(file)[1])
+    at = data.draw(st.integers(weights, len(stored) - 1))
+    changed = stored[at] ^ 1 << data.draw(st.integers(0, 7))
+    file.write_bytes(stored[:at] + bytes([changed]) + stored[at + 1 :])
+    assert open_checkpoint(folder).content_digest != tiny.content_digest
+    file.write_bytes(stored)
+    assert open_checkpoint(folder).content_digest == tiny.content_digest
+
+
+def test_another_config_changes_the_digests(tiny: Checkpoint, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"sliding_window": 32}))
     assert open_checkpoint(folder).fingerprint != tiny.fingerprint
+    assert open_checkpoint(folder).content_digest != tiny.content_digest
 
 
 def test_a_fingerprint_reads_a_bounded_part_of_a_large_file(tiny: Checkpoint) -> None:

@@ -22,6 +22,7 @@ ENGINES: dict[str, Callable[[], Engine]] = {
     for weights in ("float32", "int8")
 }
 POOLS: tuple[Pool, Pool] = ("global", "window")
+ENGINES["cpu int8 tiny, int8 kv"] = lambda: cpu_engine(FIXTURES / "tiny", "int8", "int8")
 PROMPT = np.random.default_rng(3).integers(5, 500, 210).astype(np.int32)
 
 
@@ -212,6 +213,13 @@ def test_logits_are_bitwise_the_same_in_any_chunking_and_company(engine, data) -
         parts.append(engine.logits(plan)[row.key])
         row.start += size
     assert np.array_equal(np.concatenate(parts), whole)
+
+
+def test_kv_of_another_format_has_another_size_and_is_never_taken_for_ours() -> None:
+    exact, rounded = (cpu_engine(FIXTURES / "tiny", kv=kv).info for kv in ("float32", "int8"))
+    assert exact.fingerprint != rounded.fingerprint
+    width, vectors = exact.layout.head_dim, exact.layout.block_bytes("global") // (4 * exact.layout.head_dim)
+    assert rounded.layout.block_bytes("global") == vectors * (width + 4)
 
 
 # --- streamed blocks ------------------------------------------------------------------------------

@@ -68,6 +68,17 @@ def test_logits_in_a_mixed_batch_are_those_of_transformers(checkpoint) -> None:
     assert compared > 50
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_kv_in_8_bits_stays_near_transformers(name: str) -> None:
+    reference = np.load(FIXTURES / name / "reference.npz")
+    engine = cpu_engine(FIXTURES / name, kv="int8")
+    [row] = rows(engine, 1, 300)
+    logits = engine.logits(StepPlan((row.input(reference["tokens"][:300]),)))[row.key]
+    # Random weights: 16 to 64 values a vector and nothing like a model's margins.
+    assert relative_error(logits[reference["positions"]], reference["logits"]) <= 0.05
+    assert (logits.argmax(-1) == reference["argmax"]).mean() >= 0.95
+
+
 @pytest.mark.model
 def test_logits_of_the_real_270m_are_those_of_transformers(gemma_270m: Path) -> None:
     reference = np.load(FIXTURES / "gemma-3-270m-reference.npz")

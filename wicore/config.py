@@ -117,6 +117,8 @@ class EngineSettings(_Section):
     """cpu: ONNX Runtime; tensorrt: an NVIDIA GPU; null: computes nothing, to measure what is around it."""
     weights: Literal["int8", "float32"] = "int8"
     """Weight format of the CPU engine."""
+    kv: Literal["float32", "int8"] = "float32"
+    """KV format of the CPU engine; int8 holds about four times the positions in the same memory."""
     threads: int = Field(0, ge=0)
     """CPU threads; 0: one a core."""
     null_step_ms: float = Field(5.0, ge=0)

@@ -64,7 +64,7 @@ def _product_rate(threads: int) -> float:
     # Imported here: only the CPU engine's benchmark needs ONNX Runtime.
     import onnx
 
-    from wicore.engine.cpu.graph import Graph
+    from wicore.engine.cpu.onnx_graph import Graph
     from wicore.engine.cpu.weights import quantize
 
     rows, width, out = 512, 2048, 2048

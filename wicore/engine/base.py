@@ -38,13 +38,17 @@ class KVLayout:
     window: int
     """A query at position q of a window layer sees positions > q - window."""
     dtype: str
-    """numpy name of a stored element, e.g. "float32"."""
+    """numpy name of a stored element, e.g. "float32"; "int8" are codes, with a float32 scale a vector."""
+
+    @property
+    def vector_bytes(self) -> int:
+        """Bytes of one vector: K or V of one head at one position."""
+        return self.head_dim * np.dtype(self.dtype).itemsize + (4 if self.dtype == "int8" else 0)
 
     def block_bytes(self, pool: Pool) -> int:
         """Bytes of one block: K and V, every layer of the pool."""
         layers = self.global_layers if pool == "global" else self.window_layers
-        item = np.dtype(self.dtype).itemsize
-        return 2 * layers * self.block_tokens * self.kv_heads * self.head_dim * item
+        return 2 * layers * self.block_tokens * self.kv_heads * self.vector_bytes
 
 
 @dataclass(frozen=True, slots=True)

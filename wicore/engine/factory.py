@@ -34,6 +34,7 @@ def create_engine(settings: Settings, model: Model) -> Engine:
         return CpuEngine(
             model.checkpoint,
             weights=settings.engine.weights,
+            kv=settings.engine.kv,
             threads=settings.engine.threads,
             block_tokens=block,
             global_blocks=blocks["global"],

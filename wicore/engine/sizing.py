@@ -21,7 +21,7 @@ def kv_layout(settings: Settings, config: Gemma3Config) -> KVLayout:
         kv_heads=config.kv_heads,
         head_dim=config.head_dim,
         window=config.sliding_window,
-        dtype="float32",
+        dtype=settings.engine.kv,
     )
 
 

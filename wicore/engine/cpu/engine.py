@@ -17,6 +17,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -34,7 +35,7 @@ from wicore.engine.base import (
 )
 from wicore.engine.copies import Copier, HostMemory
 from wicore.engine.cpu.graph import build_body, build_head
-from wicore.engine.cpu.pool import KVPool
+from wicore.engine.cpu.pool import KVFormat, KVPool, host_inputs, host_rows
 from wicore.engine.cpu.rope import RopeTables
 from wicore.engine.cpu.weights import WeightFormat, embed, load_final_norm, load_head, load_layer
 from wicore.engine.plans import check_plan
@@ -53,7 +54,7 @@ _CHUNK = 512
 _SCORE_BYTES = 32 * 2**20
 """Largest score matrix of one layer; a chunk is cut so that it stays under it."""
 _MASKED = np.float32(-1e30)
-_REVISION = "cpu-1"
+_REVISION = "cpu-2"
 """Part of the fingerprint: change it when KV computed by older code can no longer be used."""
 
 
@@ -71,13 +72,14 @@ class _Run:
 
 
 class CpuEngine:
-    """`Engine` on ONNX Runtime. Weights are 8-bit (`int8`) or `float32`; KV and sums are float32."""
+    """`Engine` on ONNX Runtime. Weights and KV are 8-bit (`int8`) or `float32`; sums are float32."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         *,
         weights: WeightFormat = "int8",
+        kv: KVFormat = "float32",
         threads: int = 0,
         block_tokens: int = 32,
         global_blocks: int,
@@ -87,7 +89,7 @@ class CpuEngine:
         """Load the weights and allocate the pools.
 
         `threads` 0 means one a core. Raises CheckpointError for a bad checkpoint and EngineError for
-        a block size that does not divide 128.
+        a block size that does not divide 128, or a head that int8 KV does not fit.
         """
         if _TILE % block_tokens:
             raise EngineError(
@@ -95,6 +97,11 @@ class CpuEngine:
                 param="hmt.block_tokens",
             )
         config = self._config = checkpoint.config
+        if kv == "int8" and config.head_dim % 4:
+            raise EngineError(
+                f"engine.kv: int8 needs a head_dim that 4 divides, not {config.head_dim}; use float32",
+                param="engine.kv",
+            )
         self._checkpoint = checkpoint
         self._rope = RopeTables(config)
         self._padding_limit = _padding_limit(config)
@@ -105,9 +112,9 @@ class CpuEngine:
             kv_heads=config.kv_heads,
             head_dim=config.head_dim,
             window=config.sliding_window,
-            dtype="float32",
+            dtype=kv,
         )
-        described = f"{_REVISION} {weights} {layout} {checkpoint.fingerprint}"
+        described = f"{_REVISION} {weights} {layout} {checkpoint.content_digest}"
         self._info = EngineInfo(
             name="cpu",
             device=f"CPU, ONNX Runtime {ort.__version__}",
@@ -130,7 +137,7 @@ class CpuEngine:
         self._head = build_head(config, load_head(checkpoint, weights)).session("head", threads)
         checkpoint.release_pages()
         layers = [load_layer(checkpoint, i, weights) for i in range(config.layers)]
-        self._body = build_body(config, layers, load_final_norm(checkpoint)).session("body", threads)
+        self._body = build_body(config, layers, load_final_norm(checkpoint), kv).session("body", threads)
         del layers
         checkpoint.release_pages()
         _give_back_freed_memory()
@@ -266,16 +273,14 @@ class CpuEngine:
 
     def _bind_host(self, rows: NDArray[np.uint8]) -> None:
         """Let streamed blocks be read from these rows, in place."""
-        layout = self._info.layout
-        matrices = rows.view(np.float32).reshape(-1, layout.block_tokens, layout.head_dim)
-        self._binding.bind_ortvalue_input("host", ort.OrtValue.ortvalue_from_numpy(matrices))
+        for name, array in host_inputs(self._info.layout, rows).items():
+            self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
 
     def _streamed_feeds(self, run: _Run) -> dict[str, NDArray[np.generic]]:
         """Which blocks the graph reads from host memory; a run with any holds one sequence."""
-        layout, sequence = self._info.layout, run.inputs[0]
+        sequence = run.inputs[0]
         slots = sequence.global_table[: sequence.streamed].astype(np.int64)
-        rows = slots * (2 * layout.global_layers * layout.kv_heads) + np.arange(layout.kv_heads)[:, None]
-        return {"streamed": np.array(sequence.streamed > 0), "host_blocks": rows[None]}
+        return {"streamed": np.array(sequence.streamed > 0), **host_rows(self._info.layout, slots)}
 
     def _attention_feeds(self, pool: Pool, run: _Run, positions: Ints) -> dict[str, NDArray[np.generic]]:
         """Block table, slots, mask and RoPE rows of one pool; `positions` is [B, S]."""
@@ -358,11 +363,11 @@ def _batches(single: Sequence[SequenceInput], limit: int) -> Iterator[list[Seque
         yield batch
 
 
-def _layer_pools(config: Gemma3Config, pools: dict[Pool, KVPool]) -> Iterator[tuple[str, Float]]:
-    """Each layer's K and V memory, [blocks * kv_heads, block_tokens, head_dim], by graph input name."""
+def _layer_pools(config: Gemma3Config, pools: dict[Pool, KVPool]) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Each layer's K and V memory by graph input name."""
     index = dict.fromkeys(POOLS, 0)
     for layer, kind in enumerate(config.layer_kinds):
-        k, v = pools[kind].layer(index[kind])
+        for suffix, (k, v) in zip(("", "_scale"), pools[kind].layer(index[kind]), strict=False):
+            yield f"k_{layer}{suffix}", k
+            yield f"v_{layer}{suffix}", v
         index[kind] += 1
-        yield f"k_{layer}", k
-        yield f"v_{layer}", v
