@@ -29,6 +29,8 @@ class A2CRParams:
     """tau: time in which an unused block's score falls by a factor e."""
     frequency_time: float = 1e6
     """Time in which an access loses a factor e of its weight in the frequency."""
+    newcomer: float = 0.03
+    """Weight of a content's first access in the frequency; every later one weighs 1."""
     attention_steps: float = 32.0
     """Steps over which the mean of attention reaches back."""
 
@@ -62,7 +64,7 @@ class A2CR:
 
     def insert(self, block: int, content: bytes, heat: Heat | None = None) -> None:
         if heat is None:
-            self._frequency[block] = 1.0
+            self._frequency[block] = self._params.newcomer
             self._last[block] = self._clock()
         else:
             self._attention[block] = heat.attention
