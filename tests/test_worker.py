@@ -122,8 +122,8 @@ def test_a_plain_redis_client_gets_its_answer(worker, redis_client) -> None:
 def test_an_engine_that_fails_ends_the_worker_and_keeps_the_job(redis_client, valkey_url) -> None:
     class Broken:
         def __init__(self, engine) -> None:
-            self.info = engine.info
-            self.close = engine.close
+            self.info, self.close, self.host_memory = engine.info, engine.close, engine.host_memory
+            self.copy_in, self.copy_out = engine.copy_in, engine.copy_out
 
         def step(self, plan):
             raise EngineError("the device is gone")
