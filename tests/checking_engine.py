@@ -11,11 +11,24 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from wicore.engine.base import KVLayout, SequenceInput, SequenceOutput, StepPlan, StepResult
+from wicore.engine.base import (
+    Completed,
+    EngineInfo,
+    KVLayout,
+    SequenceInput,
+    SequenceOutput,
+    StepPlan,
+    StepResult,
+)
 from wicore.sampling import SampledToken, SamplingState, sample
 
 VOCABULARY = 24
 _EMPTY = -1
+
+
+def checking_layout(block_tokens: int, window: int) -> KVLayout:
+    """Two numbers of eight bytes a position: as many as two rows of two float32."""
+    return KVLayout(block_tokens, 1, 1, 1, 2, window, "float32")
 
 
 def next_state(state: int, token: int, position: int) -> int:
@@ -45,18 +58,41 @@ def undisturbed(prompt: Sequence[int], tokens: int, sampling: SamplingState) -> 
 
 
 class CheckingEngine:
-    """Steps plans over two pools of `layout`. Any breach of the contract is an AssertionError."""
+    """Steps plans over two pools of `layout`. Any breach of the contract is an AssertionError.
+
+    An `Engine` with a layout whose blocks take as many bytes as its slots do: `checking_layout`.
+    """
 
     def __init__(self, layout: KVLayout, global_blocks: int, window_blocks: int) -> None:
         self.layout = layout
         self.computed = 0
         """Tokens computed since the start."""
-        self.host: np.ndarray | None = None
-        """Host memory of the global pool, as `pools`; streamed blocks are read from it."""
         self.pools = {
             name: np.full((blocks, layout.block_tokens, 2), _EMPTY, np.int64)
             for name, blocks in (("global", global_blocks), ("window", window_blocks))
         }
+        self.host: dict[str, np.ndarray] = {}
+        """Host memory, as `pools`; streamed blocks are read from it."""
+        self.info = EngineInfo(
+            "checking", "none", "none", layout, global_blocks, window_blocks, VOCABULARY, 2**20, "checking"
+        )
+
+    def host_memory(self, pool: str, slots: int) -> np.ndarray:
+        self.host[pool] = np.full((slots, *self.pools[pool].shape[1:]), _EMPTY, np.int64)
+        return self.host[pool].reshape(slots, -1).view(np.uint8)
+
+    def copy_out(self, pool: str, blocks: Sequence[int], rows: Sequence[np.ndarray]) -> Completed:
+        for block, row in zip(blocks, rows, strict=True):
+            row[:] = self.pools[pool][block].reshape(-1).view(np.uint8)
+        return Completed()
+
+    def copy_in(self, pool: str, rows: Sequence[np.ndarray], blocks: Sequence[int]) -> Completed:
+        for block, row in zip(blocks, rows, strict=True):
+            self.pools[pool][block].reshape(-1).view(np.uint8)[:] = row
+        return Completed()
+
+    def close(self) -> None:
+        """Holds nothing."""
 
     def step(self, plan: StepPlan) -> StepResult:
         assert plan.sequences, "a step computes something"
@@ -99,8 +135,7 @@ class CheckingEngine:
 
         blocks_read = self.pools["global"][s.global_table[s.streamed :]]
         if s.streamed:
-            assert self.host is not None, "streamed without host memory"
-            blocks_read = np.concatenate([self.host[s.global_table[: s.streamed]], blocks_read])
+            blocks_read = np.concatenate([self.host["global"][s.global_table[: s.streamed]], blocks_read])
         past = blocks_read.reshape(-1, 2)[: s.start]
         np.testing.assert_array_equal(past[:, 0], np.arange(s.start), f"sequence {s.key}: global KV")
         state = int(past[-1, 1]) if s.start else 0

@@ -36,7 +36,7 @@ class MemoryMover:
                     name: np.full((count, *engine.pools[name].shape[1:]), -7, np.int64)
                     for name, count in slots.items()
                 }
-        engine.host = self.stores.get("host", {}).get("global")
+        engine.host = self.stores.get("host", {})
         self.moves: list[Move] = []
         self.started = 0
 

@@ -13,7 +13,6 @@ import numpy as np
 from tests.engines import GREEDY
 from wicore.config import Settings, load_settings
 from wicore.engine.base import Engine
-from wicore.gemma3.config import Gemma3Config
 from wicore.request import Priority
 from wicore.sampling import SamplingState
 from wicore.scheduler import Limits, Scheduler, SequenceRequest
@@ -29,9 +28,9 @@ class Job:
     priority: Priority
 
 
-def mixed_jobs(count: int, vocabulary: int, *, longest: int, seed: int = 0) -> list[Job]:
-    """Shared system prompts, conversations that go on, long documents asked several times, short one-offs; urgent
-    ones among them, so that others give way."""
+def mixed_jobs(count: int, vocabulary: int, *, longest: int, output: int = 24, seed: int = 0) -> list[Job]:
+    """Shared system prompts, conversations that go on, long documents asked several times, short one-offs;
+    urgent ones among them, so that others give way."""
     rng, numbers = random.Random(seed), np.random.default_rng(seed)
 
     def words(n: int) -> list[int]:
@@ -54,7 +53,7 @@ def mixed_jobs(count: int, vocabulary: int, *, longest: int, seed: int = 0) -> l
         else:
             prompt = words(rng.randint(2, 150))
         urgency = rng.choice([Priority.NORMAL, Priority.NORMAL, Priority.BATCH, Priority.INTERACTIVE])
-        jobs.append(Job(number * 2, tuple(prompt), rng.randint(2, 24), urgency))
+        jobs.append(Job(number * 2, tuple(prompt), rng.randint(2, output), urgency))
     return jobs
 
 
@@ -68,13 +67,14 @@ def settings_of(**overrides: object) -> Settings:
 class Server:
     """An engine served as the worker serves it, in this thread."""
 
-    def __init__(self, settings: Settings, config: Gemma3Config, engine: Engine) -> None:
+    def __init__(self, settings: Settings, engine: Engine) -> None:
         self._moved = threading.Event()
         self.engine = engine
-        self.cache = TieredCache(settings, config, engine, self._moved.set)
+        self.cache = TieredCache(settings, engine, self._moved.set)
         limits = Limits(settings.scheduler.max_batch, settings.scheduler.token_budget)
         self.scheduler = Scheduler(limits, self.cache.manager)
         self.streamed_steps = self.prefilled = 0
+        """Steps with a streamed sequence, and tokens computed of prompts."""
 
     def serve(self, jobs: Sequence[Job], *, every_step: Callable[[], None] = lambda: None) -> list[list[int]]:
         """Greedy output of every job; the accounts are checked after every step."""

@@ -69,7 +69,7 @@ class Worker:
         self._settings, self._model, self._engine, self._redis = settings, model, engine, redis
         self._owner = owner
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._cache = TieredCache(settings, model.checkpoint.config, engine, self._wake)
+        self._cache = TieredCache(settings, engine, self._wake)
         limits = Limits(settings.scheduler.max_batch, settings.scheduler.token_budget)
         self._scheduler = Scheduler(limits, self._cache.manager)
         self._jobs: dict[str, _Job] = {}

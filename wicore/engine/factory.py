@@ -5,7 +5,7 @@ from __future__ import annotations
 from wicore.config import Settings
 from wicore.engine.base import Engine
 from wicore.engine.null import NullEngine
-from wicore.engine.sizing import tier_sizes
+from wicore.engine.sizing import kv_layout, tier_sizes
 from wicore.errors import EngineError
 from wicore.model import Model
 
@@ -15,7 +15,7 @@ def create_engine(settings: Settings, model: Model) -> Engine:
 
     Raises EngineError when it cannot run here, CheckpointError for bad weights.
     """
-    blocks = tier_sizes(settings, model.checkpoint.config).device
+    blocks = tier_sizes(settings, kv_layout(settings, model.checkpoint.config)).device
     block = settings.hmt.block_tokens
     if settings.engine.kind == "null":
         return NullEngine(

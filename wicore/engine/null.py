@@ -34,6 +34,11 @@ _FIRST_TOKEN = 256
 """Lower ids are control and byte tokens in Gemma's vocabulary: never produced, so text never ends early."""
 
 
+def null_layout(block_tokens: int, window: int) -> KVLayout:
+    """One layer of each kind, with rows of a size that moving them costs something."""
+    return KVLayout(block_tokens, 1, 1, 1, 128, window, "uint8")
+
+
 class NullEngine:
     """Implements `wicore.engine.base.Engine`. A step lasts `step_ms` from its start, whatever is in it.
 
@@ -54,15 +59,7 @@ class NullEngine:
     ) -> None:
         if vocab_size <= _FIRST_TOKEN:
             raise ValueError(f"vocab_size: got {vocab_size}; must exceed {_FIRST_TOKEN}")
-        layout = KVLayout(
-            block_tokens=block_tokens,
-            global_layers=1,
-            window_layers=1,
-            kv_heads=1,
-            head_dim=1,
-            window=window,
-            dtype="uint8",
-        )
+        layout = null_layout(block_tokens, window)
         self._info = EngineInfo(
             name="null",
             device="none",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from wicore.config import Settings
 from wicore.engine.base import KVLayout, Pool
+from wicore.engine.null import null_layout
 from wicore.gemma3.config import Gemma3Config
 from wicore.hmt.tiers import POOLS, TierSizes, longest_sequence, split_bytes
 from wicore.tiers.slot import slot_bytes
@@ -13,7 +14,7 @@ from wicore.tiers.slot import slot_bytes
 def kv_layout(settings: Settings, config: Gemma3Config) -> KVLayout:
     """The layout of the engine that `engine.kind` names."""
     if settings.engine.kind == "null":
-        return KVLayout(settings.hmt.block_tokens, 1, 1, 1, 1, config.sliding_window, "uint8")
+        return null_layout(settings.hmt.block_tokens, config.sliding_window)
     return KVLayout(
         block_tokens=settings.hmt.block_tokens,
         global_layers=config.global_layers,
@@ -25,19 +26,18 @@ def kv_layout(settings: Settings, config: Gemma3Config) -> KVLayout:
     )
 
 
-def tier_sizes(settings: Settings, config: Gemma3Config) -> TierSizes:
-    """Blocks of every tier.
+def tier_sizes(settings: Settings, layout: KVLayout) -> TierSizes:
+    """Blocks of every tier, of an engine with this layout.
 
     The device's window pool holds the window of every sequence of a full batch and the step's new tokens,
     and never more than all positions would take. Sequences that have not reached their window leave room in
     it for cached prefixes. Host memory and the file are shared out by `hmt.window_share`.
     """
-    hmt, layout = settings.hmt, kv_layout(settings, config)
-    every = -(-hmt.device_tokens // hmt.block_tokens)
-    a_sequence = -(-(config.sliding_window - 1) // hmt.block_tokens) + 1
-    running = settings.scheduler.max_batch * a_sequence + -(
-        -settings.scheduler.token_budget // hmt.block_tokens
-    )
+    hmt, size = settings.hmt, layout.block_tokens
+    every = -(-hmt.device_tokens // size)
+    a_sequence = -(-(layout.window - 1) // size) + 1
+    a_step = -(-settings.scheduler.token_budget // size)
+    running = settings.scheduler.max_batch * a_sequence + a_step
     device: dict[Pool, int] = {"global": every, "window": min(every, running)}
     in_memory = {pool: layout.block_bytes(pool) for pool in POOLS}
     on_file = {pool: slot_bytes(size) for pool, size in in_memory.items()}
@@ -50,4 +50,5 @@ def tier_sizes(settings: Settings, config: Gemma3Config) -> TierSizes:
 
 def longest(settings: Settings, config: Gemma3Config) -> int:
     """Most positions of one sequence that the tiers hold."""
-    return longest_sequence(tier_sizes(settings, config)) * settings.hmt.block_tokens
+    layout = kv_layout(settings, config)
+    return longest_sequence(tier_sizes(settings, layout)) * layout.block_tokens

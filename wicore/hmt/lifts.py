@@ -139,7 +139,7 @@ class Lifts:
     def _must_wait(self, lift: _Lift, before: list[Transfer]) -> bool:
         """Whether host memory is full, and a move under way may change that."""
         host = self._traffic.pools["host"][lift.pool]
-        return not host.ready and (bool(before) or self._traffic.busy)
+        return not host.available and (bool(before) or self._traffic.busy)
 
     def _loading(self, lift: _Lift) -> Transfer | None:
         """The transfer to host memory, unless the content has come there, is not wanted, or has no room."""
@@ -150,7 +150,7 @@ class Lifts:
         elif slot is not None:
             traffic.pin("host", lift.pool, slot)
             self._move_to(lift, Place("host", slot))
-        elif not host.ready:
+        elif not host.available:
             traffic.misses["no_room"] += 1
             self._fail(lift)
         else:

@@ -128,7 +128,8 @@ class CacheManager:
         without losing anything worth keeping. A `long` sequence takes its share at most.
 
         Of the window pool as many are asked for as let the sequence advance. `closing` are keys to be
-        reckoned as closed first; of their blocks only those count that nobody else holds.
+        reckoned as closed first; of their blocks only those count that nobody else holds. Where only saving
+        is waited for, it is hurried.
         """
         resident = self.blocks(positions) - match.streamed
         wanted: dict[Pool, int] = {
@@ -148,7 +149,10 @@ class CacheManager:
                 have += sum(
                     pool.references(block) == 1 and block not in taken for block in self._open[key].held(name)
                 )
-            if max(0, wanted[name] - len(taken)) + idle + spare > have:
+            short = max(0, wanted[name] - len(taken)) + idle + spare - have
+            if short > 0:
+                # As many blocks wait only to be saved: let them not wait long.
+                self._saves.pressed |= short <= pool.available - pool.ready
                 return False
         return True
 
@@ -311,6 +315,7 @@ class CacheManager:
     def take_in(self) -> None:
         """Learn what has moved: call it before deciding anything about a step. Never waits."""
         self.traffic.advance()
+        self._saves.pressed = False
 
     def start_moves(self) -> None:
         """Start the moves that are wanted and for which there is room: call it when a step is decided, so

@@ -30,6 +30,9 @@ class Saves:
             tier: deque() for tier in traffic.pools if traffic.below(tier) is not None
         }
         self._needed: set[_Save] = set()
+        self.pressed = False
+        """Whether room above matters more than what the tier below loses by it: a slow disk must not hold up
+        whom host memory has room for, if only by dropping what the disk was too slow for."""
 
     @property
     def pending(self) -> bool:
@@ -72,7 +75,7 @@ class Saves:
             save = queue[0]
             block = above.lookup(save.hash)
             if block is not None and self._is_due(save, block, source, target):
-                if below.ready:
+                if below.ready or (self.pressed and below.available):
                     traffic.pin(source, pool, block)
                     slot = traffic.allocate(target, pool)
                     transfers.append(Transfer(save.hash, above.content(block)[1], block, slot))

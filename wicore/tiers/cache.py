@@ -10,7 +10,6 @@ from pathlib import Path
 from wicore.config import Settings
 from wicore.engine.base import Engine, Pool, StepPlan
 from wicore.engine.sizing import tier_sizes
-from wicore.gemma3.config import Gemma3Config
 from wicore.hmt import CacheManager
 from wicore.hmt.moves import Tier
 from wicore.hmt.policy import POLICIES
@@ -22,17 +21,18 @@ from wicore.tiers.mover import TierMover
 
 log = logging.getLogger("wicore.tiers")
 
+_CLOSE_S = 10.0
+"""How long copies under way may take when the cache closes."""
+
 
 class TieredCache:
     """A `CacheManager` over an engine, with host memory and files as the settings say, and what moves blocks
     between them. The manager is the engine thread's; `wake` is called from others when blocks have moved."""
 
-    def __init__(
-        self, settings: Settings, config: Gemma3Config, engine: Engine, wake: Callable[[], None]
-    ) -> None:
+    def __init__(self, settings: Settings, engine: Engine, wake: Callable[[], None]) -> None:
         """Claims a folder and opens the files. Raises ConfigError, naming the setting, when that fails."""
         hmt, info = settings.hmt, engine.info
-        sizes = tier_sizes(settings, config)
+        sizes = tier_sizes(settings, info.layout)
         # Whatever changes what equal tokens mean: KV of another model or another template is never found.
         fingerprint = f"{info.fingerprint} {TEMPLATE}"
         self._claim: Claim | None = None
@@ -94,8 +94,9 @@ class TieredCache:
 
     def close(self) -> None:
         """Let what is under way finish, and close the files. Call it before the engine's `close`."""
-        if self._mover is not None:
-            self._mover.close()
+        if self._mover is not None and not self._mover.close(_CLOSE_S):
+            log.warning("the disk of hmt.nvme_path hangs; leaving its files to the end of the process")
+            return
         for file in self._files.values():
             file.close()
         if self._claim is not None:

@@ -77,12 +77,15 @@ class TierMover:
             except queue.Empty:
                 return outcomes
 
-    def close(self) -> None:
-        """Finish what has been started, and end the threads. Idempotent."""
+    def close(self, seconds: float) -> bool:
+        """Finish what has been started, for at most so long, and end the threads. False when one is still
+        busy, as with a disk that hangs: then host memory and files are still in use."""
         for thread in self._threads:
             self._queues[thread.name.removeprefix("tier-")].put(None)
+        end = time.monotonic() + seconds
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, end - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _serve(self, name: str) -> None:
         jobs = self._queues[name]
