@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from wicore.bench.hardware import describe
 from wicore.engine.base import KVLayout, Pool
 from wicore.gemma3.config import PUBLISHED
-from wicore.hmt import BlockPool, CacheManager, PrefixMatch, TierSizes, TokenChain
+from wicore.hmt import BlockPool, CacheManager, TierSizes
 from wicore.hmt.moves import Move, Outcome
 from wicore.hmt.policy import POLICIES
 
@@ -234,10 +234,10 @@ class ManagerMix:
         tokens = np.random.default_rng(next(self._popular)).integers(0, 250_000, positions, np.int32)
         with meter.of("hash", _CHAIN):
             chain = cache.chain(tokens)
-        match = self._match(chain, meter)
-        while not cache.can_open(match, positions):
-            self._move(meter)
-            match = self._match(chain, meter)
+        with meter.of("match", 1):
+            match = cache.match(chain)
+        meter.operations["match"] += match.found
+        assert cache.can_open(match, positions), "all is saved, and nothing else is open"
         self._keys += 1
         key = self._keys
         with meter.of("open", _CHAIN):
@@ -253,16 +253,11 @@ class ManagerMix:
             self._move(meter)
         with meter.of("close", _CHAIN):
             cache.close(key)
-        self._move(meter)
+        while cache.saving or cache.busy:
+            self._move(meter)
 
     def _blocks(self, chains: int) -> dict[Pool, int]:
         return {"global": chains * _CHAIN, "window": chains * _CHAIN // 2}
-
-    def _match(self, chain: TokenChain, meter: Meter) -> PrefixMatch:
-        with meter.of("match", 1):
-            match = self.cache.match(chain)
-        meter.operations["match"] += match.found
-        return match
 
     def _move(self, meter: Meter) -> None:
         before = self._mover.blocks
