@@ -33,7 +33,7 @@ COMMANDS = {
     "config": _Lazy("wicore.commands.config:config", "Show the settings and where each came from."),
     "model": _Lazy("wicore.commands.model:model", "Fetch and inspect checkpoints."),
     "kv": _Lazy("wicore.commands.kv:kv", "Replay request traces through the KV cache."),
-    "bench": _Lazy("wicore.commands.bench:bench", "Measure the engine and the service."),
+    "bench": _Lazy("wicore.commands.bench:bench", "Measure the engine, the service and the cache."),
 }
 
 EPILOG = """\

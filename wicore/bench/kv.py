@@ -99,8 +99,8 @@ class PoolMix:
         """Raises ValueError when `blocks` cannot hold the sequences that are open at a time."""
         if blocks < (least := (_OPEN + 2) * _SEQUENCE):
             raise ValueError(f"--blocks: {blocks} do not hold the open sequences; at least {least}")
-        self.pool = BlockPool("bench", blocks, POLICIES[policy], self._clock, leaves_first=True)
         self._time = 0
+        self.pool = BlockPool("bench", blocks, POLICIES[policy], self._clock, leaves_first=True)
         self._popular = _popularity(_CONTENTS * blocks // _SEQUENCE)
         self._open: deque[list[int]] = deque()
         random = np.random.default_rng(1)
@@ -150,8 +150,8 @@ def _leading(pool: BlockPool, hashes: Sequence[bytes]) -> list[int]:
 
 
 def measure_pool(blocks: int, operations: int, policy: str, progress: Progress) -> Line:
-    """Microseconds of an operation in a full pool, and the memory it takes. A report of attention, on a
-    whole sequence, is one operation."""
+    """Microseconds of the processor that an operation takes in a full pool, and the memory. A report of
+    attention, on a whole sequence, is one operation."""
     tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()
     mix = PoolMix(blocks, policy)
@@ -269,8 +269,8 @@ class ManagerMix:
 
 
 def measure_manager(sequences: int, policy: str, progress: Progress) -> Line:
-    """Microseconds a block of what the manager does with sequences of 32K tokens: of "match" the blocks
-    found, of "move" those moved from tier to tier, and of the others those of the sequence."""
+    """Microseconds of the processor a block, of what the manager does with sequences of 32K tokens: of "match"
+    the blocks found, of "move" those moved from tier to tier, and of the others those of the sequence."""
     mix, meter = ManagerMix(policy), Meter()
     for _ in range(2 * _CHAINS if sequences > _CHAINS else 0):
         mix.sequence(Meter())

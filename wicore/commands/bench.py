@@ -14,10 +14,10 @@ from wicore.config import load_settings
 
 @click.group()
 def bench() -> None:
-    """Measure the engine and the service: one JSON line a measurement.
+    """Measure the engine, the service and the cache: one JSON line a measurement.
 
-    Each line names the hardware, the setting and the share of the bandwidth or compute ceiling, which is
-    measured in the same run.
+    Each line names the hardware and the setting, and the engine's the share of the bandwidth or compute
+    ceiling, which is measured in the same run.
     """
 
 
