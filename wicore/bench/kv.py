@@ -269,8 +269,8 @@ class ManagerMix:
 
 
 def measure_manager(sequences: int, policy: str, progress: Progress) -> Line:
-    """Microseconds of the processor a block, of what the manager does with sequences of 32K tokens: of "match"
-    the blocks found, of "move" those moved from tier to tier, and of the others those of the sequence."""
+    """Microseconds of the processor a block, of what the manager does with sequences of 32K tokens: of match
+    the blocks found, of move those moved from tier to tier, and of the others those of the sequence."""
     mix, meter = ManagerMix(policy), Meter()
     for _ in range(2 * _CHAINS if sequences > _CHAINS else 0):
         mix.sequence(Meter())
