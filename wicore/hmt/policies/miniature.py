@@ -1,0 +1,102 @@
+"""Miniature caches that try several time constants side by side, to tell which serves a pool best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import exp, log
+from zlib import crc32
+
+from wicore.hmt.policies.ranking import Ranking
+
+STEPS = 2.0**16
+"""Steps of an integer key to a factor e of a score."""
+_SIZE = 512
+"""Blocks of a miniature: a sample of so many tells hit rates to a percent or two."""
+_KEPT = 0.97
+"""Share of the misses counted so far that a decision keeps; one falls every eighth of `_SIZE` accesses."""
+_GAIN = 0.02
+"""Share of misses that another time constant must save to be preferred."""
+
+
+class Miniature:
+    """A cache of a few blocks that evicts the lowest key."""
+
+    __slots__ = ("_content", "_ranking", "_size", "_slot", "misses")
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._slot: dict[bytes, int] = {}
+        self._content = [b""] * size
+        self._ranking = Ranking(size)
+        self.misses = 0.0
+
+    def access(self, content: bytes, key: int) -> None:
+        slot = self._slot.get(content)
+        if slot is None:
+            self.misses += 1
+            slot = len(self._slot)
+            if slot == self._size:
+                slot = self._ranking.lowest()
+                del self._slot[self._content[slot]]
+            self._slot[content] = slot
+            self._content[slot] = content
+            self._ranking.add(slot)
+        self._ranking.move(slot, key)
+
+
+class Trial:
+    """One miniature for each of several paces, fed the same sample of a pool's accesses.
+
+    A sample of the contents, chosen by hash, behaves in a cache scaled down by the same factor as all of
+    them do in the pool (Waldspurger, Saemundsson, Ahmad and Park, "Cache modeling and optimization using
+    miniature simulations", USENIX ATC 2017). Costs memory for a few thousand blocks whatever the pool has,
+    and time only for accesses to sampled contents.
+    """
+
+    __slots__ = ("_accesses", "_choices", "_history", "_minis", "_rate", "_size", "best")
+
+    def __init__(self, blocks: int, choices: int, best: int) -> None:
+        self._rate = max(1, blocks // _SIZE)
+        self._size = blocks // self._rate
+        self._choices = choices
+        self._accesses = 0
+        self._history: dict[bytes, tuple[float, float]] = {}
+        """Frequency and last access of the contents sampled of late: a content that the pool had to give up
+        is new to the pool, but would not be to a miniature that kept it."""
+        self.best = best
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was tried, but not which choice was the best: the paces change."""
+        self._minis = [Miniature(self._size) for _ in range(self._choices)]
+
+    def samples(self, content: bytes) -> bool:
+        return crc32(content) % self._rate == 0
+
+    def access(
+        self, content: bytes, frequency: float, time: float, decay: float, paces: Sequence[float]
+    ) -> bool:
+        """An access to a sampled content, whose key is log frequency + time * pace for each of the paces.
+
+        True when `best` has changed.
+        """
+        known = self._history.pop(content, None)
+        if known is not None:
+            frequency = max(frequency, 1.0 + known[0] * exp((known[1] - time) * decay))
+        self._history[content] = frequency, time
+        if len(self._history) > 4 * self._size:
+            del self._history[next(iter(self._history))]
+        for mini, pace in zip(self._minis, paces, strict=True):
+            mini.access(content, int((log(frequency) + time * pace) * STEPS))
+        self._accesses += 1
+        return self._accesses % max(8, self._size // 8) == 0 and self._decide()
+
+    def _decide(self) -> bool:
+        misses = [mini.misses for mini in self._minis]
+        best = min(range(len(misses)), key=misses.__getitem__)
+        changed = misses[best] < misses[self.best] * (1 - _GAIN)
+        if changed:
+            self.best = best
+        for mini in self._minis:
+            mini.misses *= _KEPT
+        return changed
