@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from functools import partial
 from math import exp
 
 import numpy as np
@@ -12,22 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.pages import Cache, Time
 from wicore.hmt.optimum import OPT, Future
 from wicore.hmt.policies.miniature import Trial
 from wicore.hmt.policies.ranking import Ranking
-from wicore.hmt.policy import A2CR, ARC, LFU, LRU, POLICIES, SLRU, A2CRParams, Clock, EvictionPolicy, Heat
+from wicore.hmt.policy import A2CR, ARC, LFU, LRU, POLICIES, SLRU, A2CRParams, Clock, EvictionPolicy
 
 BLOCKS = 6
 RECENCY_TIME, FREQUENCY_TIME = 50.0, 80.0
 PARAMS = A2CRParams(recency_time=RECENCY_TIME, frequency_time=FREQUENCY_TIME, attention_steps=4.0)
-
-
-class Time:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def _policy(name: str, blocks: int, clock: Clock) -> EvictionPolicy:
@@ -237,39 +229,6 @@ def test_a_ranking_finds_the_lowest_member_whichever_way_keys_move(steps: list[t
 # --- known answers --------------------------------------------------------------------------------
 
 
-class Cache:
-    """A cache of pages of one size without any order among them, ruled by a policy."""
-
-    def __init__(self, blocks: int, make: Callable[[int, Clock], EvictionPolicy]) -> None:
-        self.time = Time()
-        self.policy = make(blocks, self.time)
-        self.block_of: dict[str, int] = {}
-        self.free = list(range(blocks - 1, -1, -1))
-        self.hits = 0
-
-    def access(self, page: str) -> bool:
-        self.time.now += 1
-        block = self.block_of.get(page)
-        if block is not None:
-            self.policy.touch(block)
-            self.hits += 1
-            return True
-        if not self.free:
-            victim = self.policy.victim()
-            self.policy.drop(victim, evicted=True)
-            self.free.append(victim)
-            del self.block_of[next(page for page, block in self.block_of.items() if block == victim)]
-        block = self.block_of[page] = self.free.pop()
-        self.policy.insert(block, page.encode())
-        self.policy.add(block)
-        return False
-
-    def run(self, pages: str) -> set[str]:
-        for page in pages:
-            self.access(page)
-        return set(self.block_of)
-
-
 @pytest.mark.parametrize(
     ("policy", "pages", "left"),
     [
@@ -322,47 +281,6 @@ def test_a_scan_of_pages_used_once_does_not_displace_those_in_use(name: str) -> 
     assert hits[name] >= 20 * 20 + (15 if name == "a2cr" else 19) * 20  # A2CR has to find out first
 
 
-def test_attention_decides_between_blocks_used_alike() -> None:
-    policy = A2CR(4, Time())
-    blocks = np.array([0, 1, 2], np.int32)
-    policy.record(blocks, np.array([0.5, 0.2, 0.3], np.float32))
-    for block in (0, 1, 2, 3):
-        policy.insert(block, bytes([block]))
-        policy.add(block)
-    assert policy.heat(0).attention == pytest.approx(1.5)
-    assert policy.heat(3).attention == 0
-    order = []
-    for _ in range(4):
-        order.append(policy.victim())
-        policy.drop(order[-1], evicted=True)
-    assert order == [1, 2, 3, 0]
-
-
-def test_attention_that_falls_while_a_block_is_evictable_counts_at_once() -> None:
-    policy = A2CR(2, Time())
-    for block in (0, 1):
-        policy.insert(block, bytes([block]))
-        policy.add(block)
-    both = np.array([0, 1], np.int32)
-    policy.record(both, np.array([0.9, 0.1], np.float32))
-    assert policy.victim() == 1
-    for _ in range(200):
-        policy.record(both, np.array([0.1, 0.9], np.float32))
-    assert policy.victim() == 0
-
-
-def test_what_was_recorded_ends_with_the_content_and_yields_to_what_another_tier_knows() -> None:
-    policy, one = A2CR(2, Time()), np.array([0], np.int32)
-    policy.record(one, np.array([3.0], np.float32))
-    policy.insert(0, b"a")
-    assert policy.heat(0).attention == 3
-    policy.drop(0, evicted=False)
-    assert policy.heat(0) == Heat()
-    policy.record(one, np.array([3.0], np.float32))
-    policy.insert(0, b"b", Heat(attention=0.5, frequency=2.0, last=0.0))
-    assert policy.heat(0).attention == 0.5
-
-
 @given(st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=1), max_size=150), st.integers(1, 6))
 @settings(max_examples=100, deadline=None)
 def test_no_policy_has_more_hits_than_the_optimum(requests: list[list[int]], blocks: int) -> None:
@@ -377,40 +295,6 @@ def test_no_policy_has_more_hits_than_the_optimum(requests: list[list[int]], blo
         for page in pages:
             cache.access(page)
         assert cache.hits <= best.hits
-
-
-def _hits(make: Callable[[int, Clock], EvictionPolicy], blocks: int, pages: list[int]) -> int:
-    cache = Cache(blocks, make)
-    for page in pages:
-        cache.access(str(page))
-    return cache.hits
-
-
-def _popular(rng: random.Random, length: int) -> list[int]:
-    """Pages that stay popular amid others that nobody asks for twice."""
-    return [rng.randrange(60) if rng.random() < 0.4 else 1000 + number for number in range(length)]
-
-
-def _passing(rng: random.Random, length: int) -> list[int]:
-    """Pages asked for often, but only for a while: recency is all that matters."""
-    return [number // 8 + rng.randrange(70) for number in range(length)]
-
-
-@pytest.mark.parametrize("pages", [_popular, _passing])
-def test_a2cr_finds_the_time_constant_that_suits_the_load(
-    pages: Callable[[random.Random, int], list[int]],
-) -> None:
-    trace = pages(random.Random(3), 15_000)
-    params = [A2CRParams(recency_time=tau) for tau in (1.0, 64.0, 1e9)]
-    fixed = [_hits(partial(A2CR, params=each), 64, trace) for each in params]
-    assert max(fixed) > 1.05 * min(fixed)
-    assert _hits(A2CR, 64, trace) > 0.97 * max(fixed)
-
-
-def test_a2cr_follows_a_load_that_changes() -> None:
-    rng = random.Random(4)
-    trace = _popular(rng, 10_000) + _passing(rng, 10_000)
-    assert _hits(A2CR, 64, trace) > 0.97 * _hits(LRU, 64, trace)
 
 
 @given(st.lists(st.integers(-9, 9), min_size=8, max_size=8), st.sets(st.integers(0, 7), min_size=1))

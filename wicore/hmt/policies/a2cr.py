@@ -18,7 +18,7 @@ _LEAST, _MOST = 1 / 64, 64.0
 _RARE = 1e-6
 """Least frequency that is told from others."""
 _PACES = (1.0, 4.0, 16.0, 64.0, 512.0)
-"""What is tried for (1 / tau + w_f / tau_F) * tau_F / w_f, from frequency alone to recency alone."""
+"""What is tried for `pace` in units of w_f / tau_F, from frequency alone to recency alone."""
 _DRIFT = 1.25
 """Factor by which the measured turnover must differ from the one in use to replace it."""
 
@@ -29,6 +29,7 @@ class A2CRParams:
 
     attention_weight: float = 1.0
     frequency_weight: float = 1.0
+    """Above 0."""
     recency_time: float | None = None
     """tau: time in which an unused block's score falls by a factor e. None: found by trial."""
     frequency_time: float | None = None
@@ -57,8 +58,8 @@ class A2CR:
         w_a log A + w_f log F(last) + last * pace,    pace = 1 / tau + w_f / tau_F
 
     which makes a key that a heap can hold. No tau suits all loads and sizes: where many contents return
-    for long, frequency must count; in conversations that end, recency. So the pool's own accesses decide
-    between some, by trial in miniature.
+    for long, frequency must count; in conversations that end, recency. So it is found from the pool's own
+    accesses, by trial in miniature caches.
     """
 
     __slots__ = (
@@ -72,7 +73,6 @@ class A2CR:
         "_measure_at",
         "_measured_from",
         "_pace",
-        "_paces",
         "_params",
         "_ranking",
         "_sampled",
@@ -89,7 +89,7 @@ class A2CR:
         """0 where none was reported."""
         self._frequency = array("f", [0.0]) * blocks
         self._last = array("d", [0.0]) * blocks
-        self._trial = Trial(blocks, len(_PACES), len(_PACES) // 2)
+        self._trial = Trial(blocks, _PACES, _PACES[len(_PACES) // 2])
         self._sampled: dict[int, bytes] = {}
         """Contents of the blocks that take part in the trial: none when there is nothing to find."""
         self._accesses = 0
@@ -162,9 +162,7 @@ class A2CR:
             self._rank(block)
         if block in self._sampled:
             frequency = max(self._frequency[block], _RARE)
-            if self._trial.access(
-                self._sampled[block], frequency, self._last[block], self._decay, self._paces
-            ):
+            if self._trial.access(self._sampled[block], frequency, self._last[block], self._decay):
                 self._set_pace()
         self._accesses += 1
         if self._accesses == self._measure_at:
@@ -180,16 +178,15 @@ class A2CR:
             self._set_pace()
 
     def _set_turnover(self, tokens: float) -> None:
-        """What the paces derive from: the time in which the pool sees as many accesses as it has blocks."""
+        """Take `tokens` for the time in which the pool sees as many accesses as it has blocks."""
         self._turnover = tokens
         self._decay = 1 / (self._params.frequency_time or self._params.turnovers * tokens)
-        self._paces = [pace * self._decay for pace in _PACES]
 
     def _set_pace(self) -> None:
         """Rank by the times that are given, or by those that did best."""
         weight, recency_time = self._params.frequency_weight, self._params.recency_time
         if recency_time is None:
-            self._pace = weight * self._paces[self._trial.best]
+            self._pace = weight * self._decay * self._trial.pace
         else:
             self._pace = 1 / recency_time + weight * self._decay
         keys = np.frombuffer(self._last, np.float64) * self._pace
