@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from math import exp, log
 from zlib import crc32
@@ -62,7 +63,7 @@ class Trial:
         self._size = blocks // self._rate
         self._paces = paces
         self._accesses = 0
-        self._history: dict[bytes, tuple[float, float]] = {}
+        self._history: OrderedDict[bytes, tuple[float, float]] = OrderedDict()
         """Frequency and last access of the contents sampled of late: a content that the pool had to give up
         is new to the pool, but would not be to a miniature that kept it."""
         self.pace = pace
@@ -84,7 +85,7 @@ class Trial:
             frequency = max(frequency, 1.0 + known[0] * exp((known[1] - time) * unit))
         self._history[content] = frequency, time
         if len(self._history) > 4 * self._size:
-            del self._history[next(iter(self._history))]
+            self._history.popitem(last=False)
         for mini, pace in zip(self._minis, self._paces, strict=True):
             mini.access(content, int((log(frequency) + time * unit * pace) * STEPS))
         self._accesses += 1
