@@ -16,6 +16,7 @@ from wicore.hmt.optimum import OPT, Future
 from wicore.hmt.policies.miniature import Trial
 from wicore.hmt.policies.ranking import Ranking
 from wicore.hmt.policy import A2CR, ARC, LFU, LRU, POLICIES, SLRU, A2CRParams, Clock, EvictionPolicy
+from wicore.hmt.pool import BlockPool
 
 BLOCKS = 6
 RECENCY_TIME, FREQUENCY_TIME = 50.0, 80.0
@@ -310,3 +311,30 @@ def test_a_ranking_renewed_follows_the_new_keys(keys: list[int], members: set[in
         assert ranking.lowest() == min(members, key=lambda block: (keys[block], block))
         members.discard(ranking.lowest())
         ranking.remove(ranking.lowest())
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_pool_of_prefix_chains_adds_up_under_every_policy_and_never_loses_a_parent_first(name: str) -> None:
+    rng, time = random.Random(6), Time()
+    pool = BlockPool("trial", 40, POLICIES[name], time, leaves_first=True)
+    for _ in range(3000):
+        document, length = int(rng.paretovariate(0.7)), rng.randrange(1, 12)
+        hashes = [f"{document}/{index}".encode() for index in range(length)]
+        table: list[int] = []
+        parents = [b"", *hashes]
+        for hash in hashes:
+            block = pool.lookup(hash)
+            if block is None:
+                break
+            pool.acquire(block)
+            table.append(block)
+        for hash, parent in zip(hashes[len(table) :], parents[len(table) :], strict=False):
+            assert pool.lookup(hash) is None
+            table.append(pool.allocate())
+            pool.register(table[-1], hash, parent)
+        time.now += 16 * length
+        pool.check(dict.fromkeys(table, 1))
+        for block in table:
+            pool.release(block)
+    pool.check({})
+    assert pool.stats().evicted > 1000
