@@ -1,10 +1,11 @@
 """Record what a real model's attention does to its KV blocks, as a trace for `wicore kv simulate`.
 
-`python -m benchmarks.record_kv_trace OUT.jsonl [--profile PROFILE.json]`: Gemma 3 270M serves a workload of
-conversations that go on after a pause, long documents that are asked about several times, and one-off questions,
-on Python's own manual. Each request becomes a line: when it came, its lengths, the ids of its blocks, and the
-attention that each block drew, relative to an even spread, as mean over the request's steps. The profile is the
-mean attention by relative place in the prompt, with the spread between blocks: for traces that have none.
+`python -m benchmarks.record_kv_trace OUT.jsonl [--profile PROFILE.json]`: Gemma 3 270M serves a workload on
+Python's own manual: conversations that go on after a pause, long documents that are asked about again and
+again, and one-off questions. Each request becomes a line: when it came, its lengths, the ids of its blocks,
+and the attention that each block drew, relative to an even spread, as mean over the request's steps. The
+profile is the mean attention by relative place in the prompt, with the spread between blocks: for traces
+without it.
 """
 
 from __future__ import annotations
@@ -121,8 +122,8 @@ def record(count: int, device_tokens: int) -> Iterator[dict[str, Any]]:
     recorder = Recorder(model, create_engine(settings, model))
     talks: dict[int, list[int]] = {}
     for number, turn in enumerate(turns(count, random.Random(7)), 1):
-        ids = model.tokenizer.encode(turn.text)
-        prompt = [model.tokenizer.bos, *ids] if turn.fresh else [*talks[turn.talk], *ids]
+        ids = model.tokenizer.encode(turn.text, bos=turn.fresh)
+        prompt = ids if turn.fresh else [*talks[turn.talk], *ids]
         prompt = prompt[:8000]
         line, output = recorder.serve(turn.at, prompt)
         if turn.talk >= 0:
@@ -132,8 +133,8 @@ def record(count: int, device_tokens: int) -> Iterator[dict[str, Any]]:
 
 
 def profile(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean attention by relative place in prompts of 16 blocks and more, and the spread (sigma of the logarithm)
-    of single blocks around it."""
+    """Mean attention by relative place in prompts of 16 blocks and more, and the spread of single blocks
+    around it (sigma of the logarithm)."""
     grid = (np.arange(PLACES) + 0.5) / PLACES
     curves, rest = [], []
     long = [np.array(line["attention"]) for line in lines if len(line["attention"]) >= 16]

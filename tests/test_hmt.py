@@ -156,29 +156,6 @@ def test_a_check_that_fails_says_the_numbers():
         pool.check({block: 1})
 
 
-@given(st.lists(st.tuples(st.sampled_from("tar"), st.integers(0, 7)), max_size=300))
-def test_lru_names_the_evictable_block_touched_longest_ago(actions):
-    policy = LRU(8, lambda: 0.0)
-    last, evictable = dict.fromkeys(range(8), -1), set()
-    for now, (action, block) in enumerate(actions):
-        if action == "t":
-            policy.touch(block)
-            last[block] = now
-        elif action == "a":
-            policy.add(block)
-            evictable.add(block)
-        else:
-            policy.remove(block)
-            evictable.discard(block)
-        if evictable:
-            assert last[policy.victim()] == min(last[b] for b in evictable)
-            assert policy.victim() in evictable
-        else:
-            with pytest.raises(LookupError):
-                policy.victim()
-    assert len(policy._heap) <= 64 + 4 * 8
-
-
 # --- the manager --------------------------------------------------------------------------------------
 
 
