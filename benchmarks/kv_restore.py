@@ -2,8 +2,8 @@
 
 `python -m benchmarks.kv_restore [--tokens 32000]`: the real Gemma 3 270M on the CPU engine. In one run: a
 prompt is computed from nothing; a second one pushes it from the device; it comes again, from host memory;
-then a new process serves it from the file. Each first token is timed from the request to the token, and all must
-be the same. Every line has what the copies could do at best on this machine, measured in the same run.
+then a new process serves it from the file. Each first token is timed from the request to the token, and all
+must be the same. Every line has what the copies could do at best on this machine, measured in the same run.
 """
 
 from __future__ import annotations
