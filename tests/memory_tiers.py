@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
 from tests.checking_engine import CheckingEngine
 from wicore.hmt.moves import Fault, Move, Outcome
+from wicore.hmt.rates import Route
 from wicore.hmt.tiers import TierSizes
 
 
@@ -39,6 +41,8 @@ class MemoryMover:
         engine.host = self.stores.get("host", {})
         self.moves: list[Move] = []
         self.started = 0
+        self.faults: Counter[Route] = Counter()
+        """Blocks that did not arrive."""
 
     def start(self, move: Move) -> None:
         self.moves.append(move)
@@ -62,6 +66,7 @@ class MemoryMover:
         for index, (read, written) in enumerate(zip(move.sources, move.targets, strict=True)):
             if self.random.random() < self.fault_rate:
                 faults[index] = self.random.choice(list(Fault))
+                self.faults[move.source, move.target] += 1
                 target[written] = self.random.randrange(-9, -5)
             else:
                 target[written] = source[read]

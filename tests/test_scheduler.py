@@ -265,7 +265,7 @@ class AnyTiers(AnyOrder):
 
 
 TestAnyTiers = AnyTiers.TestCase
-TestAnyTiers.settings = settings(max_examples=400, stateful_step_count=40, **ANY)
+TestAnyTiers.settings = settings(max_examples=80, stateful_step_count=40, **ANY)
 
 
 # --- single decisions ---------------------------------------------------------------------------------
