@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -32,7 +34,7 @@ _COLUMNS = "{:<8}{:>10}{:>9}{:>9}{:>9}{:>9}{:>13}{:>13}{:>11}{:>11}"
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """What is replayed and on what: the options of `wicore kv simulate`."""
+    """What is replayed and on what: the options of `wicore kv simulate`. `check` it before it is `run`."""
 
     trace: Path
     model: str
@@ -57,6 +59,13 @@ class Study:
         if published(study.model) is None:
             raise ValueError(f"--model: {study.model!r} is not known; one of {', '.join(PUBLISHED)}")
         return study
+
+    def check(self) -> None:
+        """Raises ValueError for a device that holds no block."""
+        size = block_tokens(self.trace)
+        for device in self.devices:
+            if self._blocks(size, device) is None:
+                raise ValueError(f"--device-gb: {device:g} GB hold no block of {size} tokens of {self.model}")
 
     def run(self, requests: Sequence[Request], progress: Callable[[str], None]) -> Iterator[Line]:
         """A line for each capacity and policy."""
@@ -84,17 +93,10 @@ class Study:
         return f"{heading}\n{row}" if first else row
 
     def _replay(self, requests: Sequence[Request], size: int, device: float, name: str) -> Replay:
-        layout = self._layout(size)
-        slot_bytes: dict[Pool, int] = {pool: layout.block_bytes(pool) for pool in POOLS}
-
-        def blocks(gigabytes: float) -> dict[Pool, int] | None:
-            return split_bytes(slot_bytes, int(gigabytes * _GB), self.window_share)
-
-        on_device = blocks(device)
-        if on_device is None:
-            raise ValueError(f"--device-gb: {device:g} GB hold no block of {size} tokens of {self.model}")
-        host = blocks(self.host_gb)
-        sizes = TierSizes(on_device, host, blocks(self.nvme_gb) if host else None)
+        layout, on_device = self._layout(size), self._blocks(size, device)
+        assert on_device is not None, "checked"
+        host = self._blocks(size, self.host_gb)
+        sizes = TierSizes(on_device, host, self._blocks(size, self.nvme_gb) if host else None)
         between: Mapping[Route, float] = {
             ("device", "host"): self.host_gbps * _GB,
             ("host", "device"): self.host_gbps * _GB,
@@ -114,6 +116,11 @@ class Study:
             future.advance()
 
         return run(partial(OPT, future=future), served=advance)
+
+    def _blocks(self, size: int, gigabytes: float) -> dict[Pool, int] | None:
+        layout = self._layout(size)
+        slot_bytes: dict[Pool, int] = {pool: layout.block_bytes(pool) for pool in POOLS}
+        return split_bytes(slot_bytes, int(gigabytes * _GB), self.window_share)
 
     def _layout(self, size: int) -> KVLayout:
         config = PUBLISHED[self.model]
@@ -152,9 +159,15 @@ class Study:
 
 
 def block_tokens(trace: Path) -> int:
-    """Tokens of a block: what the trace's first line says, or 512."""
-    with trace.open(encoding="utf-8") as lines:
-        return int(_parsed(trace, 1, next(lines, "")).get("block_tokens", _BLOCK_TOKENS))
+    """Tokens of a block: what the trace's first line says, or 512.
+
+    Raises ValueError naming the file, the line and what is wrong with it.
+    """
+    with _lines(trace) as lines:
+        size = _parsed(trace, 1, next(lines, "")).get("block_tokens", _BLOCK_TOKENS)
+    if type(size) is not int or size < 1:
+        raise ValueError(f"{trace}, line 1: block_tokens: must be a number above 0, not {size!r}")
+    return size
 
 
 def read_trace(trace: Path, pace: float, limit: int | None, attention: Path | None) -> list[Request]:
@@ -165,30 +178,39 @@ def read_trace(trace: Path, pace: float, limit: int | None, attention: Path | No
     size = block_tokens(trace)
     profile = _Profile(attention) if attention is not None else None
     requests = []
-    with trace.open(encoding="utf-8") as lines:
-        for number, text in enumerate(lines, 1):
-            if limit is not None and number > limit:
-                break
+    with _lines(trace) as lines:
+        for number, text in enumerate(islice(lines, limit), 1):
             line = _parsed(trace, number, text)
             try:
-                ids = tuple(int(i) for i in line["hash_ids"])
-                drawn = line.get("attention") or (profile.of(ids) if profile else None)
-                request = Request(
-                    at=line["timestamp"] / 1000 / pace,
-                    input_tokens=int(line["input_length"]),
-                    output_tokens=int(line["output_length"]),
-                    ids=ids,
-                    attention=tuple(drawn) if drawn else None,
-                )
-            except (KeyError, TypeError, ValueError) as err:
-                raise ValueError(f"{trace}, line {number}: {type(err).__name__}: {err}") from None
-            if request.input_tokens < 1 or not 0 <= len(ids) * size - request.input_tokens < size:
-                raise ValueError(
-                    f"{trace}, line {number}: hash_ids: {len(ids)} blocks of {size} are not what"
-                    f" input_length {request.input_tokens} takes"
-                )
-            requests.append(request)
+                requests.append(_request(line, size, pace, profile))
+            except KeyError as err:
+                raise ValueError(f"{trace}, line {number}: {err.args[0]}: is missing") from None
+            except (TypeError, ValueError) as err:
+                raise ValueError(f"{trace}, line {number}: {err}") from None
     return requests
+
+
+def _request(line: Line, size: int, pace: float, profile: _Profile | None) -> Request:
+    """Raises KeyError for a field that is missing, TypeError or ValueError for one that is wrong."""
+    ids = tuple(int(i) for i in line["hash_ids"])
+    tokens, output = int(line["input_length"]), int(line["output_length"])
+    if tokens < 1 or not 0 <= len(ids) * size - tokens < size:
+        raise ValueError(f"hash_ids: {len(ids)} blocks of {size} are not what input_length {tokens} takes")
+    if not all(-(2**31) <= i < 2**31 for i in ids):
+        raise ValueError("hash_ids: must be numbers of 32 bits")
+    if output < 0:
+        raise ValueError(f"output_length: {output} is below 0")
+    drawn = line.get("attention") or (profile.of(ids) if profile else None)
+    if drawn is not None:
+        drawn = tuple(float(share) for share in drawn)
+        if len(drawn) != len(ids) or min(drawn) < 0 or not 0 < sum(drawn) < math.inf:
+            raise ValueError(f"attention: must be {len(ids)} numbers, none below 0 and not all 0")
+    return Request(line["timestamp"] / 1000 / pace, tokens, output, ids, drawn)
+
+
+def _lines(trace: Path) -> TextIO:
+    # What is no UTF-8 is no JSON either, and then has a line that can be named.
+    return trace.open(encoding="utf-8", errors="replace")
 
 
 def _parsed(trace: Path, number: int, text: str) -> Line:
@@ -206,8 +228,12 @@ class _Profile:
     spread between contents as was recorded; a content's own factor is drawn from its id."""
 
     def __init__(self, path: Path) -> None:
-        recorded = json.loads(path.read_text("utf-8"))
-        self._curve, self._spread = np.asarray(recorded["profile"]), float(recorded["spread"])
+        """Raises ValueError naming the file when it holds something else."""
+        try:
+            recorded = json.loads(path.read_text("utf-8"))
+            self._curve, self._spread = np.asarray(recorded["profile"], float), float(recorded["spread"])
+        except (KeyError, TypeError, ValueError) as err:
+            raise ValueError(f"{path}: no recorded attention: {type(err).__name__}: {err}") from None
 
     def of(self, ids: Sequence[int]) -> list[float]:
         places = (np.arange(len(ids)) + 0.5) / len(ids)
@@ -219,10 +245,7 @@ class _Profile:
 
 
 def curves(lines: Sequence[Line], path: Path) -> None:
-    """Draw bytes recalled and hit rate against the device's capacity, a curve a policy.
-
-    Raises ImportError without matplotlib.
-    """
+    """Draw bytes recalled and hit rate against the device's capacity, a curve a policy. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")

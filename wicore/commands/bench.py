@@ -125,5 +125,35 @@ def service(config: tuple[str, ...], jobs: int, rate: float, seconds: float, por
     _print(estimates(setting, jobs // 2))
 
 
+@bench.command()
+@click.option("--blocks", default=1_000_000, show_default=True, type=click.IntRange(1), help="Of the pool.")
+@click.option(
+    "--operations", default=10_000_000, show_default=True, type=click.IntRange(1), help="On the pool."
+)
+@click.option(
+    "--sequences", default=200, show_default=True, type=click.IntRange(1), help="Of 32K tokens, managed."
+)
+@click.option(
+    "--policy",
+    "policies",
+    multiple=True,
+    type=click.Choice(["a2cr", "lru", "lfu", "arc", "slru"]),
+    help="[default: all]",
+)
+def kv(blocks: int, operations: int, sequences: int, policies: tuple[str, ...]) -> None:
+    """What the KV cache's bookkeeping costs: of one large pool, and of long sequences over three tiers."""
+    from wicore.bench.kv import measure
+    from wicore.hmt.policy import POLICIES
+
+    def progress(text: str) -> None:
+        click.echo(text, err=True)
+
+    try:
+        for line in measure(blocks, operations, sequences, policies or tuple(POLICIES), progress):
+            _print(line)
+    except ValueError as err:
+        raise click.UsageError(str(err)) from None
+
+
 def _print(line: Mapping[str, object]) -> None:
     click.echo(json.dumps(line))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
 
 from wicore.exit_codes import ExitCode
+
+POSITIVE = click.FloatRange(0, min_open=True)
+PLOTS = (".png", ".svg", ".pdf")
 
 
 @click.group()
@@ -22,22 +26,40 @@ def kv() -> None:
     "--device-gb",
     "devices",
     multiple=True,
-    type=click.FloatRange(0, min_open=True),
+    type=POSITIVE,
     default=(10, 20, 40, 80),
     show_default=True,
     help="KV memory of the device; several draw a curve.",
 )
 @click.option("--host-gb", default=200.0, show_default=True, type=click.FloatRange(0), help="0: none.")
 @click.option("--nvme-gb", default=2000.0, show_default=True, type=click.FloatRange(0), help="0: none.")
-@click.option("--host-gbps", default=50.0, show_default=True, help="GB/s between device and host.")
-@click.option("--nvme-gbps", default=6.0, show_default=True, help="GB/s between host and file.")
-@click.option("--prefill", default=12_000.0, show_default=True, help="Prompt tokens a second.")
-@click.option("--decode-ms", default=20.0, show_default=True, help="Time an output token.")
 @click.option(
-    "--pace", default=0.1, show_default=True, help="Speed of the trace's clock: 0.1 is ten times slower."
+    "--host-gbps", default=50.0, show_default=True, type=POSITIVE, help="GB/s between device and host."
 )
-@click.option("--window-share", default=0.5, show_default=True, help="As hmt.window_share.")
-@click.option("--checkpoint-tokens", default=8192, show_default=True, help="As hmt.checkpoint_tokens.")
+@click.option(
+    "--nvme-gbps", default=6.0, show_default=True, type=POSITIVE, help="GB/s between host and file."
+)
+@click.option("--prefill", default=12_000.0, show_default=True, type=POSITIVE, help="Prompt tokens a second.")
+@click.option(
+    "--decode-ms", default=20.0, show_default=True, type=click.FloatRange(0), help="Time an output token."
+)
+@click.option(
+    "--pace",
+    default=0.1,
+    show_default=True,
+    type=POSITIVE,
+    help="Speed of the trace's clock: 0.1 is ten times slower.",
+)
+@click.option(
+    "--window-share", default=0.5, show_default=True, type=click.FloatRange(0, 1), help="As hmt.window_share."
+)
+@click.option(
+    "--checkpoint-tokens",
+    default=8192,
+    show_default=True,
+    type=click.IntRange(0),
+    help="As hmt.checkpoint_tokens.",
+)
 @click.option("--limit", type=click.IntRange(1), help="Replay so many requests only.")
 @click.option(
     "--policy",
@@ -59,14 +81,17 @@ def simulate(plot: Path | None, as_json: bool, **options: object) -> None:
     """Replay a request trace through the real cache manager.
 
     TRACE has one JSON object a line: timestamp (ms), input_length, output_length, hash_ids (of the prompt's
-    blocks of 512 tokens, or of `block_tokens` where a line says so), and, if recorded, attention (of each
-    block, 1 being an even spread).
+    blocks of 512 tokens, or of `block_tokens` where the first line says so), and, if recorded, attention
+    (of each block, 1 being an even spread).
     """
     from wicore.bench.traces import Study, curves, read_trace
 
+    if plot is not None:
+        _require_plot(plot)
     try:
         study = Study.of(**options)
         requests = read_trace(study.trace, study.pace, study.limit, study.attention)
+        study.check()
     except ValueError as err:
         raise click.UsageError(str(err)) from None
     lines = []
@@ -74,8 +99,13 @@ def simulate(plot: Path | None, as_json: bool, **options: object) -> None:
         lines.append(line)
         click.echo(json.dumps(line) if as_json else study.row(line, first=len(lines) == 1))
     if plot is not None:
-        try:
-            curves(lines, plot)
-        except ImportError:
-            click.echo("error: --plot needs matplotlib: pip install 'wicore[bench]'", err=True)
-            raise SystemExit(ExitCode.CONFIG) from None
+        curves(lines, plot)
+
+
+def _require_plot(path: Path) -> None:
+    """What a replay of minutes must not end with."""
+    if path.suffix not in PLOTS:
+        raise click.UsageError(f"--plot: {path} must end in one of {', '.join(PLOTS)}")
+    if find_spec("matplotlib") is None:
+        click.echo("error: --plot needs matplotlib: pip install 'wicore[bench]'", err=True)
+        raise SystemExit(ExitCode.CONFIG)
