@@ -192,20 +192,36 @@ def read_trace(trace: Path, pace: float, limit: int | None, attention: Path | No
 
 def _request(line: Line, size: int, pace: float, profile: _Profile | None) -> Request:
     """Raises KeyError for a field that is missing, TypeError or ValueError for one that is wrong."""
-    ids = tuple(int(i) for i in line["hash_ids"])
-    tokens, output = int(line["input_length"]), int(line["output_length"])
+    ids = tuple(line["hash_ids"])
+    at, tokens, output = (_number(line, key) for key in ("timestamp", "input_length", "output_length"))
     if tokens < 1 or not 0 <= len(ids) * size - tokens < size:
         raise ValueError(f"hash_ids: {len(ids)} blocks of {size} are not what input_length {tokens} takes")
-    if not all(-(2**31) <= i < 2**31 for i in ids):
+    if not all(type(i) is int and -(2**31) <= i < 2**31 for i in ids):
         raise ValueError("hash_ids: must be numbers of 32 bits")
     if output < 0:
         raise ValueError(f"output_length: {output} is below 0")
     drawn = line.get("attention") or (profile.of(ids) if profile else None)
-    if drawn is not None:
-        drawn = tuple(float(share) for share in drawn)
-        if len(drawn) != len(ids) or min(drawn) < 0 or not 0 < sum(drawn) < math.inf:
-            raise ValueError(f"attention: must be {len(ids)} numbers, none below 0 and not all 0")
-    return Request(line["timestamp"] / 1000 / pace, tokens, output, ids, drawn)
+    return Request(at / 1000 / pace, int(tokens), int(output), ids, _attention(drawn, len(ids)))
+
+
+def _number(line: Line, key: str) -> float:
+    number: float = line[key]
+    if not _is_number(number):
+        raise ValueError(f"{key}: must be a number, not {number!r}")
+    return number
+
+
+def _attention(drawn: Any, blocks: int) -> tuple[float, ...] | None:
+    if drawn is None:
+        return None
+    right = isinstance(drawn, list) and len(drawn) == blocks
+    if not right or not all(_is_number(share) and share >= 0 for share in drawn) or sum(drawn) == 0:
+        raise ValueError(f"attention: must be {blocks} numbers, none below 0 and not all 0")
+    return tuple(map(float, drawn))
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _lines(trace: Path) -> TextIO:

@@ -227,8 +227,9 @@ class _Server:
     def _prefill(self, key: int, request: Request) -> None:
         computed = self._cache.computed(key) or 0
         while computed < request.input_tokens:
-            end = min(request.input_tokens, computed + _CHUNK_BLOCKS * self._size)
-            self._reserve(key, end)
+            end = self._reserve(
+                key, computed, min(request.input_tokens, computed + _CHUNK_BLOCKS * self._size)
+            )
             seconds = (end - computed) / self._hardware.prefill_tokens_s
             self._cache.observe_prefill(end - computed, seconds)
             self._until(self._mover.now + seconds)
@@ -239,10 +240,15 @@ class _Server:
             self._cache.record(key, mass / mass.sum())
         self._cache.start_moves()
 
-    def _reserve(self, key: int, positions: int) -> None:
-        while not (self._cache.make_room(key, positions) and self._cache.reserve(key, positions)):
+    def _reserve(self, key: int, computed: int, positions: int) -> int:
+        """Reserve up to `positions`, at least one more than are computed; returns how many. One longer than
+        the device may have to take less at a time."""
+        while not self._cache.make_room(key, positions) or self._cache.room(key) <= computed:
             self._cache.start_moves()
             self._next_event()
+        end = min(positions, self._cache.room(key))
+        self._cache.reserve(key, end)
+        return end
 
     def _next_event(self) -> None:
         times = [] if (end := self._mover.next_end()) is None else [end]
