@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import celery
 import kombu.pools
@@ -36,11 +37,13 @@ class Watched:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.info, self.close = engine.info, engine.close
         self.steps: list[int] = []
         """Tokens computed by each step."""
         self.during: Callable[[int], None] = lambda number: None
         """Called within a step, with how many there were before."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
 
     def step(self, plan: StepPlan) -> StepResult:
         number = len(self.steps)

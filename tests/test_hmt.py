@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from wicore.engine.base import KVLayout
 from wicore.errors import ConfigError, EngineError, TooLarge
+from wicore.gemma3.config import PUBLISHED
 from wicore.hmt import LRU, BlockPool, CacheManager, TierSizes, TokenChain
 
 BLOCK = 4
@@ -156,29 +157,6 @@ def test_a_check_that_fails_says_the_numbers():
         pool.check({block: 1})
 
 
-@given(st.lists(st.tuples(st.sampled_from("tar"), st.integers(0, 7)), max_size=300))
-def test_lru_names_the_evictable_block_touched_longest_ago(actions):
-    policy = LRU(8, lambda: 0.0)
-    last, evictable = dict.fromkeys(range(8), -1), set()
-    for now, (action, block) in enumerate(actions):
-        if action == "t":
-            policy.touch(block)
-            last[block] = now
-        elif action == "a":
-            policy.add(block)
-            evictable.add(block)
-        else:
-            policy.remove(block)
-            evictable.discard(block)
-        if evictable:
-            assert last[policy.victim()] == min(last[b] for b in evictable)
-            assert policy.victim() in evictable
-        else:
-            with pytest.raises(LookupError):
-                policy.victim()
-    assert len(policy._heap) <= 64 + 4 * 8
-
-
 # --- the manager --------------------------------------------------------------------------------------
 
 
@@ -297,6 +275,39 @@ def test_another_model_never_matches():
     first, second = manager(salt="a"), manager(salt="b")
     chain = serve(first, 1, list(range(20)))
     assert set(chain.hashes).isdisjoint(second.chain(list(range(20))).hashes)
+
+
+def test_a_sequence_of_128k_tokens_takes_what_its_global_layers_and_one_window_take():
+    config = PUBLISHED["gemma-3-27b"]
+    heads = (config.kv_heads, config.head_dim)
+    layout = KVLayout(32, config.global_layers, config.window_layers, *heads, 1024, "float16")
+    blocks = 131_072 // 32
+    cache = CacheManager(layout, TierSizes({"global": blocks, "window": 200}), "27b", prefix_cache=False)
+    chain = cache.chain(np.arange(131_072, dtype=np.int32))
+    cache.open(1, chain, cache.match(chain), len(chain))
+    for computed in range(2048, 131_073, 2048):
+        assert cache.reserve(1, computed)
+        cache.commit(1, computed)
+    stats = cache.stats
+    used = stats.global_pool.used * layout.block_bytes("global")
+    used += stats.window_pool.used * layout.block_bytes("window")
+    assert used == pytest.approx(11.2e9, rel=0.01)
+    every_layer = blocks * (layout.block_bytes("global") + layout.block_bytes("window"))
+    assert every_layer == pytest.approx(66.6e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("host", "nvme", "words"),
+    [
+        (None, {"global": 9, "window": 9}, r"hmt\.host_bytes"),
+        ({"global": 9, "window": 2}, None, r"2 window blocks, and one window takes 4"),
+    ],
+    ids=["a file without host memory", "less than a window"],
+)
+def test_tiers_that_cannot_work_are_refused_naming_the_setting(host, nvme, words):
+    layout = KVLayout(BLOCK, 1, 1, 1, 1, 10, "float32")
+    with pytest.raises(ConfigError, match=words):
+        CacheManager(layout, TierSizes({"global": 8, "window": 8}, host, nvme), "model")
 
 
 def test_pools_and_sequences_that_cannot_work_are_refused_naming_the_setting():

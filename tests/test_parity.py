@@ -74,8 +74,9 @@ def test_kv_in_8_bits_stays_near_transformers(name: str) -> None:
     engine = cpu_engine(FIXTURES / name, kv="int8")
     [row] = rows(engine, 1, 300)
     logits = engine.logits(StepPlan((row.input(reference["tokens"][:300]),)))[row.key]
-    # Random weights: 16 to 64 values a vector and nothing like a model's margins.
-    assert relative_error(logits[reference["positions"]], reference["logits"]) <= 0.05
+    # Of all logits together: the largest error is one unlucky element's, on random weights.
+    off = logits[reference["positions"]] - reference["logits"]
+    assert np.sqrt(np.square(off).mean()) <= 0.005 * np.abs(reference["logits"]).max()
     assert (logits.argmax(-1) == reference["argmax"]).mean() >= 0.95
 
 

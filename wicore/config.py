@@ -157,6 +157,14 @@ class HmtSettings(_Section):
     """Keep such a window every so many tokens of a prompt, besides its end and where prompts part; 0: not."""
     policy: Literal["a2cr", "lru", "lfu", "arc", "slru"] = "a2cr"
     """Which cached block goes first; see docs/hmt.md."""
+    attention_weight: float = Field(1.0, ge=0, le=100)
+    """A2CR: exponent of the attention that a block drew; 0: attention does not count."""
+    frequency_weight: float = Field(1.0, gt=0, le=100)
+    """A2CR: exponent of how often a block was used."""
+    recency_tokens: float | None = Field(None, gt=0)
+    """A2CR: tokens served in which an unused block's score falls by a factor e; unset: found by trial."""
+    frequency_tokens: float | None = Field(None, gt=0)
+    """A2CR: tokens served in which a use loses a factor e of its weight; unset: from the pool's turnover."""
     look_ahead: int = Field(8, ge=0, le=256)
     """Waiting jobs whose prefixes a full worker brings from the file in advance."""
 

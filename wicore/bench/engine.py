@@ -20,6 +20,7 @@ from wicore.bench.hardware import Ceiling, describe
 from wicore.engine.base import Engine, KVLayout
 from wicore.gemma3.config import Gemma3Config
 from wicore.hmt import CacheManager, TierSizes
+from wicore.hmt.tiers import POOLS
 from wicore.request import Priority, SamplingParams
 from wicore.sampling import SamplingState
 from wicore.scheduler import Limits, Scheduler, SequenceRequest
@@ -167,7 +168,8 @@ def _shares(
 ) -> Line:
     """How near a decode step is to reading its weights and KV once, and to the 8-bit product rate."""
     weights = config.parameters * (1 + 4 / 32)
-    kv = batch * config.kv_elements(context) * np.dtype(layout.dtype).itemsize
+    seen = {"global": context, "window": min(context, layout.window)}
+    kv = batch * sum(layout.block_bytes(pool) * seen[pool] / layout.block_tokens for pool in POOLS)
     flop = 2 * config.parameters * batch
     return {
         "share_of_bandwidth": round((weights + kv) / seconds / 1e9 / ceiling.read_gb_s, 3),

@@ -92,13 +92,19 @@ def engine(
 @bench.command()
 @config_option
 @click.option("--windows", default=4, show_default=True, help="Texts of 384 tokens scored of each kind.")
-def accuracy(config: tuple[str, ...], windows: int) -> None:
-    """How far 8-bit weights are from float32: agreement of the likeliest token, and KL divergence."""
-    from wicore.bench.accuracy import measure
+@click.option("--of", "subject", type=click.Choice(["weights", "kv"]), default="weights", show_default=True)
+def accuracy(config: tuple[str, ...], windows: int, subject: str) -> None:
+    """How far 8-bit weights or 8-bit KV are from float32: agreement of the likeliest token, KL divergence.
+
+    KV is compared with the weights that engine.weights names, also at the end of a text of 4,000 tokens.
+    """
+    from wicore.bench.accuracy import measure, measure_kv
     from wicore.model import load_model
 
-    model = load_model(load_settings(config or None))
-    for line in measure(model, windows):
+    settings = load_settings(config or None)
+    model = load_model(settings)
+    kv = subject == "kv"
+    for line in measure_kv(model, windows, settings.engine.weights) if kv else measure(model, windows):
         _print({"model": model.name, **line})
 
 

@@ -5,11 +5,7 @@ blocks are only ever read: a match is whole blocks, and it always leaves at leas
 so new positions fall in blocks that the sequence owns alone.
 
 The window pool keeps, of each sequence, the blocks that hold any of the last `window - 1` positions
-computed. Older ones are released as the sequence advances. They are expendable, except at checkpoints: a
-prefix can be resumed only where its window is kept, and all windows of a long prompt would take several
-times the room of its global blocks. Checkpoints are kept at the end of the prompt, where a sequence ends
-or is preempted, every `checkpoint_tokens`, and where another sequence was found to branch off (the idea
-of Marconi, MLSys'25, for hybrid models).
+computed. Older ones are released as the sequence advances, and are expendable but for checkpoints.
 
 A sequence that needs more global blocks than the device has gets half of them: the leading ones it does not
 write any more stay in host memory, and attention reads them there.
@@ -26,6 +22,7 @@ from numpy.typing import NDArray
 from wicore.engine.base import KVLayout, Pool
 from wicore.errors import EngineError, TooLarge
 from wicore.hmt.chain import Grow, TokenChain
+from wicore.hmt.checkpoints import Checkpoints
 from wicore.hmt.lifts import Lifts
 from wicore.hmt.match import Place, PrefixMatch
 from wicore.hmt.moves import Mover, Tier
@@ -61,7 +58,6 @@ class CacheManager:
         self.layout = layout
         self.prefix_cache = prefix_cache
         self._salt = salt.encode()
-        self._checkpoint_blocks = checkpoint_tokens // layout.block_tokens
         self._time = 0
         """Tokens of all prompts opened and of all output: the clock of the policies."""
         self._share = device_share(sizes)
@@ -72,6 +68,10 @@ class CacheManager:
         self._saves, self._lifts = Saves(self.traffic), Lifts(self.traffic)
         self._pools = pools["device"]
         self._host = pools.get("host")
+        every = checkpoint_tokens // layout.block_tokens
+        self._checkpoints = Checkpoints(
+            self._pools["window"], self._prefixes, self._saves, every, save=self._host is not None
+        )
         self._open: dict[int, OpenSequence] = {}
         self._hits: Counter[Tier] = Counter()
         self._opened_tokens = 0
@@ -301,7 +301,7 @@ class CacheManager:
                     for pool in tier.values():
                         pool.discard(hash)
         elif self.prefix_cache and not sequence.restore.left:
-            self._checkpoint(sequence.chain, sequence.registered)
+            self._checkpoints.keep(sequence.chain, sequence.registered)
         # The end of the chain first, so that among equally old blocks it is the first to be evicted.
         for name, pool in self._pools.items():
             for block in sequence.held(name)[::-1]:
@@ -395,7 +395,7 @@ class CacheManager:
                 lifts.add(restore, name, chain.hashes[index], chain.parent(index), place, block)
             (sequence.global_table if name == "global" else sequence.window_table).append(block)
             self._touch_copies(name, chain.hashes[index])
-        self._checkpoint(chain, match.blocks)
+        self._checkpoints.keep(chain, match.blocks)
 
     def _settle(self, sequence: OpenSequence) -> None:
         """Take over what the restore has left in host memory, once it is complete."""
@@ -420,17 +420,7 @@ class CacheManager:
                 self._saves.add("device", "global", hash)
             block = int(sequence.window_table.view()[index])
             self._pools["window"].register(block, hash, parent, expendable=True)
-            every = self._checkpoint_blocks
-            if index + 1 in sequence.marks or (every and (index + 1) % every == 0):
-                self._checkpoint(chain, index + 1)
-
-    def _checkpoint(self, chain: TokenChain, blocks: int) -> None:
-        """Keep the window that a prefix of so many blocks needs, as far as it is there."""
-        pool = self._pools["window"]
-        for hash in chain.hashes[self._prefixes.first_window_block_after(blocks) : blocks]:
-            block = pool.lookup(hash)
-            if block is not None and pool.keep(block, saved=self._host is None):
-                self._saves.add("device", "window", hash)
+            self._checkpoints.pass_by(sequence, index + 1)
 
     def _account(self, chain: TokenChain, match: PrefixMatch) -> None:
         size = self.layout.block_tokens

@@ -145,6 +145,7 @@ class BlockPool:
         if block in self._name_of:
             self._enter_cache(block)
         else:
+            self.policy.drop(block, evicted=False)  # what it knew of content that never was to be found
             self._free.append(block)
 
     # --- contents ---------------------------------------------------------------------------------

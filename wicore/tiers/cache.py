@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from wicore.config import Settings
+from wicore.config import HmtSettings, Settings
 from wicore.engine.base import Engine, Pool, StepPlan
 from wicore.engine.sizing import tier_sizes
 from wicore.hmt import CacheManager
 from wicore.hmt.moves import Tier
-from wicore.hmt.policy import POLICIES
+from wicore.hmt.policy import A2CR, POLICIES, A2CRParams
+from wicore.hmt.pool import PolicyFactory
 from wicore.hmt.tiers import POOLS, Stored
 from wicore.text.template import TEMPLATE
 from wicore.tiers.block_file import BlockFile
@@ -23,6 +25,19 @@ log = logging.getLogger("wicore.tiers")
 
 _CLOSE_S = 10.0
 """How long copies under way may take when the cache closes."""
+
+
+def policy_of(hmt: HmtSettings) -> PolicyFactory:
+    """The eviction policy that `hmt.policy` names, with its settings."""
+    if hmt.policy != "a2cr":
+        return POLICIES[hmt.policy]
+    params = A2CRParams(
+        attention_weight=hmt.attention_weight,
+        frequency_weight=hmt.frequency_weight,
+        recency_time=hmt.recency_tokens,
+        frequency_time=hmt.frequency_tokens,
+    )
+    return partial(A2CR, params=params)
 
 
 class TieredCache:
@@ -62,7 +77,7 @@ class TieredCache:
             mover=self._mover,
             stored=stored or None,
             prefix_cache=hmt.prefix_cache,
-            policy=POLICIES[hmt.policy],
+            policy=policy_of(hmt),
             checkpoint_tokens=hmt.checkpoint_tokens,
         )
         self._tell(stored)

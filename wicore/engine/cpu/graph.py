@@ -71,8 +71,9 @@ def build_body(
     for i, (layer, next_norm) in enumerate(zip(layers, following, strict=True)):
         attend = attention[config.layer_kinds[i]]
         q, k, v = g.split(g.linear(normed, layer.qkv), (heads * hd, kv * hd, kv * hd))
-        q = attend.norm_and_rotate(q, heads, layer.q_norm * scale)
-        k = attend.norm_and_rotate(k, kv, layer.k_norm)
+        level = _levels(layer.k_norm) if form == "int8" else np.float32(1)
+        q = attend.norm_and_rotate(q, heads, layer.q_norm * (scale * level))
+        k = attend.norm_and_rotate(k, kv, layer.k_norm / level)
         out, layer_mass = attend(i, q, k, v)
         mass += [layer_mass] if attend.kind == "global" else []
         out = g.norm(g.linear(out, layer.out), layer.post_attention_norm, eps)
@@ -86,6 +87,17 @@ def build_body(
     g.op("Sum", mass, out="mass")
     g.output("mass", f32, ["B", "T_global"])
     return g
+
+
+def _levels(k_norm: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What 8-bit K is divided by and q multiplied with, [head_dim]: alike for a pair that RoPE turns.
+
+    A few elements of K have much larger norm weights than others, and would take most of the 8 bits. The
+    product of q and k stays the same.
+    """
+    pair = np.abs(k_norm).reshape(2, -1).max(0)
+    levels: NDArray[np.float32] = np.tile(np.where(pair > 0, pair, np.float32(1)), 2)
+    return levels
 
 
 def build_head(config: Gemma3Config, head: Linear) -> Graph:

@@ -67,9 +67,11 @@ class Storage:
         rows = self._rounded(new) if self.form == "int8" else [new]
         spans = [self._part(name, part, row) for part, row in zip(self._parts, rows, strict=True)]
         self._stored += 1
-        return self._exact(*spans) if self.form == "int8" else spans[0]
+        vectors = self._exact(*spans) if self.form == "int8" else spans[0]
+        return self.g.op("Reshape", [vectors, self.by_head])
 
     def _part(self, name: str, part: _Part, new: str) -> str:
+        """Write new rows of one array, read its span: [B, kv_heads, T, *tail], or that cut into blocks."""
         g, name = self.g, name + part.suffix
         pool: tuple[int | str, ...] = ("blocks*kv", "bs", *part.tail)
         g.input(name, part.dtype, pool)
@@ -80,7 +82,7 @@ class Storage:
             return g.op("Gather", [written, self.blocks], axis=0)
 
         if self.kind == "window":
-            return g.op("Reshape", [resident(), part.span])
+            return resident()
         offset = g.ints(self._stored * self.heads * part.host_rows)
 
         def streamed() -> str:
@@ -89,7 +91,7 @@ class Storage:
             both = [g.op("Reshape", [blocks, part.span]) for blocks in (first, resident())]
             return g.op("Concat", both, axis=2)
 
-        return g.op("Reshape", [g.choose("streamed", streamed, resident, part.dtype), part.span])
+        return g.choose("streamed", streamed, resident, part.dtype)
 
     def _rounded(self, new: str) -> list[str]:
         """8-bit codes [N, kv_heads, 1, width] and scales [N, kv_heads, 1] of new rows."""
@@ -101,7 +103,7 @@ class Storage:
         return [codes, g.op("Reshape", [scale, g.ints(-1, self.heads, 1)])]
 
     def _exact(self, codes: str, scales: str) -> str:
+        """The vectors, float32 [all of them, width]."""
         g = self.g
         codes = g.op("Reshape", [codes, g.ints(-1, self.width)])
-        vectors = g.op("DequantizeLinear", [codes, g.op("Reshape", [scales, g.ints(-1)])], axis=0)
-        return g.op("Reshape", [vectors, self.by_head])
+        return g.op("DequantizeLinear", [codes, g.op("Reshape", [scales, g.ints(-1)])], axis=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import OrderedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +50,8 @@ class ARC:
         """1 for a block in T2."""
         self._sizes = [0, 0]
         self._rankings = (Ranking(blocks), Ranking(blocks))
-        self._ghosts: tuple[dict[bytes, None], dict[bytes, None]] = ({}, {})
+        # Ordered, because the oldest of a plain dict is found behind the holes that those before it left.
+        self._ghosts = (OrderedDict[bytes, None](), OrderedDict[bytes, None]())
         """B1 and B2, oldest first."""
 
     def insert(self, block: int, content: bytes, heat: Heat | None = None) -> None:
@@ -124,6 +126,6 @@ class ARC:
         """Keep |T1| + |B1| to the number of blocks and |T1| + |T2| + |B1| + |B2| to twice that."""
         once, often = self._ghosts
         while once and self._sizes[0] + len(once) > self._blocks:
-            del once[next(iter(once))]
+            once.popitem(last=False)
         while often and sum(self._sizes) + len(once) + len(often) > 2 * self._blocks:
-            del often[next(iter(often))]
+            often.popitem(last=False)

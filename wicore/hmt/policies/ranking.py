@@ -5,6 +5,9 @@ from __future__ import annotations
 from array import array
 from heapq import heapify, heappop, heappush, heapreplace
 
+import numpy as np
+from numpy.typing import NDArray
+
 _NONE = -(2**63)
 """The queued key of a block without an entry. No block may have it as its key."""
 
@@ -72,6 +75,16 @@ class Ranking:
                 queued[block] = keys[block]
                 heapreplace(heap, keys[block] * blocks + block)
         raise LookupError("no block is evictable")
+
+    def renew(self, keys: NDArray[np.int64]) -> None:
+        """Give all blocks new keys at once, small enough that key * blocks has 63 bits. Takes a tenth of a
+        second for a million blocks."""
+        members = np.flatnonzero(np.frombuffer(self.members, np.uint8))
+        queued = np.full(self._blocks, _NONE, np.int64)
+        queued[members] = keys[members]
+        np.frombuffer(self.keys, np.int64)[:] = keys
+        np.frombuffer(self._queued, np.int64)[:] = queued
+        self._heap = np.sort(keys[members] * self._blocks + members).tolist()
 
     def _push(self, block: int, key: int) -> None:
         self._queued[block] = key
