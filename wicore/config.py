@@ -157,7 +157,7 @@ class HmtSettings(_Section):
     """Keep such a window every so many tokens of a prompt, besides its end and where prompts part; 0: not."""
     policy: Literal["a2cr", "lru", "lfu", "arc", "slru"] = "a2cr"
     """Which cached block goes first; see docs/hmt.md."""
-    attention_weight: float = Field(1.0, ge=0, le=100)
+    attention_weight: float = Field(0.1, ge=0, le=100)
     """A2CR: exponent of the attention that a block drew; 0: attention does not count."""
     frequency_weight: float = Field(1.0, gt=0, le=100)
     """A2CR: exponent of how often a block was used."""

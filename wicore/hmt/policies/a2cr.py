@@ -27,7 +27,7 @@ _DRIFT = 1.25
 class A2CRParams:
     """Weights, and times in units of the policy's clock: tokens."""
 
-    attention_weight: float = 1.0
+    attention_weight: float = 0.1
     frequency_weight: float = 1.0
     """Above 0."""
     recency_time: float | None = None
