@@ -59,7 +59,8 @@ class Journal:
             if not self._replay(kept):
                 entries = sorted(scan(), key=lambda entry: entry.sequence)
                 self._live = {entry.slot: _put(entry) for entry in entries}
-                log.info("%s: no readable journal; %d blocks found in their slots", path, len(entries))
+                if kept:
+                    log.info("%s: no readable journal; %d blocks found in their slots", path, len(entries))
             self._keep_newest()
             self._rewrite()
         except OSError as err:
