@@ -14,6 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +33,8 @@ Host = Mapping[Pool, NDArray[np.uint8]]
 class _Job(NamedTuple):
     move: Move
     run: Callable[[], Mapping[int, Fault]]
+    given: float
+    """When, on the monotonic clock."""
 
 
 class TierMover:
@@ -57,17 +60,22 @@ class TierMover:
     def start(self, move: Move) -> None:
         route = (move.source, move.target)
         if route == ("device", "host"):
-            ticket = self._engine.copy_out(move.pool, move.sources, self._rows(move.pool, move.targets))
-            self._queues["copies"].put(_Job(move, lambda: _await(ticket, move)))
+            rows = self._rows(move.pool, move.targets)
+            ticket = self._engine.copy_out(move.pool, move.sources, rows)
+            self._give("copies", move, partial(_await, ticket, move))
         elif route == ("host", "device"):
-            ticket = self._engine.copy_in(move.pool, self._rows(move.pool, move.sources), move.targets)
-            self._queues["copies"].put(_Job(move, lambda: _await(ticket, move)))
+            rows = self._rows(move.pool, move.sources)
+            ticket = self._engine.copy_in(move.pool, rows, move.targets)
+            self._give("copies", move, partial(_await, ticket, move))
         elif route == ("host", "nvme"):
-            self._queues["writes"].put(_Job(move, lambda: self._write(move)))
+            self._give("writes", move, partial(self._write, move))
         elif route == ("nvme", "host"):
-            self._queues["reads"].put(_Job(move, lambda: self._read(move)))
+            self._give("reads", move, partial(self._read, move))
         else:
             raise ValueError(f"no way from {move.source} to {move.target}")
+
+    def _give(self, name: str, move: Move, run: Callable[[], Mapping[int, Fault]]) -> None:
+        self._queues[name].put(_Job(move, run, time.monotonic()))
 
     def finished(self) -> Sequence[Outcome]:
         outcomes = []
@@ -88,10 +96,12 @@ class TierMover:
         return not any(thread.is_alive() for thread in self._threads)
 
     def _serve(self, name: str) -> None:
-        jobs = self._queues[name]
+        jobs, ended = self._queues[name], 0.0
         while (job := jobs.get()) is not None:
-            started = time.monotonic()
             faults = job.run()
+            # A copy runs from when it was given, or from when the one before it was done: waiting for its
+            # ticket may have begun later.
+            started, ended = max(job.given, ended), time.monotonic()
             if faults and not self._complained:
                 # Once: a failing disk fails often, and the counters tell the rest.
                 log.warning(
@@ -103,7 +113,7 @@ class TierMover:
                     ", ".join(sorted({fault.value for fault in faults.values()})),
                 )
                 self._complained = True
-            self._outcomes.put(Outcome(job.move, time.monotonic() - started, faults))
+            self._outcomes.put(Outcome(job.move, ended - started, faults))
             self._wake()
 
     def _rows(self, pool: Pool, slots: Sequence[int]) -> list[NDArray[np.uint8]]:
