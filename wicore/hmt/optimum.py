@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from wicore.hmt.policies.base import Clock, Heat
-from wicore.hmt.policies.ranking import Ranking
+from wicore.hmt.policies.ranked import Ranked
 
 
 class Future:
@@ -43,7 +39,7 @@ class Future:
         self._followers.append(policy)
 
 
-class OPT:
+class OPT(Ranked):
     """Of the evictable blocks the one whose next use lies farthest (Belady, "A study of replacement
     algorithms for a virtual-storage computer", IBM Systems Journal 1966); the longest unused of those that
     are never used again.
@@ -52,15 +48,13 @@ class OPT:
     by the caller alone.
     """
 
-    __slots__ = ("_block_of", "_clock", "_content", "_future", "_last", "_ranking")
+    __slots__ = ("_block_of", "_content", "_future")
 
     def __init__(self, blocks: int, clock: Clock, future: Future) -> None:
-        self._clock = clock
+        super().__init__(blocks, clock)
         self._future = future
-        self._last = array("d", [0.0]) * blocks
         self._content: list[bytes] = [b""] * blocks
         self._block_of: dict[bytes, int] = {}
-        self._ranking = Ranking(blocks)
         future.follow(self)
 
     def insert(self, block: int, content: bytes, heat: Heat | None = None) -> None:
@@ -74,20 +68,8 @@ class OPT:
         self._last[block] = self._clock()
         self._rank(block)
 
-    def record(self, blocks: NDArray[np.int32], mass: NDArray[np.float32]) -> None:
-        """Attention does not matter."""
-
-    def add(self, block: int) -> None:
-        self._ranking.add(block)
-
-    def remove(self, block: int) -> None:
-        self._ranking.remove(block)
-
-    def victim(self) -> int:
-        return self._ranking.lowest()
-
     def drop(self, block: int, *, evicted: bool) -> None:
-        self._ranking.remove(block)
+        super().drop(block, evicted=evicted)
         self._block_of.pop(self._content[block], None)
         self._content[block] = b""
 

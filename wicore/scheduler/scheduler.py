@@ -34,109 +34,14 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from wicore.engine.base import SequenceInput, StepPlan, StepResult
-from wicore.errors import ConfigError, EngineError
+from wicore.errors import EngineError
 from wicore.hmt import CacheManager, PrefixMatch
-from wicore.request import Priority
-from wicore.sampling import SampledToken, SamplingState
+from wicore.scheduler.sequence import Limits, ScheduledSequence, SequenceRequest, TokenOut, rank
 
 PATIENCE = 64
 """Later arrivals admitted before a waiting sequence until it is raised to the top level."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Bounds of a step. Raises ConfigError when they leave no room for prompts."""
-
-    max_batch: int
-    """Sequences that run together."""
-    token_budget: int
-    """New tokens a step, decodes and prompt chunks together."""
-    prompt_chunks: int = 4
-    """Sequences whose prompt advances in one step: an engine computes these one by one."""
-
-    def __post_init__(self) -> None:
-        if self.token_budget <= self.max_batch:
-            raise ConfigError(
-                f"scheduler.token_budget: {self.token_budget} must exceed scheduler.max_batch"
-                f" ({self.max_batch}), or prompts would stand still while all slots decode",
-                param="scheduler.token_budget",
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceRequest:
-    """A sequence to run: one choice of one job."""
-
-    key: int
-    """The caller's name for it, unique among the sequences present."""
-    prompt: Sequence[int]
-    """At least one token."""
-    generated: Sequence[int]
-    """Output tokens of an earlier attempt; `sampling` has observed them already."""
-    max_tokens: int
-    """Output tokens in all, those in `generated` included."""
-    sampling: SamplingState
-    priority: Priority
-
-
-@dataclass(frozen=True, slots=True)
-class TokenOut:
-    """A token that a step added to a sequence."""
-
-    key: int
-    token: SampledToken
-
-
-class _Sequence:
-    """A sequence present. `chain` is prompt and output so far; `computed` counts those with KV."""
-
-    __slots__ = (
-        "arrival",
-        "chain",
-        "chunk",
-        "computed",
-        "key",
-        "left",
-        "level",
-        "passed",
-        "positions",
-        "restoring",
-        "sampling",
-    )
-
-    def __init__(self, request: SequenceRequest, cache: CacheManager, arrival: int) -> None:
-        self.key = request.key
-        self.sampling = request.sampling
-        self.level = int(request.priority)
-        self.arrival = arrival
-        self.chain = cache.chain([*request.prompt, *request.generated])
-        self.left = request.max_tokens - len(request.generated)
-        """Output tokens still to come."""
-        self.positions = len(request.prompt) + request.max_tokens - 1
-        """Positions it will have computed at the end: all but the last token's."""
-        self.computed = 0
-        self.restoring = False
-        """Admitted, with blocks still on their way."""
-        self.chunk = 0
-        """New tokens in the step being planned or in flight."""
-        self.passed = 0
-
-    @property
-    def pending(self) -> int:
-        """Tokens without KV: one when decoding, more when prefilling, none when nothing may follow."""
-        return len(self.chain) - self.computed if self.left and not self.restoring else 0
-
-    @property
-    def samples(self) -> bool:
-        """Whether the planned chunk reaches the end, so that a token is drawn."""
-        return self.computed + self.chunk == len(self.chain)
-
-
-def _rank(sequence: _Sequence) -> tuple[int, int]:
-    return sequence.level, sequence.arrival
 
 
 class Scheduler:
@@ -150,11 +55,11 @@ class Scheduler:
     def __init__(self, limits: Limits, cache: CacheManager) -> None:
         self._limits = limits
         self._cache = cache
-        self._present: dict[int, _Sequence] = {}
-        self._running: list[_Sequence] = []
+        self._present: dict[int, ScheduledSequence] = {}
+        self._running: list[ScheduledSequence] = []
         """By rank, as is _waiting."""
-        self._waiting: list[_Sequence] = []
-        self._in_flight: list[_Sequence] | None = None
+        self._waiting: list[ScheduledSequence] = []
+        self._in_flight: list[ScheduledSequence] | None = None
         self._arrivals = 0
         self.preemptions = 0
         """Since the start."""
@@ -191,9 +96,9 @@ class Scheduler:
             )
         self._cache.require(len(request.prompt) + request.max_tokens - 1)
         self._arrivals += 1
-        sequence = _Sequence(request, self._cache, self._arrivals)
+        sequence = ScheduledSequence(request, self._cache, self._arrivals)
         self._present[request.key] = sequence
-        insort(self._waiting, sequence, key=_rank)
+        insort(self._waiting, sequence, key=rank)
         self._cache.prefetch(sequence.chain, sequence.positions)
 
     def remove(self, key: int) -> None:
@@ -275,7 +180,7 @@ class Scheduler:
 
     # --- room -------------------------------------------------------------------------------------
 
-    def _reserve(self, sequence: _Sequence, wanted: int) -> int:
+    def _reserve(self, sequence: ScheduledSequence, wanted: int) -> int:
         """Reserve up to `wanted` new positions, at least one, preempting from the last rank up.
 
         Returns how many; 0 when the sequence itself was preempted, now or earlier in this plan.
@@ -293,16 +198,16 @@ class Scheduler:
         self._cache.reserve(sequence.key, sequence.computed + count)
         return count
 
-    def _preempt(self, sequence: _Sequence) -> None:
+    def _preempt(self, sequence: ScheduledSequence) -> None:
         self._cache.close(sequence.key)
         self._running.remove(sequence)
         self._wait_again(sequence)
         self.preemptions += 1
 
-    def _wait_again(self, sequence: _Sequence) -> None:
+    def _wait_again(self, sequence: ScheduledSequence) -> None:
         sequence.computed = sequence.chunk = 0
         sequence.restoring = False
-        insort(self._waiting, sequence, key=_rank)
+        insort(self._waiting, sequence, key=rank)
 
     def _settle(self) -> None:
         """Let sequences whose blocks have arrived join the steps, and those whose have not match anew."""
@@ -341,14 +246,14 @@ class Scheduler:
             self._start(sequence, match)
             self._age(sequence)
 
-    def _start(self, sequence: _Sequence, match: PrefixMatch) -> None:
+    def _start(self, sequence: ScheduledSequence, match: PrefixMatch) -> None:
         key = sequence.key
         self._cache.open(key, sequence.chain, match, len(sequence.chain), sequence.positions)
         sequence.restoring = self._cache.restoring(key)
         sequence.computed = 0 if sequence.restoring else self._cache.computed(key) or 0
-        insort(self._running, sequence, key=_rank)
+        insort(self._running, sequence, key=rank)
 
-    def _held(self, sequence: _Sequence, match: PrefixMatch) -> bool:
+    def _held(self, sequence: ScheduledSequence, match: PrefixMatch) -> bool:
         """Whether a running prefill is about to make a longer match possible."""
         if not self._cache.prefix_cache:
             return False
@@ -363,7 +268,9 @@ class Scheduler:
                     return True
         return False
 
-    def _fits(self, sequence: _Sequence, match: PrefixMatch, closing: Sequence[_Sequence] = ()) -> bool:
+    def _fits(
+        self, sequence: ScheduledSequence, match: PrefixMatch, closing: Sequence[ScheduledSequence] = ()
+    ) -> bool:
         """Whether it could be admitted, those `closing` gone.
 
         Blocks are asked for its tokens and one more block of output, and one for each running sequence,
@@ -379,7 +286,7 @@ class Scheduler:
             closing=[victim.key for victim in closing],
         )
 
-    def _victims(self, sequence: _Sequence, match: PrefixMatch) -> list[_Sequence] | None:
+    def _victims(self, sequence: ScheduledSequence, match: PrefixMatch) -> list[ScheduledSequence] | None:
         """Whom to preempt so that `sequence` gets a slot and blocks; [] for nobody, None when that fails."""
         below = [other for other in self._running if other.level > sequence.level]
         for count in range(len(below) + 1):
@@ -388,7 +295,7 @@ class Scheduler:
                 return victims
         return None
 
-    def _age(self, admitted: _Sequence) -> None:
+    def _age(self, admitted: ScheduledSequence) -> None:
         raised = False
         for sequence in self._waiting:
             if sequence.arrival < admitted.arrival:
@@ -396,7 +303,7 @@ class Scheduler:
                 if sequence.passed >= PATIENCE and sequence.level:
                     sequence.level, raised = 0, True
         if raised:
-            self._waiting.sort(key=_rank)
+            self._waiting.sort(key=rank)
 
     # --- the step ---------------------------------------------------------------------------------
 
@@ -411,7 +318,7 @@ class Scheduler:
             budget -= sequence.chunk
             chunks -= 1
 
-    def _input(self, sequence: _Sequence) -> SequenceInput:
+    def _input(self, sequence: ScheduledSequence) -> SequenceInput:
         start, end = sequence.computed, sequence.computed + sequence.chunk
         tables = self._cache.tables(sequence.key)
         blocks = self._cache.blocks(end)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from array import array
-
-import numpy as np
-from numpy.typing import NDArray
-
 from wicore.hmt.policies.base import Clock, Heat
+from wicore.hmt.policies.ranked import Ranked
 from wicore.hmt.policies.ranking import Ranking
 
 _PROTECTED = 1 << 60
@@ -16,7 +12,7 @@ _SHARE = 0.8
 """Of the blocks that may be protected."""
 
 
-class SLRU:
+class SLRU(Ranked):
     """Segmented LRU (Karedla, Love and Wherry, "Caching strategies to improve disk system performance",
     IEEE Computer 1994).
 
@@ -25,14 +21,11 @@ class SLRU:
     their share, the least recently used of them starts a new probation.
     """
 
-    __slots__ = ("_accesses", "_clock", "_last", "_limit", "_protected", "_ranking")
+    __slots__ = ("_limit", "_protected")
 
     def __init__(self, blocks: int, clock: Clock) -> None:
-        self._clock = clock
-        self._accesses = 0
+        super().__init__(blocks, clock)
         self._limit = max(1, int(_SHARE * blocks))
-        self._last = array("d", [0.0]) * blocks
-        self._ranking = Ranking(blocks)
         self._protected = Ranking(blocks)
         """The protected, evictable or not."""
 
@@ -50,20 +43,8 @@ class SLRU:
         self._last[block] = self._clock()
         self._protect(block)
 
-    def record(self, blocks: NDArray[np.int32], mass: NDArray[np.float32]) -> None:
-        """Attention does not matter."""
-
-    def add(self, block: int) -> None:
-        self._ranking.add(block)
-
-    def remove(self, block: int) -> None:
-        self._ranking.remove(block)
-
-    def victim(self) -> int:
-        return self._ranking.lowest()
-
     def drop(self, block: int, *, evicted: bool) -> None:
-        self._ranking.remove(block)
+        super().drop(block, evicted=evicted)
         self._protected.remove(block)
 
     def heat(self, block: int) -> Heat:
