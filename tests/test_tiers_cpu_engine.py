@@ -13,7 +13,7 @@ from wicore.engine.cpu import CpuEngine
 from wicore.engine.sizing import kv_layout, tier_sizes
 from wicore.gemma3.checkpoint import Checkpoint, open_checkpoint
 
-JOBS = mixed_jobs(200, 500, longest=420, output=8)
+JOBS = mixed_jobs(200, 500, longest=560, output=8)
 UNLIMITED = 200_000
 
 

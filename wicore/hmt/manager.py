@@ -99,7 +99,7 @@ class CacheManager:
             if need > most:
                 raise TooLarge(
                     f"prompt and max_tokens need {positions} positions, which is {need} {pool} blocks of"
-                    f" {self.layout.block_tokens}; there is room for {most}. Ask for fewer, or raise"
+                    f" {self.layout.block_tokens}; the cache has {most}. Ask for fewer, or raise"
                     " hmt.device_tokens or hmt.host_bytes",
                     param="max_tokens",
                 )
