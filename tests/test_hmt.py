@@ -301,8 +301,9 @@ def test_a_sequence_of_128k_tokens_takes_what_its_global_layers_and_one_window_t
     [
         (None, {"global": 9, "window": 9}, r"hmt\.host_bytes"),
         ({"global": 9, "window": 2}, None, r"2 window blocks, and one window takes 4"),
+        ({"global": 0, "window": 0}, None, r"hmt\.host_bytes: leaves 0 window blocks"),
     ],
-    ids=["a file without host memory", "less than a window"],
+    ids=["a file without host memory", "less than a window", "less than a block"],
 )
 def test_tiers_that_cannot_work_are_refused_naming_the_setting(host, nvme, words):
     layout = KVLayout(BLOCK, 1, 1, 1, 1, 10, "float32")

@@ -64,7 +64,8 @@ class Study:
         """Raises ValueError for a device that holds no block."""
         size = block_tokens(self.trace)
         for device in self.devices:
-            if self._blocks(size, device) is None:
+            blocks = self._blocks(size, device)
+            if blocks is None or not all(blocks.values()):
                 raise ValueError(f"--device-gb: {device:g} GB hold no block of {size} tokens of {self.model}")
 
     def run(self, requests: Sequence[Request], progress: Callable[[str], None]) -> Iterator[Line]:

@@ -27,11 +27,11 @@ class TierSizes:
 
 
 def split_bytes(slot_bytes: Mapping[Pool, int], size: int, window_share: float) -> dict[Pool, int] | None:
-    """Slots of each pool in `size` bytes, `window_share` of them for windows; None when there are none."""
+    """Slots of each pool in `size` bytes, `window_share` of them for windows; None for 0 bytes."""
     window = int(size * window_share) // slot_bytes["window"]
     rest = size - window * slot_bytes["window"]
     slots: dict[Pool, int] = {"global": rest // slot_bytes["global"], "window": window}
-    return slots if all(slots.values()) else None
+    return slots if size else None
 
 
 def device_share(sizes: TierSizes) -> int:
@@ -48,14 +48,9 @@ def longest_sequence(sizes: TierSizes) -> int:
     return max(sizes.device["global"], streamed)
 
 
-def build_pools(
-    layout: KVLayout, sizes: TierSizes, policy: PolicyFactory, clock: Clock, stored: Stored | None
-) -> dict[Tier, dict[Pool, BlockPool]]:
-    """The pools of every tier there is, uppermost first.
-
-    Raises ConfigError, naming the setting, for a device pool without blocks, a file without host memory to
-    go through, and host memory that holds less than one window.
-    """
+def check_sizes(layout: KVLayout, sizes: TierSizes) -> None:
+    """Raise ConfigError, naming the setting, for a device pool without blocks, a file without host memory to
+    go through, and host memory that holds less than one window and one other block."""
     if min(sizes.device.values()) < 1:
         raise ConfigError(
             f"hmt.device_tokens: gives {sizes.device['global']} global and {sizes.device['window']} window"
@@ -68,12 +63,19 @@ def build_pools(
             param="hmt.host_bytes",
         )
     window = -(-(layout.window - 1) // layout.block_tokens) + 1
-    if sizes.host is not None and sizes.host["window"] < window:
+    if sizes.host is not None and (sizes.host["window"] < window or not sizes.host["global"]):
         raise ConfigError(
             f"hmt.host_bytes: leaves {sizes.host['window']} window blocks, and one window takes {window}"
             f" ({window * layout.block_bytes('window'):,} bytes); raise it, or set it to 0",
             param="hmt.host_bytes",
         )
+
+
+def build_pools(
+    layout: KVLayout, sizes: TierSizes, policy: PolicyFactory, clock: Clock, stored: Stored | None
+) -> dict[Tier, dict[Pool, BlockPool]]:
+    """The pools of every tier there is, uppermost first. Raises ConfigError as `check_sizes` does."""
+    check_sizes(layout, sizes)
     counts: dict[Tier, Mapping[Pool, int] | None] = {
         "device": sizes.device,
         "host": sizes.host,

@@ -15,7 +15,7 @@ from wicore.hmt import CacheManager
 from wicore.hmt.moves import Tier
 from wicore.hmt.policy import A2CR, POLICIES, A2CRParams
 from wicore.hmt.pool import PolicyFactory
-from wicore.hmt.tiers import POOLS, Stored
+from wicore.hmt.tiers import POOLS, Stored, check_sizes
 from wicore.text.template import TEMPLATE
 from wicore.tiers.block_file import BlockFile
 from wicore.tiers.folder import Claim, claim
@@ -48,6 +48,7 @@ class TieredCache:
         """Claims a folder and opens the files. Raises ConfigError, naming the setting, when that fails."""
         hmt, info = settings.hmt, engine.info
         sizes = tier_sizes(settings, info.layout)
+        check_sizes(info.layout, sizes)  # before any file is made
         # Whatever changes what equal tokens mean: KV of another model or another template is never found.
         fingerprint = f"{info.fingerprint} {TEMPLATE}"
         self._claim: Claim | None = None
