@@ -7,10 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wicore.config import load_settings
 from wicore.engine.base import KVLayout
+from wicore.engine.sizing import kv_layout, tier_sizes
 from wicore.errors import ConfigError, EngineError, TooLarge
 from wicore.gemma3.config import PUBLISHED
 from wicore.hmt import LRU, BlockPool, CacheManager, TierSizes, TokenChain
+from wicore.hmt.tiers import check_sizes
 
 BLOCK = 4
 
@@ -360,3 +363,10 @@ def test_blocks_always_add_up(blocks, window, arrivals):
         cache.close(key)
     cache.check()
     assert cache.stats.global_pool.used == cache.stats.window_pool.used == 0
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_default_settings_have_room_for_a_window_of_every_published_model(name):
+    given = load_settings([], environ={})
+    layout = kv_layout(given, PUBLISHED[name])
+    check_sizes(layout, tier_sizes(given, layout))

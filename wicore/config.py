@@ -145,8 +145,8 @@ class HmtSettings(_Section):
     """Positions the device pool holds, over all sequences and cached prefixes."""
     prefix_cache: bool = True
     """Keep the KV of finished prompts, so that a request that begins alike starts from it."""
-    host_bytes: int = Field(512 * 2**20, ge=0)
-    """Host memory for what the device pool has no room for; 0: none."""
+    host_bytes: int | None = Field(None, ge=0)
+    """Host memory for what the device pool has no room for; 0: none; unset: 512 MiB, or eight windows."""
     nvme_path: str | None = None
     """Folder of the file tier, which survives restarts; each worker takes a folder in it; unset: none."""
     nvme_bytes: int = Field(4 * 2**30, ge=0)

@@ -10,6 +10,8 @@ from wicore.gemma3.config import Gemma3Config
 from wicore.hmt.tiers import POOLS, TierSizes, longest_sequence, split_bytes
 from wicore.tiers.slot import slot_bytes
 
+_HOST_BYTES = 512 * 2**20
+
 
 def kv_layout(settings: Settings, config: Gemma3Config) -> KVLayout:
     """The layout of the engine that `engine.kind` names."""
@@ -39,11 +41,14 @@ def tier_sizes(settings: Settings, layout: KVLayout) -> TierSizes:
     a_step = -(-settings.scheduler.token_budget // size)
     running = settings.scheduler.max_batch * a_sequence + a_step
     device: dict[Pool, int] = {"global": every, "window": min(every, running)}
-    in_memory = {pool: layout.block_bytes(pool) for pool in POOLS}
+    in_memory: dict[Pool, int] = {pool: layout.block_bytes(pool) for pool in POOLS}
     on_file = {pool: slot_bytes(size) for pool, size in in_memory.items()}
+    host_bytes = hmt.host_bytes
+    if host_bytes is None:  # what any model can work with
+        host_bytes = max(_HOST_BYTES, 8 * a_sequence * in_memory["window"])
     return TierSizes(
         device,
-        split_bytes(in_memory, hmt.host_bytes, hmt.window_share),
+        split_bytes(in_memory, host_bytes, hmt.window_share),
         split_bytes(on_file, hmt.nvme_bytes if hmt.nvme_path is not None else 0, hmt.window_share),
     )
 
