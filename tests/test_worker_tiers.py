@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
+from api.metrics import CacheCollector
 from tests.services import follow, running_worker, settings_for, worker_process
 from tests.waiting import until
 from wicore.queue.producer import Producer
@@ -80,3 +83,26 @@ def test_prefixes_of_jobs_that_wait_in_the_queue_are_raised_meanwhile(
         assert text(redis_client, job) == expected
         assert kv(worker)["hit_tokens"]["host"] > 100
         assert kv(worker)["hit_tokens"].get("nvme", 0) == 0
+
+
+def test_what_a_worker_tells_of_its_tiers_is_fit_for_prometheus(redis_client, valkey_url, tmp_path) -> None:
+    with running_worker(tiered(valkey_url, tmp_path)) as worker:
+        text(redis_client, submit(redis_client, LONG))
+        text(redis_client, submit(redis_client, LONG))
+        until(lambda: kv(worker)["moved_bytes"].get("host>nvme"), "blocks are saved")
+        told = [{"worker": "w", "kv": kv(worker)}]
+    found = {
+        (
+            sample.name,
+            *(sample.labels.get(name) for name in ("tier", "pool", "source", "target")),
+        ): sample.value
+        for family in text_string_to_metric_families(generate_latest(CacheCollector(told)).decode())
+        for sample in family.samples
+    }
+    assert found["wicore_kv_hit_tokens_total", "device", None, None, None] > 100
+    assert found["wicore_kv_bytes_moved_total", None, "global", "host", "nvme"] > 0
+    assert found["wicore_kv_move_seconds_count", None, None, "device", "host"] > 0
+    states = [
+        v for (name, *at), v in found.items() if name == "wicore_kv_blocks" and at[:2] == ["nvme", "global"]
+    ]
+    assert states

@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wicore.bench.hardware import describe
-from wicore.engine.base import KVLayout, Pool
+from wicore.engine.base import Pool
+from wicore.engine.sizing import layout_of
 from wicore.gemma3.config import PUBLISHED
 from wicore.hmt import BlockPool, CacheManager, TierSizes
 from wicore.hmt.moves import Move, Outcome
@@ -207,15 +208,7 @@ class ManagerMix:
 
     def __init__(self, policy: str) -> None:
         config = PUBLISHED[_MODEL]
-        layout = KVLayout(
-            _BLOCK_TOKENS,
-            config.global_layers,
-            config.window_layers,
-            config.kv_heads,
-            config.head_dim,
-            config.sliding_window,
-            "float16",
-        )
+        layout = layout_of(config, _BLOCK_TOKENS, "float16")
         device, host, nvme = (self._blocks(chains) for chains in _TIERS)
         self._mover = ImmediateMover()
         self.cache = CacheManager(

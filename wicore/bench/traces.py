@@ -16,6 +16,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from wicore.engine.base import KVLayout, Pool
+from wicore.engine.sizing import layout_of
 from wicore.gemma3.config import PUBLISHED, published
 from wicore.hmt.chain import TokenChain
 from wicore.hmt.optimum import OPT, Future
@@ -125,15 +126,7 @@ class Study:
 
     def _layout(self, size: int) -> KVLayout:
         config = PUBLISHED[self.model]
-        return KVLayout(
-            size,
-            config.global_layers,
-            config.window_layers,
-            config.kv_heads,
-            config.head_dim,
-            config.sliding_window,
-            "float16",
-        )
+        return layout_of(config, size, "float16")
 
     def _line(self, result: Replay, device: float, name: str) -> Line:
         waits = sorted(result.first_token_s) or [0.0]

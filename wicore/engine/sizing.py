@@ -13,19 +13,24 @@ from wicore.tiers.slot import slot_bytes
 _HOST_BYTES = 512 * 2**20
 
 
+def layout_of(config: Gemma3Config, block_tokens: int, dtype: str) -> KVLayout:
+    """The layout of a model's KV in blocks of so many positions."""
+    return KVLayout(
+        block_tokens,
+        config.global_layers,
+        config.window_layers,
+        config.kv_heads,
+        config.head_dim,
+        config.sliding_window,
+        dtype,
+    )
+
+
 def kv_layout(settings: Settings, config: Gemma3Config) -> KVLayout:
     """The layout of the engine that `engine.kind` names."""
     if settings.engine.kind == "null":
         return null_layout(settings.hmt.block_tokens, config.sliding_window)
-    return KVLayout(
-        block_tokens=settings.hmt.block_tokens,
-        global_layers=config.global_layers,
-        window_layers=config.window_layers,
-        kv_heads=config.kv_heads,
-        head_dim=config.head_dim,
-        window=config.sliding_window,
-        dtype=settings.engine.kv,
-    )
+    return layout_of(config, settings.hmt.block_tokens, settings.engine.kv)
 
 
 def tier_sizes(settings: Settings, layout: KVLayout) -> TierSizes:

@@ -46,7 +46,7 @@ class BlockPool:
 
     With `leaves_first` a cached block is not evicted while a cached block continues it: a prefix cache
     whose middle is gone has lost its end as well. A window pool is made without, because there the old
-    blocks of a chain lose their use first. `on_evict(block, hash)` is told of kept content that goes.
+    blocks of a chain lose their use first.
     """
 
     def __init__(
@@ -57,7 +57,6 @@ class BlockPool:
         clock: Clock,
         *,
         leaves_first: bool,
-        on_evict: Callable[[int, bytes], None] | None = None,
     ) -> None:
         self.name = name
         self.total = blocks
@@ -65,7 +64,6 @@ class BlockPool:
         self.victim_ages = Histogram(_AGES)
         self._clock = clock
         self._leaves_first = leaves_first
-        self._on_evict = on_evict
         self._free = list(range(blocks - 1, -1, -1))
         self._refs = [0] * blocks
         self._worth = bytearray(blocks)
@@ -255,11 +253,9 @@ class BlockPool:
 
     def _evict(self) -> None:
         block = self._victim()
-        worth, (hash, _) = self._worth[block], self._name_of[block]
+        worth = self._worth[block]
         if worth != _EXPENDABLE:
             self.victim_ages.add(self._clock() - self.policy.heat(block).last)
-            if self._on_evict is not None:
-                self._on_evict(block, hash)
         self._leave_cache(block)
         self._forget(block, evicted=True)
         self._free.append(block)

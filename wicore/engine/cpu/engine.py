@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 
 from wicore.engine.base import (
     EngineInfo,
-    KVLayout,
     Pool,
     SequenceInput,
     SequenceOutput,
@@ -39,6 +38,7 @@ from wicore.engine.cpu.pool import KVFormat, KVPool, host_inputs, host_rows
 from wicore.engine.cpu.rope import RopeTables
 from wicore.engine.cpu.weights import WeightFormat, embed, load_final_norm, load_head, load_layer
 from wicore.engine.plans import check_plan
+from wicore.engine.sizing import layout_of
 from wicore.errors import EngineError
 from wicore.gemma3.checkpoint import Checkpoint
 from wicore.gemma3.config import Gemma3Config
@@ -105,15 +105,7 @@ class CpuEngine:
         self._checkpoint = checkpoint
         self._rope = RopeTables(config)
         self._padding_limit = _padding_limit(config)
-        layout = KVLayout(
-            block_tokens=block_tokens,
-            global_layers=config.global_layers,
-            window_layers=config.window_layers,
-            kv_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            window=config.sliding_window,
-            dtype=kv,
-        )
+        layout = layout_of(config, block_tokens, kv)
         described = f"{_REVISION} {weights} {layout} {checkpoint.content_digest}"
         self._info = EngineInfo(
             name="cpu",
