@@ -74,6 +74,14 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
                : "memory");
 }
 
+// The same of memory that is read once and in order: L2 fetches 256 bytes around it.
+__device__ __forceinline__ void copy_async_long(void* shared, const void* global, bool valid = true) {
+  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Until at most N of this thread's groups are still under way.
@@ -81,6 +89,33 @@ template <int N>
 __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
+
+// Ask for the 128 bytes around `address` to be in L2.
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
+// Clusters of blocks: consecutive blocks of the grid, side by side on the card (compute capability 9).
+#define CLUSTER_DIMS(count) __cluster_dims__(count, 1, 1)
+#if __CUDA_ARCH__ >= 900
+// Until every thread of the cluster is here; orders their shared memory, too.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// What block `rank` of the cluster has where this block has `shared`.
+__device__ __forceinline__ float2 cluster_load(const float* shared, int rank) {
+  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  float2 v;
+  asm volatile(
+      "{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %2, %3;\n"
+      "ld.shared::cluster.v2.f32 {%0, %1}, [there];\n}"
+      : "=f"(v.x), "=f"(v.y)
+      : "r"(address), "r"(rank)
+      : "memory");
+  return v;
+}
+#endif
 #endif
 
 __device__ __forceinline__ uint32_t pack_half2(float low, float high) {
