@@ -10,7 +10,7 @@ from typing import Protocol
 
 from wicore.engine.tensorrt.device import Stream
 from wicore.engine.tensorrt.norms import Norms
-from wicore.engine.tensorrt.weights import Weights
+from wicore.engine.tensorrt.weights import DeviceWeights
 from wicore.engine.tensorrt.work_buffers import WorkBuffers
 from wicore.gemma3.config import Gemma3Config
 
@@ -44,7 +44,7 @@ class KernelBody:
     """By our own kernels."""
 
     def __init__(
-        self, config: Gemma3Config, weights: Weights, buffers: WorkBuffers, norms: Norms, matmul: Matmul
+        self, config: Gemma3Config, weights: DeviceWeights, buffers: WorkBuffers, norms: Norms, matmul: Matmul
     ) -> None:
         self._weights, self._buffers, self._norms, self._matmul = weights, buffers, norms, matmul
         self._hidden, self._inner = config.hidden_size, config.intermediate_size

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from wicore.engine.base import SequenceInput
 
@@ -41,7 +42,6 @@ class Piece:
 @dataclass(frozen=True, slots=True)
 class Pass:
     pieces: tuple[Piece, ...]
-    """Single tokens first."""
     decode: bool
 
     @property
@@ -50,15 +50,15 @@ class Pass:
 
     @property
     def singles(self) -> int:
-        """Pieces of one token, which come first."""
-        return sum(piece.count == 1 for piece in self.pieces)
+        """Pieces of one token that come before all others."""
+        return sum(1 for _ in takewhile(lambda piece: piece.count == 1, self.pieces))
 
 
 def cut(
     sequences: Sequence[SequenceInput], *, capacity: int, decode_capacity: int, invariant: bool
 ) -> Iterator[Pass]:
     """The passes of a step, in the order they must run: at most `capacity` rows each, `decode_capacity` of a
-    decode pass. With `invariant` every pass is a decode pass.
+    decode pass, and never more pieces than that. With `invariant` every pass is a decode pass.
 
     A sequence's slices then begin at fixed rows of its chunk, whoever shares the pass, so that whatever is
     summed over a slice is summed alike.
@@ -75,10 +75,10 @@ def cut(
         for pieces in _packed([*singles, *slices], decode_capacity):
             yield Pass(pieces, decode=True)
         return
-    while len(singles) >= capacity:
+    while len(singles) >= decode_capacity:
         yield Pass(tuple(singles[:decode_capacity]), decode=True)
         del singles[:decode_capacity]
-    for pieces in _filled(singles, chunks, capacity):
+    for pieces in _filled(singles, chunks, capacity, decode_capacity):
         yield Pass(pieces, decode=False)
 
 
@@ -97,9 +97,9 @@ def _packed(pieces: Sequence[Piece], capacity: int) -> Iterator[tuple[Piece, ...
 
 
 def _filled(
-    singles: Sequence[Piece], chunks: Sequence[SequenceInput], capacity: int
+    singles: Sequence[Piece], chunks: Sequence[SequenceInput], capacity: int, most: int
 ) -> Iterator[tuple[Piece, ...]]:
-    """Chunks cut wherever a pass is full."""
+    """Chunks cut wherever a pass is full, of rows or of `most` pieces."""
     together, room = list(singles), capacity - len(singles)
     for sequence in chunks:
         first = 0
@@ -108,7 +108,7 @@ def _filled(
             together.append(Piece(sequence, first, count))
             first += count
             room -= count
-            if not room:
+            if not room or len(together) == most:
                 yield tuple(together)
                 together, room = [], capacity
     if together:

@@ -29,7 +29,7 @@ class TableEntries:
     window_first: int
 
 
-class StepTables:
+class BlockTables:
     """The block tables of a step's sequences, cut to what the step reads, in one array: first all global
     tables, then all window tables."""
 
@@ -50,7 +50,7 @@ class StepTables:
             parts.append(sequence.window_table[first - sequence.window_first : end - sequence.window_first])
             self.by_key[sequence.key] = TableEntries(offset, end, at, first)
             at += end - first
-        self.entries: Ints = np.concatenate(parts).astype(np.int32, copy=False)
+        self.entries: Ints = np.concatenate(parts).astype(np.int32, copy=False) if parts else np.zeros(0, np.int32)
 
 
 def entry_capacity(layout: KVLayout, sequences: int, max_context: int, step_tokens: int) -> int:
