@@ -94,28 +94,6 @@ __device__ __forceinline__ void copy_wait() {
 __device__ __forceinline__ void prefetch_l2(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
-
-// Clusters of blocks: consecutive blocks of the grid, side by side on the card (compute capability 9).
-#define CLUSTER_DIMS(count) __cluster_dims__(count, 1, 1)
-#if __CUDA_ARCH__ >= 900
-// Until every thread of the cluster is here; orders their shared memory, too.
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-
-// What block `rank` of the cluster has where this block has `shared`.
-__device__ __forceinline__ float2 cluster_load(const float* shared, int rank) {
-  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  float2 v;
-  asm volatile(
-      "{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %2, %3;\n"
-      "ld.shared::cluster.v2.f32 {%0, %1}, [there];\n}"
-      : "=f"(v.x), "=f"(v.y)
-      : "r"(address), "r"(rank)
-      : "memory");
-  return v;
-}
-#endif
 #endif
 
 __device__ __forceinline__ uint32_t pack_half2(float low, float high) {

@@ -23,7 +23,8 @@
 //   GLU      1: w is [2 n][k], gate rows before up rows, and y = half(gelu_tanh(gate) * up / 64), saturated
 //   HALF_OUT 1: y is half
 //   BLOCKS   blocks that must fit on a multiprocessor by their registers
-#include "common.cuh"
+//   SHARED   bytes of dynamic shared memory of a block
+#include "cluster.cuh"
 
 constexpr int kTokens = 8 * NT;
 constexpr int kTile = 16 * MT * WM;
@@ -37,8 +38,9 @@ constexpr int kRowStep = kThreads / kPieces;
 constexpr int kStageW = kLines * kTile * kLine, kStageX = kLines * kTokens * kLine;  // halves
 constexpr int kStage = kStageW + kStageX;
 constexpr int kOut = GLU ? kTile / 2 : kTile;  // columns of y
-constexpr int kPass = NT == 1 ? 8 : 16;  // tokens summed over the chains at once
+[[maybe_unused]] constexpr int kPass = NT == 1 ? 8 : 16;  // tokens summed over the chains at once
 constexpr int kPitch = kTile + 4;        // floats; 2 kPitch = 8 mod 32 banks
+using Blocks = Cluster<CLUSTER ? PARTS : 1, kThreads>;
 static_assert(kThreads % kPieces == 0, "a thread keeps to one column of pieces");
 static_assert(kTile % kRowStep == 0, "all threads copy as many pieces of w");
 static_assert(kRowStep % 8 == 0 && kOut % kRowStep == 0, "a thread's pieces are alike");
@@ -71,7 +73,7 @@ struct Copier {
   int to;          // its place in the stage
 
   __device__ __forceinline__ Copier(const half* x, const half* w, int tile, int part, int k) {
-    const int thread = threadIdx.x, line = thread % kPieces / 8, chunk = thread % 8, row = thread / kPieces;
+    const int thread = Blocks::thread(), line = thread % kPieces / 8, chunk = thread % 8, row = thread / kPieces;
     column = tile * kOut + row;
     at = (CLUSTER ? line * PARTS + part : line) * kLine + chunk * 8;
     w_from = w + static_cast<long long>(column) * k + at;
@@ -90,7 +92,7 @@ struct Copier {
   }
 
   __device__ __forceinline__ void copy_x(half* stage, int rows, int k) const {
-    const int thread = threadIdx.x, line = thread % kPieces / 8, chunk = thread % 8, row = thread / kPieces;
+    const int thread = Blocks::thread(), line = thread % kPieces / 8, chunk = thread % 8, row = thread / kPieces;
     half* target = stage + kStageW + (line * kTokens + row) * kLine + (chunk ^ (row & 7)) * 8;
 #pragma unroll
     for (int i = 0; i < (kTokens + kRowStep - 1) / kRowStep; ++i) {
@@ -185,11 +187,11 @@ extern "C" __global__ void
 CLUSTER_DIMS(PARTS)
 #endif
 __launch_bounds__(kThreads, BLOCKS) skinny(const half* x, const half* w, void* y, int rows, int n, int k) {
-  SHARED_MEMORY(half, ring);
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  SHARED_MEMORY(half, shared);
+  half* ring = Blocks::own(shared, SHARED);
+  const int thread = Blocks::thread(), warp = thread / 32, lane = thread % 32;
   const int chain = warp % kChains, rows_from = warp / kChains * 16 * MT;
-  const int part = CLUSTER ? blockIdx.x % PARTS : 0;
-  const int first_tile = CLUSTER ? blockIdx.x / PARTS : blockIdx.x;
+  const int part = Blocks::rank(), first_tile = Blocks::index();
   const int tiles = (n + kOut - 1) / kOut;
   const int groups = (k + kLine * LINES * PARTS - 1) / (kLine * LINES * PARTS);
   const int own = SINGLE ? 1 : (tiles - first_tile + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
@@ -267,15 +269,15 @@ __launch_bounds__(kThreads, BLOCKS) skinny(const half* x, const half* w, void* y
             *at = sum[m][t][e] + *at;
           }
     }
-    cluster_sync();
+    Blocks::sync();
     write(y, current, 0, rows, n, part * kThreads + thread, PARTS * kThreads, [&](int token, int column) {
       const float* at = area + token * kPitch + column;
-      float2 v = cluster_load(at, 0);
+      float2 v = Blocks::load(at, 0, SHARED);
 #pragma unroll
-      for (int p = 1; p < PARTS; ++p) v = add_pair(v, cluster_load(at, p));
+      for (int p = 1; p < PARTS; ++p) v = add_pair(v, Blocks::load(at, p, SHARED));
       return v;
     });
-    cluster_sync();  // no block may go while others read its memory
+    Blocks::sync();  // no block may go while others read its memory
 #else
 #pragma unroll
     for (int t0 = 0; t0 < NT; t0 += kPass / 8) {
