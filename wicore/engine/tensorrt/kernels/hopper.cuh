@@ -275,7 +275,7 @@ inline int cluster_index() { return blockIdx.x; }
 inline int cluster_count() { return gridDim.x; }
 inline void cluster_sync() { __syncthreads(); }
 
-namespace emulation {
+namespace emulated {
 
 struct Product {
   float* sums;
@@ -290,12 +290,12 @@ struct Products {
 };
 
 inline char* shared_parts;
-inline Products products[kThreads];
+inline Products products[::emulation::kThreads];
 
-inline Products& own_products() { return products[state.current->number]; }
+inline Products& own_products() { return products[::emulation::state.current->number]; }
 
 inline char* shared_at(uint32_t address, int rank) {
-  if (address >= SHARED_BYTES) fail("shared address %u of a block that has %d bytes", address, SHARED_BYTES);
+  if (address >= SHARED_BYTES) ::emulation::fail("shared address %u of a block that has %d bytes", address, SHARED_BYTES);
   return shared_parts + static_cast<size_t>(rank) * SHARED_BYTES + address;
 }
 
@@ -316,7 +316,7 @@ struct PhaseBarrier {
 static_assert(sizeof(PhaseBarrier) == 8, "a barrier in shared memory has 8 bytes");
 
 inline PhaseBarrier& phase_barrier(uint32_t barrier, int rank) {
-  if (barrier % 8) fail("barrier at shared address %u: not aligned to 8", barrier);
+  if (barrier % 8) ::emulation::fail("barrier at shared address %u: not aligned to 8", barrier);
   return *reinterpret_cast<PhaseBarrier*>(shared_at(barrier, rank));
 }
 
@@ -347,11 +347,11 @@ inline void carry_out(const Product& product) {
     }
 }
 
-}  // namespace emulation
+}  // namespace emulated
 
 inline uint32_t shared_begin(char* memory) {
-  emulation::shared_parts = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + 1023) & ~uintptr_t(1023));
-  emulation::Products& p = emulation::own_products();
+  emulated::shared_parts = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + 1023) & ~uintptr_t(1023));
+  emulated::Products& p = emulated::own_products();
   p.made.clear();
   p.groups.clear();
   p.committed = 0;
@@ -359,7 +359,7 @@ inline uint32_t shared_begin(char* memory) {
 }
 
 inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
-  emulation::PhaseBarrier& b = emulation::phase_barrier(barrier, cluster_rank());
+  emulated::PhaseBarrier& b = emulated::phase_barrier(barrier, cluster_rank());
   b.awaited = static_cast<uint16_t>(arrivals);
   b.arrivals = arrivals;
   b.parity = 0;
@@ -369,7 +369,7 @@ inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
 inline void barrier_init_fence() {}
 
 inline void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
-  emulation::PhaseBarrier& b = emulation::phase_barrier(barrier, rank);
+  emulated::PhaseBarrier& b = emulated::phase_barrier(barrier, rank);
   if (b.awaited == 0) emulation::fail("barrier at shared address %u: more arrivals than it was made for", barrier);
   --b.awaited;
   b.settle();
@@ -378,12 +378,12 @@ inline void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
 inline void barrier_arrive(uint32_t barrier) { barrier_arrive_at(barrier, cluster_rank()); }
 
 inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
-  emulation::phase_barrier(barrier, cluster_rank()).bytes += static_cast<int32_t>(bytes);
+  emulated::phase_barrier(barrier, cluster_rank()).bytes += static_cast<int32_t>(bytes);
   barrier_arrive(barrier);
 }
 
 inline void barrier_wait(uint32_t barrier, uint32_t parity) {
-  while (emulation::phase_barrier(barrier, cluster_rank()).parity == parity) emulated_yield();
+  while (emulated::phase_barrier(barrier, cluster_rank()).parity == parity) emulated_yield();
   emulated_progress();
 }
 
@@ -399,11 +399,11 @@ inline void copy_box_to(uint32_t target, const TensorMap& map, int column, int r
       for (uint32_t c = 0; c < map.box_columns; ++c) {
         bool inside = row + r < map.rows && column + c < map.columns;
         uint64_t from = map.address + (row + r) * map.row_stride_bytes + (column + c) * 2;
-        uint32_t to = emulation::swizzled(target + r * 128 + c * 2);
-        *reinterpret_cast<uint16_t*>(emulation::shared_at(to, rank)) =
+        uint32_t to = emulated::swizzled(target + r * 128 + c * 2);
+        *reinterpret_cast<uint16_t*>(emulated::shared_at(to, rank)) =
             inside ? *reinterpret_cast<const uint16_t*>(from) : 0;
       }
-    emulation::PhaseBarrier& b = emulation::phase_barrier(barrier, rank);
+    emulated::PhaseBarrier& b = emulated::phase_barrier(barrier, rank);
     b.bytes -= static_cast<int32_t>(map.box_rows * 128);
     b.settle();
   }
@@ -421,7 +421,7 @@ void more_registers() {}
 inline void wgmma_fence() {}
 
 inline void wgmma_commit() {
-  emulation::Products& p = emulation::own_products();
+  emulated::Products& p = emulated::own_products();
   p.groups.push_back(p.made.size() - p.committed);
   p.committed = p.made.size();
 }
@@ -429,10 +429,10 @@ inline void wgmma_commit() {
 // On the card a product is one act of four warps; here each thread makes its own sums, so all must be waited for.
 template <int N>
 void wgmma_wait() {
-  emulation::Products& p = emulation::own_products();
+  emulated::Products& p = emulated::own_products();
   while (p.groups.size() > N) {
     size_t count = p.groups.front();
-    for (size_t i = 0; i < count; ++i) emulation::carry_out(p.made[i]);
+    for (size_t i = 0; i < count; ++i) emulated::carry_out(p.made[i]);
     p.made.erase(p.made.begin(), p.made.begin() + static_cast<std::ptrdiff_t>(count));
     p.groups.erase(p.groups.begin());
     p.committed -= count;
@@ -443,11 +443,11 @@ void wgmma_wait() {
 inline void wgmma(float (&d)[TILE_N / 2], uint64_t a, uint64_t b, uint32_t add) {
   for (uint64_t descriptor : {a, b})
     if (descriptor >> 62 != 1 || (descriptor >> 49 & 7)) emulation::fail("a matrix descriptor of another layout");
-  emulation::own_products().made.push_back({d, a, b, add != 0});
+  emulated::own_products().made.push_back({d, a, b, add != 0});
 }
 
 inline void wgmma_settled(float (&)[TILE_N / 2]) {
-  if (!emulation::own_products().groups.empty()) emulation::fail("sums are read while products are under way");
+  if (!emulated::own_products().groups.empty()) emulation::fail("sums are read while products are under way");
 }
 
 inline float choose(int first, float a, float b) { return first ? a : b; }
