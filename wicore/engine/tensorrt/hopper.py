@@ -1,8 +1,8 @@
-"""Matrix products of many rows on Hopper: y = x w^T with half operands and float32 sums (kernels/hopper.cu).
+"""Matrix products of many rows on Hopper (kernels/hopper.cu): y = x w^T, half operands, float32 sums.
 
-How a product is cut into tiles is chosen by a model of the card's limits, or measured with `tune`. The cut does
-not touch the numbers: every sum runs over k in ascending order, so a row's result is the same whatever the tile and
-the number of rows.
+How a product is cut into tiles is chosen by a model of the card's limits, or measured with `tune`. The cut
+does not touch the numbers: every sum runs over k in ascending order, so a row's result is the same whatever
+the tile and the number of rows.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Tiling:
     """How a product is cut. A tile has 64 * consumers rows and `columns` rows of w."""
 
     columns: int
-    """8 to 256, a multiple of 8; for glu half of them are gate and half are up columns, so a multiple of 16."""
+    """8 to 256, a multiple of 8; for glu a multiple of 16: half of them are gate and half are up columns."""
     consumers: int = 2
     """Warpgroups that multiply, 1 to 3."""
     cluster_rows: int = 1
@@ -100,11 +100,11 @@ class Tiling:
         return down, -(-n // (self.out_columns(kind) * self.cluster_columns))
 
     def slots(self, sms: int) -> int:
-        """Clusters that run at one time: of more than two blocks, some find no place in a part of the chip."""
+        """Clusters that run at one time; those of more than two blocks do not fill every part of the chip."""
         return max(1, sms // self.cluster - (1 if self.cluster > 2 and sms > 16 else 0))
 
     def height(self, sms: int) -> int:
-        """`group`, or the number of rows of clusters with the smallest sum of rows and columns that run at once."""
+        """`group`, or the height at which the rows and columns that run at one time are the fewest."""
         if self.group:
             return self.group
         slots, rows, columns = (
@@ -115,12 +115,14 @@ class Tiling:
         return min(range(1, slots + 1), key=lambda g: g * rows + -(-slots // g) * columns)
 
     def cost(self, rows: int, n: int, k: int, kind: Kind, sms: int) -> float:
-        """Clocks that the product takes by the model: the slowest of tensor cores, shared memory, second-level
-        cache and device memory."""
+        """Clocks that the product takes by the model: the slowest of tensor cores, shared memory, cache and
+        device memory."""
         down, across = self.clusters(rows, n, kind)
         waves = -(-down * across // self.slots(sms))
         steps = -(-k // _STEP)
-        products = self.consumers * 4 * (max(self.columns / 2, 32) + _PRODUCT_OVERHEAD * (self.consumers == 1))
+        products = (
+            self.consumers * 4 * (max(self.columns / 2, 32) + _PRODUCT_OVERHEAD * (self.consumers == 1))
+        )
         shared = self.consumers * 4 * (2048 + self.columns * 32) + self.stage_bytes
         cached = self.rows * 128 / self.cluster_columns + self.columns * 128 / self.cluster_rows
         step = max(products, shared / _SHARED_RATE, cached / _CACHE_RATE) + _STEP_OVERHEAD
@@ -173,8 +175,8 @@ class HopperMatmul:
         k: int,
         tiling: Tiling | None = None,
     ) -> None:
-        """y[rows][inner] = half(gelu_tanh(x gate^T) * (x up^T) / 64), saturated; gate_up is [2 * inner][k], gate
-        rows first."""
+        """y[rows][inner] = half(gelu_tanh(x gate^T) * (x up^T) / 64), saturated; gate_up is [2 * inner][k],
+        gate rows first."""
         self._run(stream, "glu", rows, x, gate_up, y, inner, k, tiling)
 
     def candidates(self, rows: int, n: int, k: int, kind: Kind) -> list[Tiling]:
@@ -186,8 +188,8 @@ class HopperMatmul:
         return sorted(useful, key=lambda t: (t.cost(rows, n, k, kind, sms), -t.columns))
 
     def choose(self, rows: int, n: int, k: int, kind: Kind) -> Tiling:
-        """The tiling for a product: the measured one, else the first candidate. Depends on rows by the number of
-        64-row tiles only."""
+        """The tiling for a product: the measured one, else the first candidate. All numbers of rows that need
+        as many 64-row tiles get the same."""
         key = (kind, n, k, -(-rows // 64))
         if key not in self._chosen:
             self._chosen[key] = self.candidates(key[3] * 64, n, k, kind)[0]
@@ -215,8 +217,10 @@ class HopperMatmul:
         tilings: Sequence[Tiling] | None = None,
         repeat: int = 5,
     ) -> list[tuple[float, Tiling]]:
-        """Measure tilings (the first eight candidates unless given) and `use` the fastest; milliseconds and tiling,
-        fastest first. y is overwritten."""
+        """Measure tilings (the first eight candidates unless given) and `use` the fastest.
+
+        Returns milliseconds and tiling, the fastest first. y is overwritten.
+        """
         measured = []
         for tiling in tilings or self.candidates(rows, n, k, kind)[:8]:
             times = []
@@ -278,7 +282,9 @@ class HopperMatmul:
                 "HALF_OUT": int(kind != "float"),
             }
             shared = _ALIGNMENT + tiling.shared_bytes * (tiling.cluster if self._joined else 1)
-            self._functions[key] = self._device.compile("hopper.cu", defines).function("hopper_matmul", shared)
+            self._functions[key] = self._device.compile("hopper.cu", defines).function(
+                "hopper_matmul", shared
+            )
         return self._functions[key]
 
     def _map(self, address: int, rows: int, k: int, box: int) -> TensorMap:

@@ -1,19 +1,26 @@
 // Y[rows][n] = X[rows][k] W[n][k]^T for many rows: half operands, float32 sums, on Hopper (sm_90a).
 //
-// Persistent blocks of one warpgroup that feeds a ring of tiles in shared memory through the copy engine, and CONSUMERS
-// warpgroups that multiply: 64 rows by TILE_N columns each, sums in registers. Blocks of a cluster share tiles: CLUSTER_M
-// blocks below each other the tile of W, CLUSTER_N blocks side by side the tile of X; each loads a part and the copy engine
-// hands it to all. Every sum runs over k in ascending order whatever the tile, so a row's result depends neither on the
-// number of rows nor on the choice of tile. After the structure of CUTLASS's warp-specialised kernels for sm_90.
+// Persistent blocks of one warpgroup that feeds a ring of tiles in shared memory through the copy engine, and
+// CONSUMERS warpgroups that multiply: 64 rows by TILE_N columns each, sums in registers. Blocks of a cluster
+// share tiles: CLUSTER_M blocks below each other the tile of W, CLUSTER_N blocks side by side the tile of X;
+// each loads a part and the copy engine hands it to all. Every sum runs over k in ascending order whatever
+// the tile, so a row's result depends neither on the number of rows nor on the choice of tile. After the
+// structure of CUTLASS's warp-specialised kernels for sm_90.
 //
 //   TILE_N               columns of a tile: 8..256
 //   CONSUMERS            1..3: a tile has 64 * CONSUMERS rows
 //   CLUSTER_M, CLUSTER_N blocks of a cluster by rows and by columns
-//   B_BOX                rows of W in one copy; divides TILE_N, with at least CLUSTER_M (and, for GLU, 2) copies a tile
+//   B_BOX                rows of W in one copy; at least CLUSTER_M copies a tile, an even number for GLU
 //   STAGES               tiles in the ring
-//   STAGGER              steps of k by which the second consumer starts later, so that while one stores, another multiplies
-//   GLU                  0, or 1: W is gate rows, then up rows, n of each; y = half(gelu(gate) * up / 64), saturated
+//   STAGGER              steps of k by which the second consumer is behind: one multiplies, another stores
+//   GLU                  1: W is n gate rows, then n up rows; y = half(gelu(gate) up / 64), saturated. Else 0
 //   HALF_OUT             1: y is half; 0: float32
+//
+// requires: sm_90a
+// variant: TILE_N=256 CONSUMERS=2 CLUSTER_M=2 CLUSTER_N=1 B_BOX=128 STAGES=4 STAGGER=0 GLU=0 HALF_OUT=0
+// variant: TILE_N=256 CONSUMERS=2 CLUSTER_M=2 CLUSTER_N=1 B_BOX=128 STAGES=4 STAGGER=2 GLU=1 HALF_OUT=1
+// variant: TILE_N=192 CONSUMERS=3 CLUSTER_M=1 CLUSTER_N=1 B_BOX=192 STAGES=4 STAGGER=0 GLU=0 HALF_OUT=1
+// variant: TILE_N=64 CONSUMERS=2 CLUSTER_M=1 CLUSTER_N=4 B_BOX=64 STAGES=9 STAGGER=0 GLU=0 HALF_OUT=1
 #define TILE_M (64 * CONSUMERS)
 #define TILE_K 64
 #define CLUSTER (CLUSTER_M * CLUSTER_N)
@@ -41,16 +48,17 @@
 
 static_assert(TILE_N % B_BOX == 0 && B_BOX % 8 == 0 && B_BOXES >= CLUSTER_M, "B_BOX must part TILE_N");
 static_assert(!GLU || (B_BOXES % 2 == 0 && HALF_OUT), "a copy holds gate rows or up rows");
-static_assert(A_BOX % 8 == 0 && A_BYTES % 1024 == 0 && B_BYTES % 1024 == 0, "tiles keep to the period of the swizzle");
+static_assert(A_BOX % 8 == 0, "copies keep to the period of the swizzle");
 static_assert(STAGES > STAGGER, "the first consumer must get ahead before the second frees a stage");
 
-// Tiles in an order in which those that run at the same time share rows and columns: `group` rows of clusters at a time,
-// column by column.
+// Tiles in an order in which those that run at the same time share rows and columns: `group` rows of clusters
+// at a time, column by column.
 struct Raster {
   int tiles_m, tiles_n, group;
   __device__ __forceinline__ int tiles() const { return tiles_m * tiles_n; }
   __device__ __forceinline__ void place(int tile, int& m, int& n) const {
-    int first = tile / (group * tiles_n) * group, height = min(group, tiles_m - first), rest = tile - first * tiles_n;
+    const int first = tile / (group * tiles_n) * group, rest = tile - first * tiles_n;
+    const int height = min(group, tiles_m - first);
     n = rest / height;
     m = first + rest - n * height;
   }
@@ -92,9 +100,10 @@ __device__ __forceinline__ uint32_t out_pair(const float (&d)[TILE_N / 2], int j
 #endif
 }
 
-// The sums of a warp to rows `row` (and + 8) of y, 16 bytes a lane: lanes of a quad hold 64 contiguous bytes. n is a multiple
-// of 8, so that a block of 8 columns is inside or outside as a whole.
-__device__ __forceinline__ void store(const float (&d)[TILE_N / 2], void* y, int row, int column, int rows, int n) {
+// The sums of a warp to rows `row` (and + 8) of y, 16 bytes a lane: lanes of a quad hold 64 contiguous bytes.
+// n is a multiple of 8, so that a block of 8 columns is inside or outside as a whole.
+__device__ __forceinline__ void store(const float (&d)[TILE_N / 2], void* y, int row, int column, int rows,
+                                      int n) {
   const int t = threadIdx.x % 4;
 #if HALF_OUT
   const int blocks = 4, first = column + 8 * t;  // of the columns that this lane stores of four blocks
@@ -133,14 +142,14 @@ __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], void* y, int
     }
 }
 
-// `group`: rows of clusters that are gone through together (see Raster). Grid: clusters times CLUSTER, at most one block a
-// multiprocessor.
+// `group`: rows of clusters that are gone through together (see Raster). Grid: clusters times CLUSTER, at
+// most one block a multiprocessor.
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
-    hopper_matmul(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, void* y, int rows,
-                  int n, int k, int group) {
+    hopper_matmul(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, void* y,
+                  int rows, int n, int k, int group) {
   SHARED_MEMORY(char, memory);
   const uint32_t shared = shared_begin(memory);
-  const uint32_t full = shared, empty = shared + 8 * STAGES, started = shared + 16 * STAGES, ring = shared + 1024;
+  const uint32_t full = shared, empty = full + 8 * STAGES, started = empty + 8 * STAGES, ring = shared + 1024;
   const int thread = block_thread(), rank = cluster_rank();
   const int rank_m = rank % CLUSTER_M, rank_n = rank / CLUSTER_M;
   const int steps = (k + TILE_K - 1) / TILE_K;
@@ -209,7 +218,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       for (int s = 0; s < early; ++s) load_x(s, m, s);
 
       int stage = early % STAGES, first_step = early;
-      uint32_t parity = early < STAGES ? 1 : 0;  // of the round of `empty` to wait for; nothing is awaited in the first
+      uint32_t parity = early < STAGES ? 1 : 0;  // of the round of `empty` to wait for
       for (int tile = cluster_index(); tile < raster.tiles(); tile += cluster_count()) {
         raster.place(tile, m, column);
 #pragma unroll 1
@@ -233,8 +242,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     const int consumer = thread / 128 - 1, own = thread % 128;
     const uint32_t first_a = ring + consumer * (64 * TILE_K * 2), first_b = ring + A_BYTES;
     // The stage may be overwritten by every block that loads for this one.
-    int to = rank;
 #if CLUSTER > 1
+    int to = rank;
     if (own < CLUSTER_N) {
       to = rank_m + CLUSTER_M * own;
     } else if (own < RELEASES) {

@@ -1,6 +1,6 @@
-// Instructions of Hopper (sm_90a) alone: barriers in shared memory that count bytes, the bulk copy engine, matrix
-// products of a whole warpgroup, clusters. Each has a twin for the CPU emulation that decodes tensor maps, swizzle and
-// matrix descriptors bit by bit, so that a wrong offset is found without the card.
+// Instructions of Hopper (sm_90a) alone: barriers in shared memory that count bytes, the bulk copy engine,
+// matrix products of a whole warpgroup, clusters. Each has a twin for the CPU emulation that decodes tensor
+// maps, swizzle and matrix descriptors bit by bit, so that a wrong offset is found without the card.
 //
 // Shared memory is named by 32-bit addresses. The kernel defines before including this:
 //   TILE_N        columns of a warpgroup's product: a multiple of 8 up to 256
@@ -26,14 +26,14 @@ struct alignas(64) TensorMap {
 };
 #endif
 
-// Descriptor of an operand tile whose rows are 64 half values (128 bytes), K contiguous, swizzled by 128 bytes, with
-// groups of 8 rows 1024 bytes apart. `address` may be advanced by 32 bytes for each 16 values of K: the swizzle goes
-// by the address, and tiles are aligned to its period of 1024 bytes.
+// Descriptor of an operand tile whose rows are 64 half values (128 bytes), K contiguous, swizzled by 128
+// bytes, with groups of 8 rows 1024 bytes apart. `address` may be advanced by 32 bytes for each 16 values of
+// K: the swizzle goes by the address, and tiles are aligned to its period of 1024 bytes.
 __device__ __forceinline__ uint64_t tile_descriptor(uint32_t address) {
   return static_cast<uint64_t>((address & 0x3ffffu) >> 4)  // start
-         | 1ull << 16                                        // leading dimension: ignored where K fits the swizzle
-         | 64ull << 32                                       // stride: 1024 bytes
-         | 1ull << 62;                                       // swizzle of 128 bytes
+         | 1ull << 16                                      // leading dimension: of no meaning here
+         | 64ull << 32                                     // stride: 1024 bytes
+         | 1ull << 62;                                     // swizzle of 128 bytes
 }
 
 #ifndef WICORE_EMULATED
@@ -61,7 +61,8 @@ __device__ __forceinline__ int cluster_count() { return gridDim.x / CLUSTER; }
 // All threads of the cluster; writes to shared memory before it are seen after it.
 __device__ __forceinline__ void cluster_sync() {
 #if CLUSTER > 1
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
   __syncthreads();
 #endif
@@ -79,7 +80,8 @@ __device__ __forceinline__ void barrier_init_fence() {
 
 // Arrive, and let the phase last until so many more bytes have been copied in.
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
 }
 
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
@@ -114,17 +116,19 @@ __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
 }
 
 // Copy the box at (column, row) to shared memory; zeros beyond the matrix. Its bytes count at `barrier`.
-__device__ __forceinline__ void copy_box(uint32_t target, const TensorMap& map, int column, int row, uint32_t barrier) {
+__device__ __forceinline__ void copy_box(uint32_t target, const TensorMap& map, int column, int row,
+                                         uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-          target),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3}], [%4];" ::"r"(target),
       "l"(&map), "r"(column), "r"(row), "r"(barrier)
       : "memory");
 }
 
-// The same to the same addresses in each block of the cluster whose bit is set in `blocks`, counting at each one's barrier.
-__device__ __forceinline__ void copy_box_to(uint32_t target, const TensorMap& map, int column, int row, uint32_t barrier,
-                                            uint32_t blocks) {
+// The same to the same addresses in each block of the cluster whose bit is set in `blocks`, counting at each
+// one's barrier.
+__device__ __forceinline__ void copy_box_to(uint32_t target, const TensorMap& map, int column, int row,
+                                            uint32_t barrier, uint32_t blocks) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
       "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(target),
@@ -146,7 +150,9 @@ __device__ __forceinline__ void more_registers() {
 // Before the first product that touches registers which the thread has written or read.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
 
 // Until at most N of the warpgroup's groups are still under way.
 template <int N>
@@ -221,10 +227,11 @@ __device__ __forceinline__ void wgmma_wait() {
 #define WGMMA_SUMS_248(d) WGMMA_SUMS_240(d), WGMMA_FOUR(d, 120)
 #define WGMMA_SUMS_256(d) WGMMA_SUMS_248(d), WGMMA_FOUR(d, 124)
 
-// d (+)= A B^T for 64 rows of A, TILE_N rows of B and 16 values of K, both by descriptor; `add` 0 forgets d. Runs in the
-// background. Warp w of the warpgroup, lane l, g = l / 4, t = l % 4:
-//   d[4j], d[4j + 1] = D[16w + g][8j + 2t], [8j + 2t + 1];  d[4j + 2], d[4j + 3] = the same of row 16w + g + 8
-// The inputs are named as outputs too, so that they come first and the sums have the same numbers at every TILE_N.
+// d (+)= A B^T for 64 rows of A, TILE_N rows of B and 16 values of K, both by descriptor; `add` 0 forgets d.
+// Runs in the background. Warp w of the warpgroup, lane l, g = l / 4, t = l % 4:
+//   d[4j], d[4j + 1] = D[16w + g][8j + 2t], [8j + 2t + 1];  d[4j + 2], d[4j + 3]: the same of row + 8
+// The inputs are named as outputs too, so that they come first and the sums have the same numbers at every
+// TILE_N.
 __device__ __forceinline__ void wgmma(float (&d)[TILE_N / 2], uint64_t a, uint64_t b, uint32_t add) {
   asm volatile(
       "{\n\t.reg .pred add;\n\tsetp.ne.b32 add, %2, 0;\n\t"
@@ -262,9 +269,10 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
 
 #else
 
-// One launched block stands for a whole cluster: CLUSTER times THREADS threads and CLUSTER times SHARED_BYTES bytes.
-// A shared address is the offset in the block's part. A box is copied at once, the earliest that the card could; products
-// are made when they are waited for, the latest: what is read, freed or overwritten too early shows in the result.
+// One launched block stands for a whole cluster: CLUSTER times THREADS threads and CLUSTER times SHARED_BYTES
+// bytes. A shared address is the offset in the block's part. A box is copied at once, the earliest that the
+// card could; products are made when they are waited for, the latest: what is read, freed or overwritten too
+// early shows in the result.
 #ifndef __cluster_dims__
 #define __cluster_dims__(...)
 #endif
@@ -295,7 +303,7 @@ inline Products products[::emulation::kThreads];
 inline Products& own_products() { return products[::emulation::state.current->number]; }
 
 inline char* shared_at(uint32_t address, int rank) {
-  if (address >= SHARED_BYTES) ::emulation::fail("shared address %u of a block that has %d bytes", address, SHARED_BYTES);
+  if (address >= SHARED_BYTES) ::emulation::fail("shared address %u: a block has %d", address, SHARED_BYTES);
   return shared_parts + static_cast<size_t>(rank) * SHARED_BYTES + address;
 }
 
@@ -350,7 +358,8 @@ inline void carry_out(const Product& product) {
 }  // namespace emulated
 
 inline uint32_t shared_begin(char* memory) {
-  emulated::shared_parts = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + 1023) & ~uintptr_t(1023));
+  uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + 1023) & ~uintptr_t(1023);
+  emulated::shared_parts = reinterpret_cast<char*>(begin);
   emulated::Products& p = emulated::own_products();
   p.made.clear();
   p.groups.clear();
@@ -370,7 +379,7 @@ inline void barrier_init_fence() {}
 
 inline void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
   emulated::PhaseBarrier& b = emulated::phase_barrier(barrier, rank);
-  if (b.awaited == 0) emulation::fail("barrier at shared address %u: more arrivals than it was made for", barrier);
+  if (b.awaited == 0) emulation::fail("barrier at shared address %u: too many arrivals", barrier);
   --b.awaited;
   b.settle();
 }
@@ -389,10 +398,11 @@ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
 
 inline void prefetch_map(const TensorMap&) {}
 
-inline void copy_box_to(uint32_t target, const TensorMap& map, int column, int row, uint32_t barrier, uint32_t blocks) {
+inline void copy_box_to(uint32_t target, const TensorMap& map, int column, int row, uint32_t barrier,
+                        uint32_t blocks) {
   if (map.swizzle_bytes != 128 || map.box_columns * map.element_bytes != 128)
     emulation::fail("a tensor map of another layout than rows of 128 swizzled bytes");
-  if (target % 1024) emulation::fail("a box at shared address %u: the swizzle repeats every 1024 bytes", target);
+  if (target % 1024) emulation::fail("a box at shared address %u: not aligned to 1024", target);
   for (int rank = 0; rank < CLUSTER; ++rank) {
     if (!(blocks >> rank & 1)) continue;
     for (uint32_t r = 0; r < map.box_rows; ++r)
@@ -426,7 +436,8 @@ inline void wgmma_commit() {
   p.committed = p.made.size();
 }
 
-// On the card a product is one act of four warps; here each thread makes its own sums, so all must be waited for.
+// On the card a product is one act of four warps; here each thread makes its own sums, so all must be waited
+// for.
 template <int N>
 void wgmma_wait() {
   emulated::Products& p = emulated::own_products();
@@ -442,7 +453,8 @@ void wgmma_wait() {
 
 inline void wgmma(float (&d)[TILE_N / 2], uint64_t a, uint64_t b, uint32_t add) {
   for (uint64_t descriptor : {a, b})
-    if (descriptor >> 62 != 1 || (descriptor >> 49 & 7)) emulation::fail("a matrix descriptor of another layout");
+    if (descriptor >> 62 != 1 || (descriptor >> 49 & 7))
+      emulation::fail("a matrix descriptor of another layout");
   emulated::own_products().made.push_back({d, a, b, add != 0});
 }
 
