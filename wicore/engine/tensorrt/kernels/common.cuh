@@ -81,12 +81,40 @@ template <int N>
 __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
+
+// 2^x to two units in the last place; results below 2^-126 become 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Bytes FIRST and SECOND of four signed ones, as halves, exactly: 1024 + (byte + 128) is a bit pattern.
+template <int FIRST, int SECOND>
+__device__ __forceinline__ uint32_t bytes_to_half2(uint32_t bytes) {
+  uint32_t biased = __byte_perm(bytes ^ 0x80808080u, 0x64646464u, FIRST | 0x40 | SECOND << 8 | 0x4000);
+  uint32_t result;
+  asm("sub.f16x2 %0, %1, %2;" : "=r"(result) : "r"(biased), "r"(0x64806480u));
+  return result;
+}
 #endif
 
 __device__ __forceinline__ uint32_t pack_half2(float low, float high) {
   half2 h = __floats2half2_rn(low, high);
   return *reinterpret_cast<uint32_t*>(&h);
 }
+
+#ifdef WICORE_EMULATED
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y = exp2f(x);
+  return y < 1.17549435e-38f ? 0.0f : y;
+}
+
+template <int FIRST, int SECOND>
+__device__ __forceinline__ uint32_t bytes_to_half2(uint32_t bytes) {
+  return pack_half2(static_cast<signed char>(bytes >> 8 * FIRST), static_cast<signed char>(bytes >> 8 * SECOND));
+}
+#endif
 
 // Sum over the 32 lanes, the same in every lane and in a fixed order.
 __device__ __forceinline__ float warp_sum(float v) {
