@@ -89,6 +89,12 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// x, as if unknown until here: what is computed from it in a loop is not kept in registers between turns.
+__device__ __forceinline__ int fresh(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Bytes FIRST and SECOND of four signed ones, as halves, exactly: 1024 + (byte + 128) is a bit pattern.
 template <int FIRST, int SECOND>
 __device__ __forceinline__ uint32_t bytes_to_half2(uint32_t bytes) {
@@ -109,6 +115,8 @@ __device__ __forceinline__ float exp2_approx(float x) {
   float y = exp2f(x);
   return y < 1.17549435e-38f ? 0.0f : y;
 }
+
+__device__ __forceinline__ int fresh(int x) { return x; }
 
 template <int FIRST, int SECOND>
 __device__ __forceinline__ uint32_t bytes_to_half2(uint32_t bytes) {

@@ -13,7 +13,8 @@
 // 8-bit V: P takes V's scales, divided by the largest so far so that halves do not lose small ones.
 //
 // Macros beyond attention.cuh's: WARPS, TILES (16-key tiles a warp a step), MIN_BLOCKS (a multiprocessor),
-// ROWS (list entries scheduled together), MAX_SPANS (a row), MERGE_PARTS.
+// SPAN (positions, a multiple of STEP), ROWS (list entries that share
+// scratch), MAX_SPANS (a row; spans double until they suffice), MERGE_PARTS.
 #include "attention.cuh"
 
 constexpr int STEP = WARPS * TILES * 16;  // positions
@@ -44,9 +45,10 @@ struct Item {
 
 constexpr int MASS_ONLY = 1 << 30;
 
-__device__ __forceinline__ int span_of(int last) {
+// Positions of a span, of the spans that hold first..last.
+__device__ __forceinline__ int span_of(int first, int last) {
   int span = SPAN;
-  while (last / span >= MAX_SPANS) span *= 2;
+  while (last / span - first / span >= MAX_SPANS) span *= 2;
   return span;
 }
 
@@ -122,10 +124,12 @@ extern "C" __global__ void schedule(int rows, int groups, const int* indices, co
     int i = base + tid;
     if (i < rows) {
       const Entry& e = entries[i];
-      int seen = e.row < 0 ? 0 : max(0, positions[e.row] - window + 1);
-      int own = span_of(window - 1);
-      spans[tid] = e.row < 0 ? 0 : e.last / span_of(e.last) + 1;
-      spans[blockDim.x + tid] = e.row < 0 || e.mass_only ? 0 : e.last / own - seen / own + 1;
+      spans[tid] = spans[blockDim.x + tid] = 0;
+      if (e.row >= 0) {
+        spans[tid] = e.last / span_of(0, e.last) + 1;
+        int seen = max(0, positions[e.row] - window + 1), span = span_of(seen, e.last);
+        if (!e.mass_only) spans[blockDim.x + tid] = e.last / span - seen / span + 1;
+      }
     }
     __syncthreads();
     if (i < rows) {
@@ -155,7 +159,7 @@ extern "C" __global__ void schedule(int rows, int groups, const int* indices, co
       item.table = kind ? window_offset[sequence] - window_first[sequence] : global_offset[sequence];
       item.streamed = kind ? 0 : streamed[sequence];
       item.mass = kind ? -1 : e.mass;
-      int span = span_of(kind ? window - 1 : e.last);
+      int span = span_of(item.first, e.last);
       Item* to = items + (static_cast<long long>(kind) * groups + i / ROWS) * ROWS * MAX_SPANS + e.slot[kind];
       for (int j = tid % 32; j < e.spans[kind]; j += 32) {
         item.begin = (item.first / span + j) * span;
@@ -542,8 +546,9 @@ extern "C" __global__ void __launch_bounds__(128)
   }
 }
 
-// mass [KV_HEADS][mass_blocks], summed over layers -> out float32 by entry of the global tables: the mean over
-// heads, layers and the listed rows of a sequence, which follow each other in the list. Grid: (parts, entries).
+// mass [KV_HEADS][mass_blocks], summed over layers, is added to `out`, float32 by entry of the global tables:
+// the mean over heads and layers of each listed row, summed over the rows of a sequence, which follow each other
+// in the list. Grid: (parts, entries).
 extern "C" __global__ void mass_of_sequences(int rows, const Entry* entries, const int* row_seq,
                                              const int* global_offset, const float* mass, long long mass_blocks,
                                              int layers, float* out) {
@@ -553,21 +558,16 @@ extern "C" __global__ void mass_of_sequences(int rows, const Entry* entries, con
   if (entries[start].row < 0) return;
   int sequence = row_seq[entries[start].row];
   if (start > 0 && entries[start - 1].row >= 0 && row_seq[entries[start - 1].row] == sequence) return;
-  int end = start, blocks = 0, counted = 0;
-  while (end < rows && entries[end].row >= 0 && row_seq[entries[end].row] == sequence) {
-    if (entries[end].mass >= 0) {
-      blocks = max(blocks, entries[end].last / BLOCK_TOKENS + 1);
-      counted++;
-    }
-    end++;
-  }
-  float scale = 1.0f / (static_cast<float>(counted) * HEADS * layers);
+  int end = start, blocks = 0;
+  for (; end < rows && entries[end].row >= 0 && row_seq[entries[end].row] == sequence; end++)
+    if (entries[end].mass >= 0) blocks = max(blocks, entries[end].last / BLOCK_TOKENS + 1);
+  float scale = 1.0f / (static_cast<float>(HEADS) * layers);
   for (int j = blockIdx.x * blockDim.x + threadIdx.x; j < blocks; j += gridDim.x * blockDim.x) {
     float sum = 0.0f;
     for (int i = start; i < end; i++) {
       if (entries[i].mass < 0 || j > entries[i].last / BLOCK_TOKENS) continue;
       for (int head = 0; head < KV_HEADS; head++) sum += mass[head * mass_blocks + entries[i].mass + j];
     }
-    out[global_offset[sequence] + j] = sum * scale;
+    out[global_offset[sequence] + j] += sum * scale;
   }
 }
