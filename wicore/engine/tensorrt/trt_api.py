@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -30,6 +30,13 @@ _EXTRAS: Mapping[BackendName, str] = {"tensorrt": "gpu", "tensorrt_rtx": "rtx"}
 _LOG = logging.getLogger(__name__)
 
 
+class _Said(NamedTuple):
+    """The last of what TensorRT logged."""
+
+    errors: deque[str]
+    warnings: deque[str]
+
+
 class Backend:
     """One TensorRT library. Attributes: name, version, and the module itself."""
 
@@ -37,8 +44,8 @@ class Backend:
         self.name = name
         self.module = module
         self.version: str = module.__version__
-        self._errors: deque[str] = deque(maxlen=3)
-        self.logger = _logger(module, self._errors)
+        self._said = _Said(deque(maxlen=3), deque(maxlen=1))
+        self.logger = _logger(module, self._said)
 
     @property
     def strongly_typed(self) -> bool:
@@ -59,8 +66,9 @@ class Backend:
 
     def error(self, what: str) -> EngineError:
         """An error that ends with what TensorRT said; forgets it."""
-        said = "; ".join(self._errors) or "TensorRT gave no reason"
-        self._errors.clear()
+        said = "; ".join(self._said.errors or self._said.warnings) or "TensorRT gave no reason"
+        self._said.errors.clear()
+        self._said.warnings.clear()
         return EngineError(f"{what}: {said}")
 
 
@@ -86,8 +94,8 @@ def installed_backends() -> list[Backend]:
     return found
 
 
-def _logger(module: Any, errors: deque[str]) -> Any:
-    """TensorRT's log, sent on to `logging`; its errors are also kept for exceptions."""
+def _logger(module: Any, said: _Said) -> Any:
+    """TensorRT's log, sent on to `logging`; the last of it is also kept for exceptions."""
     severity = module.ILogger.Severity
     levels = {
         severity.INTERNAL_ERROR: logging.ERROR,
@@ -105,7 +113,9 @@ def _logger(module: Any, errors: deque[str]) -> Any:
             if level is None:  # verbose: a hundred thousand lines a build
                 return
             if level == logging.ERROR:
-                errors.append(message.strip())
+                said.errors.append(message.strip())
+            elif level == logging.WARNING:
+                said.warnings.append(message.strip())
             _LOG.log(level, "%s", message.strip())
 
     return Forward()
@@ -253,7 +263,10 @@ class TensorRTOps:
     def constant(self, value: float) -> Any:
         data = np.array([[value]], np.float32)
         self._alive.append(data)
-        return self._layer(self.network.add_constant((1, 1), self._trt.Weights(data)), None)
+        layer = self.network.add_constant((1, 1), self._trt.Weights(data))
+        if not self._backend.strongly_typed:
+            layer.set_output_type(0, self._float)
+        return self._layer(layer, None)
 
     def widen(self, x: Any) -> Any:
         return self._layer(self.network.add_cast(x, self._float), None)
