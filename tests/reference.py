@@ -16,15 +16,17 @@ from numpy.typing import NDArray
 from wicore.engine.tensorrt.networks import Kind, SegmentShape, bindings
 
 Array = NDArray[Any]
+_DRAWN_ROWS = 1 << 14
+"""Random numbers take their time: what has more rows repeats them."""
 
 
 def segment(kind: Kind, shape: SegmentShape, given: Mapping[str, Array]) -> dict[str, Array]:
     """The outputs of a segment, float64, from its inputs by name."""
-    x = {name: a if a.dtype == np.int32 else a.astype(np.float64) for name, a in given.items()}
+    x = {name: a.astype(np.float64) for name, a in given.items() if name not in ("ids", "table")}
     if kind == "head":
-        return {"logits": x["hidden"] @ x["table"].T}
+        return {"logits": x["hidden"] @ given["table"].astype(np.float64).T}
     if kind == "first":
-        residual = x["table"][x["ids"]] * math.sqrt(shape.hidden)
+        residual = given["table"][given["ids"]].astype(np.float64) * math.sqrt(shape.hidden)
     else:
         deltas = products_before_norms(shape, given)
         residual = x["residual"] + rms_norm(deltas["o"], x["post_attention"], shape.eps)
@@ -56,19 +58,9 @@ def gelu_tanh(x: Array) -> Array:
 
 
 def random_inputs(
-    kind: Kind,
-    shape: SegmentShape,
-    rows: int,
-    *,
-    seed: int = 0,
-    inflated: bool = False,
-    half: Any = np.float16,
+    kind: Kind, shape: SegmentShape, rows: int, *, seed: int = 0, half: Any = np.float16
 ) -> dict[str, Array]:
-    """Inputs of a segment by name, in the sizes that a model has: products keep the size of their input.
-
-    `inflated`: o_proj and down_proj are 64 times as large, on inputs so large that float16 does not hold the
-    products, though it holds all that a model needs.
-    """
+    """Inputs of a segment by name, in the sizes that a model has: products keep the size of their input."""
     rng = np.random.default_rng(seed)
     made: dict[str, Array] = {}
     for binding in bindings(kind, shape):
@@ -78,16 +70,22 @@ def random_inputs(
         if binding.dtype == "int32":
             made[binding.name] = rng.integers(0, shape.vocab, size, dtype=np.int32)
             continue
-        values = rng.standard_normal(size, np.float32)
+        drawn = (min(size[0], _DRAWN_ROWS), *size[1:])
+        values = np.resize(rng.standard_normal(drawn, np.float32), size)
         if binding.dtype == "float32":
             made[binding.name] = values * 5 if binding.dynamic else 1 + 0.1 * values
             continue
         if not binding.dynamic:
             values *= size[1] ** -0.5
-        if inflated:
-            values *= {"o": 64, "down": 64, "attention": 500, "gate": 5, "up": 100}.get(binding.name, 1)
         made[binding.name] = values.astype(half)
     return made
+
+
+def inflate(given: Mapping[str, Array]) -> dict[str, Array]:
+    """The inputs with o_proj and down_proj 64 times as large, on inputs of them so large that float16 does
+    not hold their products; it still holds everything else."""
+    factors = {"o": 64, "down": 64, "attention": 500, "gate": 5, "up": 100}
+    return {name: a * a.dtype.type(factors[name]) if name in factors else a for name, a in given.items()}
 
 
 def relative_error(found: Array, expected: Array) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.numpy_ops import evaluate
-from tests.reference import products_before_norms, random_inputs, relative_error, segment
+from tests.reference import inflate, products_before_norms, random_inputs, relative_error, segment
 from wicore.engine.tensorrt import networks, trt_api
 from wicore.engine.tensorrt.networks import (
     HALF_MAX,
@@ -64,7 +64,7 @@ def test_sixteen_bits_cost_a_thousandth(kind: Kind) -> None:
 @pytest.mark.parametrize("kind", ["middle", "last"])
 def test_weights_inflated_64_times_overflow_nothing(kind: Kind) -> None:
     shape = SHAPES["gemma-3-270m"]
-    given = random_inputs(kind, shape, 4, seed=2, inflated=True)
+    given = inflate(random_inputs(kind, shape, 4, seed=2))
     for name, product in products_before_norms(shape, given).items():
         assert np.abs(product).max() > HALF_MAX, name  # or the test would prove nothing
     expected = segment(kind, shape, given)
@@ -74,7 +74,7 @@ def test_weights_inflated_64_times_overflow_nothing(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", ["middle", "last"])
 def test_what_no_scale_could_hold_is_clipped_and_stays_finite(kind: Kind) -> None:
-    given = random_inputs(kind, SMALL, 3, inflated=True)
+    given = inflate(random_inputs(kind, SMALL, 3))
     for name in ("attention", "o", "down", "gate", "up"):
         given[name] = np.clip(given[name].astype(np.float32) * 1000, -HALF_MAX, HALF_MAX).astype(np.float16)
     for name, values in evaluate(kind, SMALL, given).items():

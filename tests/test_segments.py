@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 
+from tests.emulation import EmulatedDevice
 from tests.fake_tensorrt import FakeTensorRT, Severity
+from tests.gpu.segment_trial import SegmentTrial
+from tests.numpy_segments import NumpySegments
+from tests.reference import random_inputs, relative_error, segment
 from wicore.engine.tensorrt.networks import KINDS, Kind, SegmentShape, bindings, define
 from wicore.engine.tensorrt.plans import PlanCache, plan_keys
 from wicore.engine.tensorrt.segments import Segments
@@ -223,3 +227,18 @@ def test_what_tensorrt_logs_is_logged_at_its_level(caplog: pytest.LogCaptureFixt
         ("WARNING", "WARNING"),
         ("DEBUG", "INFO"),
     ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_segments_on_the_emulated_device_compute_what_float64_does(kind: Kind) -> None:
+    device, segments = EmulatedDevice(), NumpySegments(SHAPE, BUCKETS)
+    given = random_inputs(kind, SHAPE, 16)
+    expected = segment(kind, SHAPE, given)
+    trial: Any = SegmentTrial(device, kind, SHAPE, given)
+    for name, found in trial.run(segments, 5).items():
+        assert relative_error(found, expected[name][:5]) < 1.5e-3
+    trial.milliseconds(segments, 5, budget_ms=0)
+    assert len(segments.runs) == 1 + 1 + 10 + 3 + 3  # a graph replays runs, capturing it makes none
+    assert set(segments.runs) == {(kind, 5)}
+    trial.close()
+    device.close()
