@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -205,6 +206,23 @@ def test_an_error_in_a_building_process_arrives_as_itself(rtx: Backend, cache: P
     with pytest.raises(EngineError, match=r"builds for compute capability .*; not 9\.0"):
         build_missing(cache, keys)
     assert cache.entries() == []
+
+
+class Terminal(io.StringIO):
+    """Standard error as a person has it."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_a_bar_shows_how_far_it_is(
+    rtx: Backend, cache: PlanCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(plans.sys, "stderr", terminal)
+    build_missing(cache, plan_keys(rtx, "8.9", SHAPE, (16,), kinds=("head",)))
+    assert "building plans:   0%" in terminal.getvalue()
+    assert "100%" in terminal.getvalue()
 
 
 def dying(*_: object) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import tarfile
 import tempfile
 import time
@@ -93,12 +94,10 @@ def study(
         errors = {}
         for name, (trial, expected) in cases.items():
             rows = checked[checked < key.rows]
-            found = trial.run(segments, key.rows)
-            errors[name] = max(relative_error(found[k][rows], expected[k][: len(rows)]) for k in expected)
-            few = trial.run(segments, min(3, key.rows))
-            errors[name] = max(
-                errors[name], *(relative_error(few[k], expected[k][: len(few[k])]) for k in expected)
-            )
+            full, few = trial.run(segments, key.rows), trial.run(segments, min(3, key.rows))
+            all_errors = [relative_error(full[k][rows], expected[k][: len(rows)]) for k in expected]
+            all_errors += [relative_error(few[k], expected[k][: len(few[k])]) for k in expected]
+            errors[name] = float(np.max(all_errors))  # a NaN shows
         ms, host_ms = cases["plain"][0].milliseconds(segments, key.rows)
         weights = sum(b.nbytes(0) for b in bindings(kind, shape) if not b.dynamic)
         if kind == "first":
@@ -111,9 +110,36 @@ def study(
             f"{weights / ms / 1e9:>7.2f}",
         ]
         print("".join(columns), flush=True)
+        if options.detailed:
+            print_layers(backend, segments, cases["plain"][0], kind, key.rows)
         segments.close()
     for trial, _ in cases.values():
         trial.close()
+
+
+def print_layers(backend: Backend, segments: Segments, trial: SegmentTrial, kind: Kind, rows: int) -> None:
+    """Where the time goes, and the kernels TensorRT chose."""
+    module = backend.module
+    times: dict[str, list[float]] = {}
+
+    class Report(module.IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            module.IProfiler.__init__(self)
+
+        def report_layer_time(self, name: str, ms: float) -> None:
+            times.setdefault(name, []).append(ms)
+
+    report = Report()
+    plan = segments.plan(kind, rows)
+    plan.profile(report)
+    for _ in range(5):
+        trial.run(segments, rows)
+    for name, each in times.items():
+        print(f"    {min(each):>8.4f} ms  {name[:150]}")
+    for text in plan.layers():
+        tactic = re.search(r'"TacticName" *: *"([^"]+)"', text)
+        if tactic and tactic.group(1) != "0x0000000000000000":
+            print(f"    {tactic.group(1)}")
 
 
 def _checked_rows(buckets: Sequence[int]) -> np.ndarray[Any, Any]:
@@ -134,12 +160,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=480, help="start no build that may end later")
     parser.add_argument("--plans", type=Path, help="a plans.tar of an earlier run")
     parser.add_argument("--effort", type=int, help="TensorRT's builder_optimization_level, 0 to 5")
+    parser.add_argument("--layers", action="store_true", help="print each layer's time and kernel")
     parser.add_argument("--backend", choices=BACKENDS, default="tensorrt")
     options = parser.parse_args()
     kinds = [kind for kind in KINDS if kind in options.kinds.split(",")]
     kinds.sort(key=options.kinds.split(",").index)
 
-    from wicore.engine.tensorrt.cuda_device import CudaDevice
+    from wicore.engine.tensorrt.cuda import CudaDevice
 
     backend, clock = load_backend(options.backend), Clock(options.seconds)
     device = CudaDevice()
@@ -156,7 +183,7 @@ def main() -> None:
             for kind in kinds:
                 study(
                     device, backend, cache, kind, SHAPES[model], parse_buckets(options.rows), clock,
-                    BuildOptions(effort=options.effort),
+                    BuildOptions(effort=options.effort, detailed=options.layers),
                 )  # fmt: skip
                 if out := os.environ.get("OUT"):
                     with tarfile.open(f"{out}/plans.tar", "w") as tar:

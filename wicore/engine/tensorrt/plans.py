@@ -20,6 +20,7 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import struct
 import sys
 import tempfile
@@ -261,7 +262,11 @@ def build_missing(
     missing.sort(key=lambda key: (KINDS.index(key.kind) not in (1, 2), -key.rows))
     built: list[BuiltPlan] = []
     pool = concurrent.futures.ProcessPoolExecutor(
-        min(jobs, len(missing)), mp_context=multiprocessing.get_context("spawn")
+        min(jobs, len(missing)),
+        mp_context=multiprocessing.get_context("spawn"),
+        # Ctrl-C reaches these processes too, and Python's handler would wait for the build's end.
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_DFL),
     )
     with _bar(len(missing)) as advance:
         try:

@@ -65,6 +65,10 @@ class Segments:
             len(keys), backend.name, backend.version, self.memory_bytes / 2**20,
         )  # fmt: skip
 
+    def plan(self, kind: Kind, rows: int) -> LoadedPlan:
+        """The plan that a run of `rows` rows uses, to look at. Raises EngineError when there is none."""
+        return self._find(kind, rows)[1]
+
     def max_rows(self, kind: Kind) -> int:
         """Most rows of one run."""
         return self._loaded[kind][-1][0]

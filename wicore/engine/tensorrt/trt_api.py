@@ -165,6 +165,8 @@ class BuildOptions:
     """Most scratch memory a kernel of the plan may use."""
     effort: int | None = None
     """TensorRT's builder_optimization_level, 0 to 5; None: its default."""
+    detailed: bool = False
+    """Let the plan name the kernels it uses, to look at."""
 
 
 def compute_capabilities(backend: Backend) -> list[str]:
@@ -211,6 +213,8 @@ def build(
     config.max_aux_streams = 0
     if options.effort is not None:
         config.builder_optimization_level = options.effort
+    if options.detailed:
+        config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
     if not backend.strongly_typed:
         config.set_flag(module.BuilderFlag.FP16)
         config.set_flag(module.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
@@ -377,6 +381,15 @@ class LoadedPlan:
             raise EngineError(f"{self._what}: nothing is bound to {err.args[0]!r}") from None
         if not context.execute_async_v3(stream):
             raise self._backend.error(f"{self._what}: the run of {rows} rows failed")
+
+    def layers(self) -> list[str]:
+        """TensorRT's description of each layer in JSON; its name only, if the plan is not detailed."""
+        inspector, form = self._engine.create_engine_inspector(), self._backend.module.LayerInformationFormat
+        return [inspector.get_layer_information(i, form.JSON).strip() for i in range(self._engine.num_layers)]
+
+    def profile(self, report: Any) -> None:
+        """Let `report`, an IProfiler, hear the time of each layer after each run; slows runs down."""
+        self._context.profiler = report
 
     def _create_context(self) -> Any:
         module, engine = self._backend.module, self._engine
