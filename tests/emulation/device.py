@@ -340,6 +340,9 @@ class EmulatedDevice:
             stream.captured = None
             self._capturing.on = False
 
+    def synchronize(self) -> None:
+        self._not_captured("synchronize")
+
     def report(self) -> Mapping[str, int]:
         counts: Counter[str] = Counter()
         for buffer in list(self._buffers.values()):

@@ -1,7 +1,7 @@
 """The `device` fixture of kernel tests: the emulation, or the card with --gpu.
 
 Where only numpy, pytest, hypothesis and cuda-bindings are installed:
-`python -m pytest -p tests.emulation.plugin --confcutdir tests/kernels tests/kernels --gpu`.
+`python -m pytest -p tests.emulation.plugin --confcutdir tests/kernels tests/kernels tests/gpu --gpu`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import pytest
 
 from tests.emulation import EmulatedDevice
 from tests.emulation.build import NoCompiler, compiler
+from wicore.engine.tensorrt.cuda import CudaDevice
 from wicore.engine.tensorrt.device import Device
+from wicore.errors import EngineError
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,10 +23,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(scope="session")
-def card() -> Iterator[Device]:
+def card(request: pytest.FixtureRequest) -> Iterator[Device]:
     """The GPU; skips where there is none, fails where --gpu asked for one."""
-    pytest.skip("the CUDA device is not built yet")
-    yield  # type: ignore[unreachable]
+    try:
+        found = CudaDevice()
+    except EngineError as err:
+        if request.config.getoption("--gpu"):
+            raise
+        pytest.skip(f"no GPU: {err.message}")
+    yield found
+    found.close()
 
 
 @pytest.fixture

@@ -1,1 +1,1 @@
-"""Checks that need a GPU; skipped where there is none."""
+"""Tests that need a GPU."""
