@@ -129,6 +129,8 @@ class EngineSettings(_Section):
     """CPU threads; 0: one a core."""
     null_step_ms: float = Field(5.0, ge=0)
     """Step time of the null engine, in milliseconds."""
+    plan_rows: str = Field("64,512,2048,8192", pattern=r"^[1-9][0-9]{0,5}(,[1-9][0-9]{0,5})*$")
+    """Rows that TensorRT plans are built for; a step uses the next larger, several if none is."""
 
     @field_validator("kind", mode="before")
     @classmethod
