@@ -166,7 +166,10 @@ class Scheduler:
 
     def ending_soon(self) -> int:
         """How many sequences the step in flight surely ends, because it reaches their `max_tokens`."""
-        return sum(sequence.left == 1 and sequence.samples for sequence in self._in_flight or ())
+        return sum(
+            sequence.left == 1 and sequence.samples and self._present.get(sequence.key) is sequence
+            for sequence in self._in_flight or ()
+        )
 
     def check(self) -> None:
         """Raise EngineError when blocks or sequences do not add up. O(blocks): for idle moments and tests."""

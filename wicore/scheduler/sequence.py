@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from wicore.errors import ConfigError
 from wicore.hmt import CacheManager
+from wicore.hmt.chain import TokenChain
 from wicore.request import Priority
 from wicore.sampling import SampledToken, SamplingState
 
@@ -45,6 +46,9 @@ class SequenceRequest:
     """Output tokens in all, those in `generated` included."""
     sampling: SamplingState
     priority: Priority
+    chain: TokenChain | None = None
+    """Of prompt and `generated`, by the cache's `chain`, if it was made before, on a thread that has time for
+    it. The scheduler appends to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +81,8 @@ class ScheduledSequence:
         self.sampling = request.sampling
         self.level = int(request.priority)
         self.arrival = arrival
-        self.chain = cache.chain([*request.prompt, *request.generated])
+        chain = request.chain
+        self.chain = cache.chain([*request.prompt, *request.generated]) if chain is None else chain
         self.left = request.max_tokens - len(request.generated)
         """Output tokens still to come."""
         self.positions = len(request.prompt) + request.max_tokens - 1
