@@ -6,10 +6,13 @@ layer's attention output to the next layer's QKV product, or after the last laye
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import Protocol
 
 from wicore.engine.tensorrt.device import Stream
+from wicore.engine.tensorrt.networks import Kind
 from wicore.engine.tensorrt.norms import Norms
+from wicore.engine.tensorrt.segments import Segments
 from wicore.engine.tensorrt.weights import DeviceWeights
 from wicore.engine.tensorrt.work_buffers import WorkBuffers
 from wicore.gemma3.config import Gemma3Config
@@ -72,3 +75,59 @@ class KernelBody:
         )
         if following is not None:
             self._matmul.plain(stream, rows, b.normed, following.qkv, b.qkv, self._qkv, hidden, True)
+
+
+class SegmentBody:
+    """By TensorRT's segments: one network from a layer's attention to the next layer's."""
+
+    def __init__(
+        self, config: Gemma3Config, weights: DeviceWeights, buffers: WorkBuffers, segments: Segments
+    ) -> None:
+        self._segments, self._buffers = segments, buffers
+        first = weights.layers[0]
+        self._first = {
+            "table": weights.embedding,
+            "norm": first.input_norm,
+            "qkv_weight": first.qkv,
+            "residual_out": buffers.residual,
+            "qkv": buffers.qkv,
+        }
+        gate_bytes = 2 * config.intermediate_size * config.hidden_size
+        self._layers: list[tuple[Kind, dict[str, int]]] = []
+        streams = buffers.residual, buffers.other_residual
+        for here, following in zip_longest(weights.layers, weights.layers[1:]):
+            bound = {
+                "attention": buffers.attended,
+                "residual": streams[0],
+                "o": here.o,
+                "post_attention": here.post_attention_norm,
+                "pre_mlp": here.pre_mlp_norm,
+                "gate": here.gate_up,
+                "up": here.gate_up + gate_bytes,
+                "down": here.down,
+                "post_mlp": here.post_mlp_norm,
+            }
+            # A segment writes the residual stream beside where it reads it.
+            streams = streams[1], streams[0]
+            if following is None:
+                bound |= {"norm": weights.final_norm, "hidden": buffers.normed}
+            else:
+                bound |= {
+                    "norm": following.input_norm,
+                    "qkv_weight": following.qkv,
+                    "residual_out": streams[0],
+                    "qkv": buffers.qkv,
+                }
+            self._layers.append(("last" if following is None else "middle", bound))
+
+    @property
+    def max_rows(self) -> int:
+        """Most rows that there are plans for."""
+        return min(self._segments.max_rows(kind) for kind in ("first", "middle", "last"))
+
+    def first(self, stream: Stream, rows: int, ids: int) -> None:
+        self._segments.run(stream, "first", rows, {"ids": ids, **self._first})
+
+    def after(self, stream: Stream, rows: int, layer: int) -> None:
+        kind, bound = self._layers[layer]
+        self._segments.run(stream, kind, rows, bound)
