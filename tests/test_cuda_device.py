@@ -112,6 +112,7 @@ def test_every_result_is_checked(device: CudaDevice, driver: FakeDriver) -> None
         "cuEventElapsedTime": lambda: event.elapsed_ms(event),
         "cuStreamWaitEvent": lambda: stream.wait(event),
         "cuStreamSynchronize": stream.synchronize,
+        "cuCtxSynchronize": device.synchronize,
         "cuGraphLaunch": lambda: graph.launch(stream),
         "cuStreamBeginCapture": lambda: device.capture(stream, lambda: None),
         "cuStreamEndCapture": lambda: device.capture(stream, lambda: None),
