@@ -27,7 +27,6 @@ _MAX_STAGES = 16
 _WIDTHS = (48, 64, 88, 96, 112, 128, 144, 160, 168, 176, 192, 208, 224, 240, 256)
 
 # Of the model that orders the candidates: multiples of a multiprocessor's clock, and bytes a clock.
-_PRODUCT_OVERHEAD = 24
 _STEP_OVERHEAD = 40
 _TILE_OVERHEAD = 1500
 _SHARED_RATE = 128.0
@@ -94,6 +93,20 @@ class Tiling:
                 return self.columns // pieces
         raise EngineError(f"{self}: the columns do not part into {least} copies of a multiple of 8 rows")
 
+    def defines(self, kind: Kind) -> dict[str, int | str]:
+        """The kernel's macros."""
+        return {
+            "TILE_N": self.columns,
+            "CONSUMERS": self.consumers,
+            "CLUSTER_M": self.cluster_rows,
+            "CLUSTER_N": self.cluster_columns,
+            "B_BOX": self.box(kind),
+            "STAGES": self.ring,
+            "STAGGER": self.stagger,
+            "GLU": int(kind == "glu"),
+            "HALF_OUT": int(kind != "float"),
+        }
+
     def clusters(self, rows: int, n: int, kind: Kind) -> tuple[int, int]:
         """Clusters of tiles below each other and side by side."""
         down = -(-rows // (self.rows * self.cluster_rows))
@@ -118,15 +131,19 @@ class Tiling:
         """Clocks that the product takes by the model: the slowest of tensor cores, shared memory, cache and
         device memory."""
         down, across = self.clusters(rows, n, kind)
-        waves = -(-down * across // self.slots(sms))
+        slots = self.slots(sms)
+        waves, rest = divmod(down * across, slots)
         steps = -(-k // _STEP)
-        products = (
-            self.consumers * 4 * (max(self.columns / 2, 32) + _PRODUCT_OVERHEAD * (self.consumers == 1))
-        )
+        products = self.consumers * 4 * max(self.columns / 2, 32 if self.consumers > 1 else 64)
         shared = self.consumers * 4 * (2048 + self.columns * 32) + self.stage_bytes
         cached = self.rows * 128 / self.cluster_columns + self.columns * 128 / self.cluster_rows
         step = max(products, shared / _SHARED_RATE, cached / _CACHE_RATE) + _STEP_OVERHEAD
-        busy = waves * (steps * step + _TILE_OVERHEAD * self.columns / 256 * self.consumers / 2)
+        # Tiles below each other read the same part of w from memory once.
+        read = self.columns * self.cluster_columns * 128 / min(down, self.height(sms)) / (_MEMORY_RATE * sms)
+        tile = _TILE_OVERHEAD * self.columns * self.consumers / 512
+        busy = waves * (steps * max(step, slots * read) + tile)
+        if rest:
+            busy += steps * max(step, rest * read) + tile
         width = 2 * n if kind == "glu" else n
         moved = 2 * width * k + 2 * rows * k + (4 if kind == "float" else 2) * rows * n
         return max(busy, moved / (_MEMORY_RATE * sms)) + steps * 8
@@ -270,21 +287,9 @@ class HopperMatmul:
         # The order of tiles is an argument, not a part of the kernel.
         key = (replace(tiling, group=0), kind)
         if key not in self._functions:
-            defines = {
-                "TILE_N": tiling.columns,
-                "CONSUMERS": tiling.consumers,
-                "CLUSTER_M": tiling.cluster_rows,
-                "CLUSTER_N": tiling.cluster_columns,
-                "B_BOX": tiling.box(kind),
-                "STAGES": tiling.ring,
-                "STAGGER": tiling.stagger,
-                "GLU": int(kind == "glu"),
-                "HALF_OUT": int(kind != "float"),
-            }
             shared = _ALIGNMENT + tiling.shared_bytes * (tiling.cluster if self._joined else 1)
-            self._functions[key] = self._device.compile("hopper.cu", defines).function(
-                "hopper_matmul", shared
-            )
+            module = self._device.compile("hopper.cu", tiling.defines(kind))
+            self._functions[key] = module.function("hopper_matmul", shared)
         return self._functions[key]
 
     def _map(self, address: int, rows: int, k: int, box: int) -> TensorMap:
