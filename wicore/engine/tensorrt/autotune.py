@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from wicore.engine.tensorrt.bodies import Body
+from wicore.engine.tensorrt.bodies import Body, SegmentBody
 from wicore.engine.tensorrt.device import Device, Stream
-from wicore.engine.tensorrt.matmuls import Choice, Matmuls
+from wicore.engine.tensorrt.matmuls import Choice, Matmuls, Way
 from wicore.engine.tensorrt.skinny import Product
 from wicore.engine.tensorrt.weights import DeviceWeights
 from wicore.engine.tensorrt.work_buffers import WorkBuffers
@@ -112,7 +112,7 @@ class Autotuner:
         self._weights, self._buffers = weights, buffers
         self._rows, self._samples = rows, samples
 
-    def run(self, matmuls: Matmuls, kernels: Body, segments: Body | None, most_segment_rows: int) -> Choices:
+    def run(self, matmuls: Matmuls, kernels: Body, segments: SegmentBody | None) -> Choices:
         """Measure every product at every number of rows, and use what is found; then segments against kernels."""
         started = time.monotonic()
         self._fill()
@@ -128,7 +128,7 @@ class Autotuner:
         found.use(matmuls)
         if segments is not None:
             for rows in sizes:
-                if rows <= most_segment_rows:
+                if rows <= segments.max_rows:
                     ours, theirs = (self._body_ms(body, rows) for body in (kernels, segments))
                     found.segments[rows] = theirs < ours
                     log.info("%d rows, a layer: kernels %.3f ms, TensorRT %.3f ms", rows, ours, theirs)
@@ -148,11 +148,11 @@ class Autotuner:
         yield _Measured(Product(c.vocab_size, hidden), b.normed, [self._weights.embedding], b.logits)
 
     def _best(self, matmuls: Matmuls, measured: _Measured, rows: int) -> Choice | None:
-        times = []
+        times: list[tuple[float, int, Way]] = []
         for way in matmuls.candidates(rows, measured.product):
             stream, product = self._stream, measured.product
 
-            def work(way: Any = way) -> None:
+            def work(way: Way = way) -> None:
                 for weight in measured.weights:
                     matmuls.run(stream, rows, measured.x, weight, measured.y, product, way)
 

@@ -84,8 +84,8 @@ class Matmuls:
             found += self.skinny.candidates(min(rows, MAX_ROWS), product)
         if self.hopper is not None and rows >= _HOPPER_FROM:
             tilings = self.hopper.candidates(rows, product.n, product.k, _kind(product))
-            # What reads the matrix again needs few, what is bound by it fewer.
-            found += tilings[: 8 if rows > MAX_ROWS else 3]
+            # By its model of the card the best is nearly always among these, and each must be compiled.
+            found += tilings[: 4 if rows > MAX_ROWS else 2]
         return found
 
     def choose(self, product: Product, choices: Iterable[Choice]) -> None:

@@ -74,9 +74,7 @@ class Parts:
     attention: Attention
     sampler: Sampler
     head: Matmul
-    decode_body: Callable[[int], Body]
-    """By bucket."""
-    prompt_body: Callable[[int], Body]
+    body: Callable[[int], Body]
     """By rows."""
 
 
@@ -168,7 +166,8 @@ class Runner:
                 self._decode(Pass((), decode=True), BlockTables((), self._layout), bucket, head)
             self.stream.synchronize()
 
-    def close(self) -> None:
+    def forget_graphs(self) -> None:
+        """Addresses have changed that graphs hold; no step may be under way."""
         for graph in self._graphs.values():
             graph.close()
         self._graphs.clear()
@@ -251,7 +250,7 @@ class Runner:
 
     def _decode_launches(self, rows: int, head: bool, tables: StepTables) -> None:
         attention, b = self._parts.attention, self._buffers
-        body = self._parts.decode_body(rows)
+        body = self._parts.body(rows)
         attention.rope(self.stream, rows, tables)
         attention.schedule(self.stream, rows, tables)
         body.first(self.stream, rows, tables.ids)
@@ -269,7 +268,7 @@ class Runner:
         sent = self._send(work, tables, rows, len(work.pieces))
         attention, b, step = self._parts.attention, self._buffers, sent.tables
         indices, listed = sent.listed
-        body = self._parts.prompt_body(rows)
+        body = self._parts.body(rows)
         attention.rope(self.stream, rows, step)
         attention.schedule(self.stream, listed, step, indices)
         body.first(self.stream, rows, step.ids)
