@@ -19,7 +19,7 @@ def create_engine(settings: Settings, model: Model) -> Engine:
     block = settings.hmt.block_tokens
     if settings.engine.kind == "tensorrt":
         # Imported here: only this engine needs a GPU's packages.
-        from wicore.engine.tensorrt import create_tensorrt_engine
+        from wicore.engine.tensorrt.build import create_tensorrt_engine
 
         return create_tensorrt_engine(settings, model)
     blocks = tier_sizes(settings, kv_layout(settings, model.checkpoint.config)).device

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from wicore.engine.tensorrt.bodies import Body, SegmentBody
-from wicore.engine.tensorrt.device import Device, Stream
+from wicore.engine.tensorrt.device import Device
 from wicore.engine.tensorrt.matmuls import Choice, Matmuls, Way
 from wicore.engine.tensorrt.skinny import Product
 from wicore.engine.tensorrt.weights import DeviceWeights
-from wicore.engine.tensorrt.work_buffers import WorkBuffers
+from wicore.engine.tensorrt.workspace import Workspace
 from wicore.errors import EngineError
 from wicore.gemma3.config import Gemma3Config
 
@@ -95,37 +95,29 @@ class _Measured:
 
 
 class Autotuner:
-    """Measures with an engine's own buffers, whose contents are lost. The stream must be idle."""
+    """Measures in an engine's workspace, whose contents are lost."""
 
     def __init__(
-        self,
-        device: Device,
-        stream: Stream,
-        config: Gemma3Config,
-        weights: DeviceWeights,
-        buffers: WorkBuffers,
-        rows: int,
-        samples: int,
+        self, device: Device, config: Gemma3Config, weights: DeviceWeights, workspace: Workspace
     ) -> None:
-        """`rows` and `samples` are what the buffers are for."""
-        self._device, self._stream, self._config = device, stream, config
-        self._weights, self._buffers = weights, buffers
-        self._rows, self._samples = rows, samples
+        self._device, self._stream, self._config, self._weights = device, device.stream(), config, weights
+        self._buffers, self._matmuls = workspace.buffers, workspace.matmuls
+        self._rows, self._samples = workspace.limits.rows, workspace.limits.samples
 
-    def run(self, matmuls: Matmuls, kernels: Body, segments: SegmentBody | None) -> Choices:
+    def run(self, kernels: Body, segments: SegmentBody | None) -> Choices:
         """Measure every product at every number of rows, and use what is found; then segments against kernels."""
         started = time.monotonic()
         self._fill()
         found = Choices()
         sizes = rows_to_measure(self._rows)
         for measured in self._products():
+            of_head = measured.y == self._buffers.logits
             found.products[measured.product] = [
                 choice
-                for rows in sizes
-                if measured.y != self._buffers.logits or rows <= self._samples
-                if (choice := self._best(matmuls, measured, rows)) is not None
+                for rows in (rows_to_measure(self._samples) if of_head else sizes)
+                if (choice := self._best(measured, rows)) is not None
             ]
-        found.use(matmuls)
+        found.use(self._matmuls)
         if segments is not None:
             for rows in sizes:
                 if rows <= segments.max_rows:
@@ -141,16 +133,16 @@ class Autotuner:
         qkv = wide + 2 * c.kv_heads * c.head_dim
         hidden, inner = c.hidden_size, c.intermediate_size
         yield _Measured(Product(qkv, hidden, half_out=True), b.normed, [w.qkv for w in layers], b.qkv)
-        yield _Measured(Product(hidden, wide), b.attended, [w.o for w in layers], b.delta)
+        yield _Measured(Product(hidden, wide), b.attended, [w.out for w in layers], b.delta)
         gated = Product(inner, hidden, gated=True, half_out=True)
         yield _Measured(gated, b.normed, [w.gate_up for w in layers], b.act)
         yield _Measured(Product(hidden, inner), b.act, [w.down for w in layers], b.delta)
         yield _Measured(Product(c.vocab_size, hidden), b.normed, [self._weights.embedding], b.logits)
 
-    def _best(self, matmuls: Matmuls, measured: _Measured, rows: int) -> Choice | None:
+    def _best(self, measured: _Measured, rows: int) -> Choice | None:
         times: list[tuple[float, int, Way]] = []
-        for way in matmuls.candidates(rows, measured.product):
-            stream, product = self._stream, measured.product
+        stream, product, matmuls = self._stream, measured.product, self._matmuls
+        for way in matmuls.candidates(rows, product):
 
             def work(way: Way = way) -> None:
                 for weight in measured.weights:

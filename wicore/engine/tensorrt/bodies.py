@@ -63,7 +63,7 @@ class KernelBody:
     def after(self, stream: Stream, rows: int, layer: int) -> None:
         b, layers, hidden = self._buffers, self._weights.layers, self._hidden
         here, following = layers[layer], layers[layer + 1] if layer + 1 < len(layers) else None
-        self._matmul.plain(stream, rows, b.attended, here.o, b.delta, hidden, self._wide, False)
+        self._matmul.plain(stream, rows, b.attended, here.out, b.delta, hidden, self._wide, False)
         self._norms.add(
             stream, rows, b.delta, here.post_attention_norm, b.residual, here.pre_mlp_norm, b.normed, 0
         )
@@ -99,7 +99,7 @@ class SegmentBody:
             bound = {
                 "attention": buffers.attended,
                 "residual": streams[0],
-                "o": here.o,
+                "o": here.out,
                 "post_attention": here.post_attention_norm,
                 "pre_mlp": here.pre_mlp_norm,
                 "gate": here.gate_up,

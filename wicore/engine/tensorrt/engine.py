@@ -16,19 +16,17 @@ from numpy.typing import NDArray
 from wicore.engine.base import EngineInfo, KVLayout, PendingStep, Pool, StepPlan, StepResult, Ticket
 from wicore.engine.plans import check_plan
 from wicore.engine.sizing import layout_of
-from wicore.engine.tensorrt.attention import Attention, PoolMemory
+from wicore.engine.tensorrt.attention import PoolMemory
 from wicore.engine.tensorrt.autotune import Autotuner, Choices
 from wicore.engine.tensorrt.bodies import Body, KernelBody, SegmentBody
 from wicore.engine.tensorrt.copies import Health, KVCopies, PoolBlocks
 from wicore.engine.tensorrt.device import Device
-from wicore.engine.tensorrt.matmuls import Matmuls
-from wicore.engine.tensorrt.norms import Norms
+from wicore.engine.tensorrt.limits import Limits
 from wicore.engine.tensorrt.passes import SLICE
-from wicore.engine.tensorrt.runner import Limits, Parts, Runner, Running
-from wicore.engine.tensorrt.sampler import Sampler
+from wicore.engine.tensorrt.runner import Runner, Running
 from wicore.engine.tensorrt.segments import Segments
 from wicore.engine.tensorrt.weights import DeviceWeights
-from wicore.engine.tensorrt.work_buffers import allocate_work
+from wicore.engine.tensorrt.workspace import Workspace
 from wicore.errors import EngineError
 from wicore.gemma3.config import Gemma3Config
 
@@ -60,6 +58,8 @@ class TensorrtEngine:
         segments: Segments | None = None,
         tune: Callable[[Callable[[], Choices]], Choices] | None = None,
         graphs: bool = True,
+        workspace: Workspace | None = None,
+        content: str = "",
     ) -> None:
         """Compile the kernels and allocate what steps work with, then the KV pools.
 
@@ -74,28 +74,32 @@ class TensorrtEngine:
         tune: given what measures the fastest kernels, returns what to use: measured now, or earlier.
             None: by rule.
         graphs: replay decode steps as CUDA graphs.
+        workspace: made before with the same shapes and limits; None: it is made here.
+        content: what the weights are, as a digest (`Checkpoint.content_digest`).
 
         Raises EngineError for shapes that the kernels cannot do, and when memory does not suffice.
         """
         self._device = device
         layout = layout_of(config, block_tokens, kv)
         context = min(max_context or config.max_context, config.max_context)
-        limits = Limits.of(
-            layout, max_batch=max_batch, token_budget=token_budget, max_context=context, invariant=invariant
-        )
-        samples = limits.decode_rows[-1]
-        buffers = allocate_work(device, config, limits.rows, samples)
-        matmuls = Matmuls(device, invariant=invariant)
-        norms = Norms(device, config)
-        self._attention = Attention(device, config, layout, limits.rows, samples, limits.entries)
-        kernels = KernelBody(config, weights, buffers, norms, matmuls)
+        if workspace is None:
+            limits = Limits.of(
+                layout,
+                max_batch=max_batch,
+                token_budget=token_budget,
+                max_context=context,
+                invariant=invariant,
+            )
+            workspace = Workspace(device, config, layout, limits, invariant=invariant)
+        self._attention, matmuls = workspace.attention, workspace.matmuls
+        kernels = KernelBody(config, weights, workspace.buffers, workspace.norms, matmuls)
         plans = None
         if segments is not None and not invariant:
-            plans = SegmentBody(config, weights, buffers, segments)
+            plans = SegmentBody(config, weights, workspace.buffers, segments)
         choices = Choices()
         if tune is not None:
-            tuner = Autotuner(device, device.stream(), config, weights, buffers, limits.rows, samples)
-            choices = tune(lambda: tuner.run(matmuls, kernels, plans))
+            tuner = Autotuner(device, config, weights, workspace)
+            choices = tune(lambda: tuner.run(kernels, plans))
             choices.use(matmuls)
 
         def body(rows: int) -> Body:
@@ -104,16 +108,7 @@ class TensorrtEngine:
             better = choices.segments_for(rows) if choices.segments else rows > SLICE and not matmuls.hopper
             return plans if plans is not None and fits and better else kernels
 
-        parts = Parts(
-            norms=norms,
-            attention=self._attention,
-            sampler=Sampler(device, config.vocab_size, samples),
-            head=matmuls,
-            body=body,
-        )
-        self._runner = Runner(
-            device, config, layout, weights, parts, buffers, limits, invariant=invariant, graphs=graphs
-        )
+        self._runner = Runner(device, config, layout, weights, workspace, body, graphs=graphs)
         blocks: Mapping[Pool, int] = {"global": global_blocks, "window": window_blocks}
         if fit_blocks is not None:
             blocks = fit_blocks(device.memory_free)
@@ -122,7 +117,7 @@ class TensorrtEngine:
         self._copies = KVCopies(device, layout, self._pools, self._health)
         for pool in POOLS:
             self._bind(pool, layout)
-        described = f"{_REVISION} {invariant} {layout} {weights.fingerprint}"
+        described = f"{_REVISION} {invariant} {layout} {content}"
         self._info = EngineInfo(
             name="tensorrt",
             device=device.name,

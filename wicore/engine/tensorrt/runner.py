@@ -15,68 +15,17 @@ from numpy.typing import NDArray
 
 from wicore.engine.base import KVLayout, Pool, SequenceInput, SequenceOutput, StepResult
 from wicore.engine.tensorrt.attention import MASS_ONLY, TILE_POSITIONS, Attention, StepTables
-from wicore.engine.tensorrt.bodies import Body, Matmul
+from wicore.engine.tensorrt.bodies import Body
 from wicore.engine.tensorrt.device import Device, Graph
-from wicore.engine.tensorrt.norms import Norms
-from wicore.engine.tensorrt.passes import SLICE, Pass, Piece, cut
-from wicore.engine.tensorrt.sampler import Sampler
-from wicore.engine.tensorrt.step_arrays import BlockTables, Upload, entry_capacity, pass_arrays
+from wicore.engine.tensorrt.limits import Limits
+from wicore.engine.tensorrt.passes import Pass, Piece, cut
+from wicore.engine.tensorrt.step_arrays import BlockTables, Upload, pass_arrays
 from wicore.engine.tensorrt.weights import DeviceWeights
-from wicore.engine.tensorrt.work_buffers import WorkBuffers
+from wicore.engine.tensorrt.workspace import Workspace
 from wicore.gemma3.config import Gemma3Config
 from wicore.sampling import SampledToken, SamplingState
 
 Float = NDArray[np.float32]
-
-_SMALL_BUCKETS = (1, 2, 4, 8)
-
-
-def buckets(max_batch: int) -> tuple[int, ...]:
-    """Row counts that decode passes are padded to: 1, 2, 4, multiples of 8 up to 64, then of 16."""
-    found = [*_SMALL_BUCKETS, *range(16, SLICE + 1, 8)]
-    while found[-1] < max_batch:
-        found.append(found[-1] + 16)
-    return tuple(rows for i, rows in enumerate(found) if i == 0 or found[i - 1] < max_batch)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a runner's memory is laid out for."""
-
-    rows: int
-    """Of a pass."""
-    decode_rows: tuple[int, ...]
-    """The buckets of decode passes, ascending; no pass has more sequences than the last."""
-    entries: int
-    """Of all block tables of a step together."""
-
-    @classmethod
-    def of(
-        cls, layout: KVLayout, *, max_batch: int, token_budget: int, max_context: int, invariant: bool
-    ) -> Limits:
-        decode = buckets(max(max_batch, SLICE) if invariant else max_batch)
-        rows = decode[-1] if invariant else max(decode[-1], min(-(-token_budget // 64) * 64, _MOST_ROWS))
-        return cls(rows, decode, entry_capacity(layout, decode[-1], max_context, token_budget))
-
-    def bucket(self, rows: int) -> int:
-        return next(size for size in self.decode_rows if size >= rows)
-
-
-_MOST_ROWS = 8192
-"""A longer prompt's products are no faster for more rows, and their memory is better used for KV."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a runner drives."""
-
-    norms: Norms
-    attention: Attention
-    sampler: Sampler
-    head: Matmul
-    body: Callable[[int], Body]
-    """By rows."""
-
 
 class Runner:
     """Enqueues one step at a time on one stream. Nothing here waits but `wait`, and `logits`."""
@@ -87,20 +36,19 @@ class Runner:
         config: Gemma3Config,
         layout: KVLayout,
         weights: DeviceWeights,
-        parts: Parts,
-        buffers: WorkBuffers,
-        limits: Limits,
+        workspace: Workspace,
+        body: Callable[[int], Body],
         *,
-        invariant: bool,
         graphs: bool = True,
     ) -> None:
+        """`body` says what computes the layers, by the number of rows."""
         self._device, self._config, self._layout, self._weights = device, config, layout, weights
-        self._parts, self._buffers, self._limits = parts, buffers, limits
-        self._invariant, self._graphs_wanted = invariant, graphs
+        self._parts, self._buffers, self._limits = workspace, workspace.buffers, workspace.limits
+        self._body, self._graphs_wanted = body, graphs
         self.stream = device.stream()
         self._mass_at = 0
-        self._upload = Upload(device, 4 * _words(limits))
-        self._mass = device.allocate_host(4 * limits.entries)
+        self._upload = Upload(device, 4 * _words(self._limits))
+        self._mass = device.allocate_host(4 * self._limits.entries)
         self._done = device.event()
         self._graphs: dict[tuple[int, bool], Graph] = {}
         self._layers = _pool_layers(config)
@@ -112,9 +60,9 @@ class Runner:
         passes = list(self._cut(sequences))
         tables = self._tables(sequences)
         samples = [piece for work in passes for piece in work.pieces if piece.samples]
-        if len(samples) > self._limits.decode_rows[-1]:
+        if len(samples) > self._limits.samples:
             raise ValueError(
-                f"plan: {len(samples)} sequences sample, and scheduler.max_batch is {self._limits.decode_rows[-1]}"
+                f"plan: {len(samples)} sequences sample, and scheduler.max_batch is {self._limits.samples}"
             )
         self._parts.attention.clear_mass(self.stream)
         if len(passes) == 1 and passes[0].decode:
@@ -143,7 +91,7 @@ class Runner:
         """Logits after every new token, float32 [n, vocab] by key. Waits; for tests and scoring."""
         found: dict[int, list[Float]] = {s.key: [] for s in sequences}
         tables = self._tables(sequences)
-        most = self._limits.decode_rows[-1]
+        most = self._limits.samples
         self._parts.attention.clear_mass(self.stream)
         for work in self._cut(sequences):
             self._run_pass(work, tables)
@@ -158,13 +106,15 @@ class Runner:
     # --- passes -------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Run and capture every bucket once, on padding: no step then compiles or captures anything."""
+        """Run and capture decode steps of every bucket, on padding: no step then has to."""
+        tables = BlockTables((), self._layout)
+        self._parts.sampler.pack([])
+        self._parts.sampler.upload(self.stream)
         for bucket in self._limits.decode_rows:
-            self._parts.sampler.pack([])
-            self._parts.sampler.upload(self.stream)
-            for head in (False, True):
-                self._decode(Pass((), decode=True), BlockTables((), self._layout), bucket, head)
-            self.stream.synchronize()
+            # A step of several passes has none with a head; without `invariant` such steps are rare.
+            for head in (True, False) if self._parts.invariant else (True,):
+                self._decode(Pass((), decode=True), tables, bucket, head)
+        self.stream.synchronize()
 
     def forget_graphs(self) -> None:
         """Addresses have changed that graphs hold; no step may be under way."""
@@ -178,8 +128,8 @@ class Runner:
             cut(
                 sequences,
                 capacity=limits.rows,
-                decode_capacity=limits.decode_rows[-1],
-                invariant=self._invariant,
+                decode_capacity=limits.samples,
+                invariant=self._parts.invariant,
             )
         )
 
@@ -250,7 +200,7 @@ class Runner:
 
     def _decode_launches(self, rows: int, head: bool, tables: StepTables) -> None:
         attention, b = self._parts.attention, self._buffers
-        body = self._parts.body(rows)
+        body = self._body(rows)
         attention.rope(self.stream, rows, tables)
         attention.schedule(self.stream, rows, tables)
         body.first(self.stream, rows, tables.ids)
@@ -268,7 +218,7 @@ class Runner:
         sent = self._send(work, tables, rows, len(work.pieces))
         attention, b, step = self._parts.attention, self._buffers, sent.tables
         indices, listed = sent.listed
-        body = self._parts.body(rows)
+        body = self._body(rows)
         attention.rope(self.stream, rows, step)
         attention.schedule(self.stream, listed, step, indices)
         body.first(self.stream, rows, step.ids)
@@ -290,7 +240,7 @@ class Runner:
 
     def _head(self, rows: int, normed: int) -> None:
         c, b = self._config, self._buffers
-        self._parts.head.plain(
+        self._parts.matmuls.plain(
             self.stream, rows, normed, self._weights.embedding, b.logits, c.vocab_size, c.hidden_size, False
         )
 
@@ -428,7 +378,7 @@ _MASS_ROWS = 4
 
 def _words(limits: Limits) -> int:
     """Most int32 that a pass sends."""
-    sequences = limits.decode_rows[-1]
+    sequences = limits.samples
     tiles = limits.rows // TILE_POSITIONS + 2 * sequences
     return 3 * limits.rows + 5 * sequences + _MASS_ROWS * sequences + 4 * tiles + limits.entries
 
