@@ -19,6 +19,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -296,8 +297,6 @@ def chain(arguments: argparse.Namespace, choices: Choices) -> None:
     sizes = {"residual": 4 * HIDDEN, "normed": 2 * HIDDEN, "qkv": 2 * QKV, "delta": 4 * HIDDEN}
     sizes |= {"act": 2 * INNER, "logits": 4 * VOCAB}
     at = {name: device.allocate(64 * size, name).address for name, size in sizes.items()}
-    every = [(rows, product) for rows in arguments.rows for product in SHAPES.values()]
-    compile_all(bench, matmul, [(*one, matmul.setting(*one)) for one in every])
 
     def step(rows: int, dependent: bool, with_norms: bool = True) -> None:
         norms.embed(stream, rows, ids, head, factors, at["residual"], at["normed"])
@@ -316,26 +315,36 @@ def chain(arguments: argparse.Namespace, choices: Choices) -> None:
                     )  # fmt: skip
         matmul.run(stream, rows, at["normed"], head, at["logits"], SHAPES["head"], dependent=dependent)
 
-    print(f"{'rows':>4} {'ms':>8} {'TB/s':>6} {'share':>6} {'no norms':>9} {'not dependent':>14}")
+    print(
+        f"{'rows':>4} {'ahead':>5} {'ms':>8} {'TB/s':>6} {'share':>6} {'no norms':>9} {'not dependent':>14}"
+    )
     for rows in arguments.rows:
-        for product in SHAPES.values():
-            matmul.prepare(rows, product)
-        times = [
-            bench.time_ms(lambda: step(rows, dependent, with_norms), 5, 2)  # noqa: B023
-            for dependent, with_norms in ((True, True), (True, False), (False, True))
-        ]
-        finite = np.isfinite(bench.download(at["logits"], (rows, VOCAB), np.float32)).all()
-        rate = weight_bytes / times[0] / 1e9
-        share = rate / bench.copy_rate
-        print(
-            f"{rows:4} {times[0]:8.3f} {rate:6.2f} {share:6.1%} {times[1]:9.3f} {times[2]:14.3f}"
-            f"{'' if finite else '  NOT FINITE'}",
-            flush=True,
-        )
-        bench.note(
-            kind="chain", rows=rows, layers=arguments.layers, ms=times[0], no_norms_ms=times[1],
-            not_dependent_ms=times[2], tb_s=rate, share=share,
-        )  # fmt: skip
+        ruled = {name: matmul.setting(rows, product) for name, product in SHAPES.items()}
+        for ahead in arguments.ahead or [None]:
+            wanted = []
+            for name, product in SHAPES.items():
+                setting = ruled[name] if ahead is None else replace(ruled[name], ahead=ahead)
+                matmul.choices[product.n, product.k, product.gated, bucket(rows)] = setting
+                wanted.append((rows, product, setting))
+            compile_all(bench, matmul, wanted)
+            for job in wanted:
+                matmul.prepare(*job)
+            times = [
+                bench.time_ms(lambda: step(rows, dependent, with_norms), 5, 2)  # noqa: B023
+                for dependent, with_norms in ((True, True), (True, False), (False, True))
+            ]
+            finite = np.isfinite(bench.download(at["logits"], (rows, VOCAB), np.float32)).all()
+            rate = weight_bytes / times[0] / 1e9
+            share = rate / bench.copy_rate
+            print(
+                f"{rows:4} {'rule' if ahead is None else ahead:>5} {times[0]:8.3f} {rate:6.2f} {share:6.1%} "
+                f"{times[1]:9.3f} {times[2]:14.3f}{'' if finite else '  NOT FINITE'}",
+                flush=True,
+            )
+            bench.note(
+                kind="chain", rows=rows, layers=arguments.layers, ahead=ahead, ms=times[0],
+                no_norms_ms=times[1], not_dependent_ms=times[2], tb_s=rate, share=share,
+            )  # fmt: skip
 
 
 def numbers(text: str) -> list[int]:
@@ -355,6 +364,7 @@ def main() -> None:
     parser.add_argument("--choices", type=Path, help="measured settings to use")
     parser.add_argument("--chain", action="store_true", help="a decode step without attention")
     parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--ahead", type=numbers, help="for --chain: try these, e.g. 0,4,12")
     arguments = parser.parse_args()
     arguments.rows = arguments.rows or list(BUCKETS if arguments.tune else ROWS)
     choices = choices_from_json(json.loads(arguments.choices.read_text())) if arguments.choices else {}

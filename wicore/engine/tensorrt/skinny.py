@@ -248,14 +248,15 @@ class SkinnyMatmul:
             yield from self._fitted(rows, product, setting)
 
     def _fitted(self, rows: int, product: Product, setting: Setting) -> Iterator[Setting]:
-        """The setting with as many stages as fit into half of the shared memory, and into all of it."""
+        """The setting with as many stages as fit into half of the shared memory, into all of it, and into what a
+        block may have."""
         threads = self._threads(product, setting)
         beside = min(4, -(-self._blocks(product, setting) // self._device.sms))
         # By what the compiler needs: the sums, and 64 more.
         registers = 4 * setting.mt * (bucket(rows) // 8) + 64
         blocks = max(1, min(_REGISTERS // (threads * registers), 2 * beside))
         most = self._most_shared // self._joined(product, setting)
-        sizes = [most // beside]
+        sizes = [most // beside, most]
         if blocks > beside:
             sizes.insert(0, min(_HALF_OF_SHARED, most) // beside)
         seen: set[int] = set()
