@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import statistics
 import sys
@@ -205,7 +206,8 @@ def compile_all(bench: Bench, matmul: SkinnyMatmul, wanted: Sequence[tuple[int, 
     """Into the cache, on all cores; errors show when the setting is run."""
     jobs = [(matmul.defines(*one), bench.device.capability) for one in wanted]
     unique = {json.dumps(job, sort_keys=True): job for job in jobs}
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), context) as pool:
         for error in pool.map(compile_one, unique.values()):
             if error:
                 print(error, file=sys.stderr)

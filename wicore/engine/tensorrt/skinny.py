@@ -133,7 +133,7 @@ def parts(product: Product, sms: int) -> int:
 
 
 class SkinnyMatmul:
-    """Enqueues products of few rows.
+    """Enqueues products of few rows. Addresses must be multiples of 16.
 
     choices: settings measured on this card, before those by rule. chains: into how many sums a part of k is
     split, 1 or 2; it decides the order of all sums.
@@ -249,8 +249,8 @@ class SkinnyMatmul:
             yield from self._fitted(rows, product, setting)
 
     def _fitted(self, rows: int, product: Product, setting: Setting) -> Iterator[Setting]:
-        """The setting with as many stages as fit into half of the shared memory, into all of it, and into what
-        a block may have."""
+        """The setting with as many stages as fit into half of a multiprocessor's shared memory, into all of
+        it, and into what a block may have."""
         threads = self._threads(product, setting)
         beside = min(4, -(-self._blocks(product, setting) // self._device.sms))
         # By what the compiler needs: the sums, and 64 more.
