@@ -14,11 +14,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +206,8 @@ def compile_all(bench: Bench, matmul: SkinnyMatmul, wanted: Sequence[tuple[int, 
     """Into the cache, on all cores; errors show when the setting is run."""
     jobs = [(matmul.defines(*one), bench.device.capability) for one in wanted]
     unique = {json.dumps(job, sort_keys=True): job for job in jobs}
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), context) as pool:
         for error in pool.map(compile_one, unique.values()):
             if error:
                 print(error, file=sys.stderr)
@@ -225,7 +228,7 @@ def settings_of(matmul: SkinnyMatmul, rows: int, product: Product, every: bool) 
 def shapes(arguments: argparse.Namespace, choices: Choices) -> Choices:
     """Measure; returns the best setting of each shape and bucket."""
     bench = Bench(max(SHAPES[name].matrix_bytes for name in arguments.shapes) + DISTINCT)
-    matmul = SkinnyMatmul(bench.device, choices)
+    matmul = SkinnyMatmul(bench.device, choices, arguments.chains)
     print(f"{bench.device.name}: copy {bench.copy_rate:.2f} TB/s")
     wanted = [
         (rows, SHAPES[name], setting)
@@ -286,7 +289,7 @@ def chain(arguments: argparse.Namespace, choices: Choices) -> None:
     weight_bytes = layer_bytes * arguments.layers + SHAPES["head"].matrix_bytes
     bench = Bench(weight_bytes)
     device, stream = bench.device, bench.stream
-    matmul, norms = SkinnyMatmul(device, choices), Norms(device, Config())  # type: ignore[arg-type]
+    matmul, norms = SkinnyMatmul(device, choices, arguments.chains), Norms(device, Config())  # type: ignore[arg-type]
     print(f"{device.name}: copy {bench.copy_rate:.2f} TB/s, weights {weight_bytes / 1e9:.1f} GB")
     head = bench.weights.address + layer_bytes * arguments.layers
     rng = np.random.default_rng(4)
@@ -296,8 +299,6 @@ def chain(arguments: argparse.Namespace, choices: Choices) -> None:
     sizes = {"residual": 4 * HIDDEN, "normed": 2 * HIDDEN, "qkv": 2 * QKV, "delta": 4 * HIDDEN}
     sizes |= {"act": 2 * INNER, "logits": 4 * VOCAB}
     at = {name: device.allocate(64 * size, name).address for name, size in sizes.items()}
-    every = [(rows, product) for rows in arguments.rows for product in SHAPES.values()]
-    compile_all(bench, matmul, [(*one, matmul.setting(*one)) for one in every])
 
     def step(rows: int, dependent: bool, with_norms: bool = True) -> None:
         norms.embed(stream, rows, ids, head, factors, at["residual"], at["normed"])
@@ -316,26 +317,36 @@ def chain(arguments: argparse.Namespace, choices: Choices) -> None:
                     )  # fmt: skip
         matmul.run(stream, rows, at["normed"], head, at["logits"], SHAPES["head"], dependent=dependent)
 
-    print(f"{'rows':>4} {'ms':>8} {'TB/s':>6} {'share':>6} {'no norms':>9} {'not dependent':>14}")
+    print(
+        f"{'rows':>4} {'ahead':>5} {'ms':>8} {'TB/s':>6} {'share':>6} {'no norms':>9} {'not dependent':>14}"
+    )
     for rows in arguments.rows:
-        for product in SHAPES.values():
-            matmul.prepare(rows, product)
-        times = [
-            bench.time_ms(lambda: step(rows, dependent, with_norms), 5, 2)  # noqa: B023
-            for dependent, with_norms in ((True, True), (True, False), (False, True))
-        ]
-        finite = np.isfinite(bench.download(at["logits"], (rows, VOCAB), np.float32)).all()
-        rate = weight_bytes / times[0] / 1e9
-        share = rate / bench.copy_rate
-        print(
-            f"{rows:4} {times[0]:8.3f} {rate:6.2f} {share:6.1%} {times[1]:9.3f} {times[2]:14.3f}"
-            f"{'' if finite else '  NOT FINITE'}",
-            flush=True,
-        )
-        bench.note(
-            kind="chain", rows=rows, layers=arguments.layers, ms=times[0], no_norms_ms=times[1],
-            not_dependent_ms=times[2], tb_s=rate, share=share,
-        )  # fmt: skip
+        ruled = {name: matmul.setting(rows, product) for name, product in SHAPES.items()}
+        for ahead in arguments.ahead or [None]:
+            wanted = []
+            for name, product in SHAPES.items():
+                setting = ruled[name] if ahead is None else replace(ruled[name], ahead=ahead)
+                matmul.choices[product.n, product.k, product.gated, bucket(rows)] = setting
+                wanted.append((rows, product, setting))
+            compile_all(bench, matmul, wanted)
+            for job in wanted:
+                matmul.prepare(*job)
+            times = [
+                bench.time_ms(lambda: step(rows, dependent, with_norms), 5, 2)  # noqa: B023
+                for dependent, with_norms in ((True, True), (True, False), (False, True))
+            ]
+            finite = np.isfinite(bench.download(at["logits"], (rows, VOCAB), np.float32)).all()
+            rate = weight_bytes / times[0] / 1e9
+            share = rate / bench.copy_rate
+            print(
+                f"{rows:4} {'rule' if ahead is None else ahead:>5} {times[0]:8.3f} {rate:6.2f} {share:6.1%} "
+                f"{times[1]:9.3f} {times[2]:14.3f}{'' if finite else '  NOT FINITE'}",
+                flush=True,
+            )
+            bench.note(
+                kind="chain", rows=rows, layers=arguments.layers, ahead=ahead, ms=times[0],
+                no_norms_ms=times[1], not_dependent_ms=times[2], tb_s=rate, share=share,
+            )  # fmt: skip
 
 
 def numbers(text: str) -> list[int]:
@@ -354,7 +365,9 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="measure all candidates, at the buckets' sizes")
     parser.add_argument("--choices", type=Path, help="measured settings to use")
     parser.add_argument("--chain", action="store_true", help="a decode step without attention")
+    parser.add_argument("--chains", type=int, default=1, help="sums of a part of k: 1 or 2")
     parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--ahead", type=numbers, help="for --chain: try these, e.g. 0,4,12")
     arguments = parser.parse_args()
     arguments.rows = arguments.rows or list(BUCKETS if arguments.tune else ROWS)
     choices = choices_from_json(json.loads(arguments.choices.read_text())) if arguments.choices else {}
