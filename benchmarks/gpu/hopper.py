@@ -3,7 +3,7 @@
 `python benchmarks/gpu/hopper.py --check` compares many odd shapes, tilings and orders with torch.
 `python benchmarks/gpu/hopper.py` times the matrices of Gemma-3-27B at prompt lengths, by events over graph
 replays, with enough copies of the weights that none is found in the cache, next to torch's half product of
-the same shape. Prints a table; every measurement goes to $OUT/hopper.jsonl. Needs numpy, cuda-bindings and torch.
+the same shape. Prints a table; all measurements go to $OUT/hopper.jsonl. Needs numpy, cuda-bindings, torch.
 """
 
 from __future__ import annotations

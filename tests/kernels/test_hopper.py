@@ -161,7 +161,9 @@ SHAPES: list[tuple[Kind, int, int]] = [
 @pytest.mark.parametrize("rows", [65, 128, 512, 1024, 8192, 16384])
 def test_candidates_fit_the_card_and_come_by_their_cost(rows: int, kind_n_k: tuple[Kind, int, int]) -> None:
     kind, n, k = kind_n_k
-    matmul = HopperMatmul(EmulatedDevice(sms=132))
+    device = EmulatedDevice(sms=132)
+    device.name = "a card"
+    matmul = HopperMatmul(device)
     found = matmul.candidates(rows, n, k, kind)
     assert len(found) > 20
     for tiling in found:
@@ -184,3 +186,19 @@ def test_tuning_takes_the_fastest_tiling_it_measured(device: Device) -> None:
     assert {tiling for _, tiling in measured} == set(tilings)
     assert measured[0][0] <= measured[1][0]
     assert matmul.choose(70, 40, 64, "float") == measured[0][1]
+
+
+def test_after_preparation_a_product_can_be_captured(device: Device) -> None:
+    matmul = HopperMatmul(device)
+    product = Product(device, "float", rows=70, n=40, k=64)
+    x, w = product.upload(product.x), product.upload(product.w)
+    y = np.full((70, 40), np.nan, np.float32)
+    target = product.upload(y)
+    matmul.prepare([64, 128], [(40, 64, "float")])
+    graph = device.capture(
+        product.stream, lambda: matmul.plain(product.stream, 70, x, w, target, 40, 64, half_out=False)
+    )
+    graph.launch(product.stream)
+    device.copy(y.ctypes.data, target, y.nbytes, product.stream)
+    product.stream.synchronize()
+    product.check(y)
