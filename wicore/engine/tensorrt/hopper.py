@@ -323,3 +323,4 @@ def _tilings(kind: Kind) -> Iterable[Tiling]:
             yield Tiling(columns, cluster_columns=4)
         if columns <= 192:
             yield Tiling(columns, consumers=3)
+            yield Tiling(columns, consumers=3, cluster_rows=2)
