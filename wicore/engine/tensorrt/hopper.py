@@ -87,7 +87,7 @@ class Tiling:
         return self.columns // 2 if kind == "glu" else self.columns
 
     def box(self, kind: Kind) -> int:
-        """Rows of w in one copy, such that each block of a cluster has one where up to four copies allow it."""
+        """Rows of w in one copy: each block of a cluster makes one where up to four copies allow it."""
         least = 2 if kind == "glu" else 1
         for pieces in range(max(self.cluster_rows, least), 5):
             if self.columns % (8 * pieces) == 0 and pieces % least == 0:
