@@ -7,7 +7,9 @@ the tile and the number of rows.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -85,13 +87,14 @@ class Tiling:
         return self.columns // 2 if kind == "glu" else self.columns
 
     def box(self, kind: Kind) -> int:
-        """Rows of w in one copy: as many as can be, yet each block of a cluster has one to make."""
-        least = max(self.cluster_rows, 2 if kind == "glu" else 1)
-        for pieces in range(least, self.columns // 8 + 1):
-            whole = self.columns % (8 * pieces) == 0
-            if whole and (kind != "glu" or pieces % 2 == 0):
+        """Rows of w in one copy: each block of a cluster makes one where up to four copies allow it."""
+        least = 2 if kind == "glu" else 1
+        for pieces in range(max(self.cluster_rows, least), 5):
+            if self.columns % (8 * pieces) == 0 and pieces % least == 0:
                 return self.columns // pieces
-        raise EngineError(f"{self}: the columns do not part into {least} copies of a multiple of 8 rows")
+        if self.columns % (8 * least):
+            raise EngineError(f"{self}: columns must be a multiple of {8 * least}")
+        return self.columns // least
 
     def defines(self, kind: Kind) -> dict[str, int | str]:
         """The kernel's macros."""
@@ -199,7 +202,8 @@ class HopperMatmul:
     def candidates(self, rows: int, n: int, k: int, kind: Kind) -> list[Tiling]:
         """Tilings worth measuring for a product, the one with the lowest modelled cost first."""
         sms = self._device.sms
-        found = [tiling for tiling in _tilings(kind) if tiling.cluster <= sms]
+        largest = 1 if self._joined else sms  # one block has not the shared memory of several
+        found = [tiling for tiling in _tilings(kind) if tiling.cluster <= largest]
         # Several blocks below each other are idle work where there is one row of tiles.
         useful = [t for t in found if t.cluster_rows == 1 or rows > t.rows * (t.cluster_rows - 1)]
         return sorted(useful, key=lambda t: (t.cost(rows, n, k, kind, sms), -t.columns))
@@ -216,10 +220,16 @@ class HopperMatmul:
         """Take this tiling for such products from now on."""
         self._chosen[kind, n, k, -(-rows // 64)] = tiling
 
-    def prepare(self, rows: Iterable[int], n: int, k: int, kind: Kind) -> None:
-        """Compile what products of these numbers of rows need: nothing can be compiled during a capture."""
-        for count in rows:
-            self._function(self.choose(count, n, k, kind), kind)
+    def prepare(self, rows: Iterable[int], products: Iterable[tuple[int, int, Kind]]) -> None:
+        """Compile, on all cores, what products (n, k, kind) of these numbers of rows need.
+
+        Nothing can be compiled during a capture, and what is not in the cache takes a second or two a tiling.
+        All multiples of 64 up to the longest prompt chunk cover every number of rows up to it.
+        """
+        shapes = list(products)
+        needed = {(self.choose(count, n, k, kind), kind) for count in rows for n, k, kind in shapes}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda pair: self._function(*pair), needed))
 
     def tune(
         self,
@@ -314,3 +324,4 @@ def _tilings(kind: Kind) -> Iterable[Tiling]:
             yield Tiling(columns, cluster_columns=4)
         if columns <= 192:
             yield Tiling(columns, consumers=3)
+            yield Tiling(columns, consumers=3, cluster_rows=2)
