@@ -16,7 +16,8 @@ from wicore.errors import EngineError
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
-SOURCES = sorted(KERNELS.glob("*.cu"))
+PROBES = Path(__file__).parent / "emulation" / "sources" / "probes.cu"
+SOURCES = [*sorted(KERNELS.glob("*.cu")), PROBES]
 CASES = [
     pytest.param(path, macros, id=" ".join([path.stem, *(f"{k}={v}" for k, v in macros.items())]))
     for path in SOURCES

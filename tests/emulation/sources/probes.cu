@@ -1,4 +1,5 @@
-// Kernels that show what the emulation does; see test_emulation.py.
+// Kernels that try what kernels are made of (tests/kernels/test_instructions.py) and, in the emulation only, what
+// no kernel may do (test_emulation.py).
 #include "common.cuh"
 
 // One warp: D = A B for A [16][16], B [16][8] halves, D [16][8] floats.
@@ -52,11 +53,32 @@ extern "C" __global__ void shuffles(const int* x, int* y) {
 extern "C" __global__ void sum_rows(const float* x, float* y, int n) {
   __shared__ float scratch[32];
   float sum = 0.0f;
+  pdl_launch();
+  pdl_wait();
   for (int i = threadIdx.x; i < n; i += blockDim.x) sum += x[blockIdx.x * n + i];
   sum = block_sum(sum, scratch);
   if (threadIdx.x == 0) y[blockIdx.x] = sum;
 }
 
+extern "C" __global__ void convert(const float* x, half* y, float* back, int n) {
+  for (int i = threadIdx.x; i < n; i += blockDim.x) {
+    y[i] = __float2half_rn(x[i]);
+    back[i] = __half2float(y[i]);
+  }
+}
+
+extern "C" __global__ void count(unsigned long long* counter, int* turn) {
+  atomicAdd(counter, 2ull);
+  if (threadIdx.x == 0) turn[blockIdx.x] = atomicAdd(turn + gridDim.x, 1);
+}
+
+extern "C" __global__ void indices(int* y) {
+  int thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+  int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+  y[block * blockDim.x * blockDim.y * blockDim.z + thread] = block * 1000 + thread;
+}
+
+#ifdef WICORE_EMULATED
 // Every thread reads what the next one wrote; without the barrier that is not there yet.
 template <bool kBarrier>
 __device__ void turn(int* y) {
@@ -123,27 +145,10 @@ extern "C" __global__ void write_static(int at) {
 extern "C" __global__ void write_global(char* at) { at[threadIdx.x] = 1; }
 extern "C" __global__ void read_wide(const char* at, uint4* y) { *y = *reinterpret_cast<const uint4*>(at); }
 
-extern "C" __global__ void convert(const float* x, half* y, float* back, int n) {
-  for (int i = threadIdx.x; i < n; i += blockDim.x) {
-    y[i] = __float2half_rn(x[i]);
-    back[i] = __half2float(y[i]);
-  }
-}
-
-extern "C" __global__ void count(unsigned long long* counter, int* turn) {
-  atomicAdd(counter, 2ull);
-  if (threadIdx.x == 0) turn[blockIdx.x] = atomicAdd(turn + gridDim.x, 1);
-}
-
-extern "C" __global__ void indices(int* y) {
-  int thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
-  int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
-  y[block * blockDim.x * blockDim.y * blockDim.z + thread] = block * 1000 + thread;
-}
-
 extern "C" __global__ void take_map(const __grid_constant__ CUtensorMap map, long long* y, char small, float last) {
   y[0] = static_cast<long long>(map.columns);
   y[1] = static_cast<long long>(map.box_rows);
   y[2] = small;
   y[3] = static_cast<long long>(last);
 }
+#endif

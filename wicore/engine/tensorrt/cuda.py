@@ -612,6 +612,9 @@ class CudaDevice:
             self.discard("cuGraphDestroy", graph)
         return CudaGraph(self, executable)
 
+    def synchronize(self) -> None:
+        self.call("cuCtxSynchronize")
+
     def close(self) -> None:
         if self._context is None:
             return

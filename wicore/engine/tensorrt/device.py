@@ -186,6 +186,9 @@ class Device(Protocol):
     def capture(self, stream: Any, work: Callable[[], None]) -> Graph:
         """What `work` enqueues on `stream`, as a graph; nothing of it runs now."""
 
+    def synchronize(self) -> None:
+        """Block this thread until all work of all streams is done; raises what went wrong in it."""
+
     def report(self) -> Mapping[str, int]:
         """Bytes of device memory in use by what they are for."""
 
