@@ -11,6 +11,8 @@
 //
 // Weights are integers, exp((x - max) / temperature) * 2^40, so that no sum depends on an order. A row's
 // token depends on the row alone: chunks are fixed, whatever the grid.
+//
+// variant: CHUNK=4096 STRIP=512 BINS=2048 CAPACITY=4096 TOP=20
 #include "common.cuh"
 #include "random.cuh"
 
