@@ -11,7 +11,10 @@
 //
 // Weights are integers, exp((x - max) / temperature) * 2^40, so that no sum depends on an order. A row's
 // token depends on the row alone: chunks are fixed, whatever the grid.
+//
+// variant: CHUNK=4096 STRIP=512 BINS=2048 CAPACITY=4096 TOP=20
 #include "common.cuh"
+#include "random.cuh"
 
 typedef unsigned long long u64;
 
@@ -102,20 +105,15 @@ __device__ __forceinline__ u64 target_of(u64 mass, double uniform) {
   return target < mass ? target : mass - 1;
 }
 
-// Philox4x32-10 with counter (position, position >> 32, 0, 0) and key seed; 53 bits of its first two words.
+// wicore.sampling.uniforms: counter (position, position >> 32, 0, 0), key seed; 53 bits of the first two
+// words.
 __device__ double uniform_of(long long seed, long long position) {
-  uint32_t c0 = static_cast<uint32_t>(position), c1 = static_cast<uint32_t>(static_cast<u64>(position) >> 32);
-  uint32_t c2 = 0, c3 = 0;
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(static_cast<u64>(seed) >> 32);
-  for (int turn = 0; turn < 10; ++turn) {
-    u64 p0 = static_cast<u64>(c0) * 0xD2511F53u, p1 = static_cast<u64>(c2) * 0xCD9E8D57u;
-    uint32_t next0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
-    uint32_t next2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-    c0 = next0, c1 = static_cast<uint32_t>(p1), c2 = next2, c3 = static_cast<uint32_t>(p0);
-    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-  }
-  u64 bits = (static_cast<u64>(c1) << 32 | c0) >> 11;
-  return static_cast<double>(bits) * (1.0 / 9007199254740992.0);
+  const u64 counter = static_cast<u64>(position), key = static_cast<u64>(seed);
+  const uint4 bits =
+      philox(make_uint4(static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), 0, 0),
+             make_uint2(static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)));
+  const u64 number = (static_cast<u64>(bits.y) << 32 | bits.x) >> 11;
+  return static_cast<double>(number) * (1.0 / 9007199254740992.0);
 }
 
 // --- 64-bit reductions --------------------------------------------------------------------------
