@@ -238,6 +238,7 @@ class Worker:
             self._empty_inbox(None, block=False)
         self._expire()
         self._start_step()
+        self._scheduler.catch_up()
         self._tell()
         if ended is not None:
             self._cache.observe(*ended)

@@ -10,6 +10,9 @@ Terms
     pool      "global" holds the layers that attend to every position, "window" the layers that
               attend to the last `window` positions. The two are sized and numbered apart.
     table     physical block ids by logical block index (position // block_tokens).
+
+What is made for each sequence in each step is not to be changed by anybody, and not frozen all the same: that
+would take five times as long to make, while the device waits.
 """
 
 from __future__ import annotations
@@ -71,7 +74,7 @@ class EngineInfo:
     """Bytes of device memory by what they are for; empty where the device is main memory."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SequenceInput:
     """One sequence's share of a step.
 
@@ -107,7 +110,7 @@ class StepPlan:
     sequences: tuple[SequenceInput, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SequenceOutput:
     """What a step did for one sequence."""
 

@@ -51,7 +51,7 @@ class SequenceRequest:
     it. The scheduler appends to it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TokenOut:
     """A token that a step added to a sequence."""
 
@@ -73,6 +73,7 @@ class ScheduledSequence:
         "passed",
         "positions",
         "restoring",
+        "running",
         "sampling",
     )
 
@@ -88,6 +89,8 @@ class ScheduledSequence:
         self.positions = len(request.prompt) + request.max_tokens - 1
         """Positions it will have computed at the end: all but the last token's."""
         self.computed = 0
+        self.running = False
+        """Admitted: it has a slot and blocks."""
         self.restoring = False
         """Admitted, with blocks still on their way."""
         self.chunk = 0
@@ -97,12 +100,12 @@ class ScheduledSequence:
     @property
     def pending(self) -> int:
         """Tokens without KV: one when decoding, more when prefilling, none when nothing may follow."""
-        return len(self.chain) - self.computed if self.left and not self.restoring else 0
+        return self.chain.length - self.computed if self.left and not self.restoring else 0
 
     @property
     def samples(self) -> bool:
         """Whether the planned chunk reaches the end, so that a token is drawn."""
-        return self.computed + self.chunk == len(self.chain)
+        return self.computed + self.chunk == self.chain.length
 
 
 def rank(sequence: ScheduledSequence) -> tuple[int, int]:
