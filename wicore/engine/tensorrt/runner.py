@@ -27,6 +27,7 @@ from wicore.sampling import SampledToken, SamplingState
 
 Float = NDArray[np.float32]
 
+
 class Runner:
     """Enqueues one step at a time on one stream. Nothing here waits but `wait`, and `logits`."""
 
@@ -318,15 +319,10 @@ class Running:
     def result(self) -> StepResult:
         self._runner.wait()
         drawn = self._runner.tokens(self._rows)
-        tokens = {
-            piece.sequence.key: token for piece, token in zip(self._samples, drawn, strict=True)
-        }
+        tokens = {piece.sequence.key: token for piece, token in zip(self._samples, drawn, strict=True)}
         mass = self._runner.mass(self._tables)
         return StepResult(
-            {
-                s.key: SequenceOutput(tokens.get(s.key), _share(mass, s, self._tables))
-                for s in self._sequences
-            }
+            {s.key: SequenceOutput(tokens.get(s.key), _share(mass, s, self._tables)) for s in self._sequences}
         )
 
 
@@ -361,8 +357,8 @@ def _tiles(work: Pass) -> NDArray[np.int32]:
 
 
 def _listed(work: Pass) -> NDArray[np.int32]:
-    """Rows of a prompt pass that go through the kernels for single rows: single tokens, and a few of each chunk
-    for their attention mass."""
+    """Rows of a prompt pass that go through the kernels for single rows: single tokens, and a few rows of each
+    chunk for their attention mass."""
     if work.decode:
         return np.empty(0, np.int32)
     rows = [np.arange(work.singles)]
