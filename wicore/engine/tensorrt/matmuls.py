@@ -10,6 +10,7 @@ from wicore.engine.tensorrt.device import Device, Stream
 from wicore.engine.tensorrt.hopper import HopperMatmul, Kind, Tiling
 from wicore.engine.tensorrt.skinny import MAX_ROWS, Product, Setting, SkinnyMatmul
 from wicore.errors import EngineError
+from wicore.gemma3.config import Gemma3Config
 
 Way: TypeAlias = "Setting | Tiling"
 """How a product is made: by `SkinnyMatmul` with this setting, or by `HopperMatmul` with this tiling."""
@@ -89,8 +90,25 @@ class Matmuls:
         return found
 
     def choose(self, product: Product, choices: Iterable[Choice]) -> None:
-        """Use what was measured: for a number of rows the choice of the next larger one, else of the largest."""
+        """Use what was measured: for a number of rows the choice of the next larger, else of the largest."""
         self._choices[product] = sorted(choices, key=lambda choice: choice.rows)
+
+    def prepare(self, most_rows: int, products: Iterable[Product]) -> None:
+        """Compile, on all cores, what products of more than 64 rows need, of up to `most_rows`."""
+        wide: list[tuple[int, int, Kind]] = []
+        sizes = range(MAX_ROWS, most_rows + MAX_ROWS, MAX_ROWS)
+        for product in products:
+            ways = {rows: self._chosen(rows, product) for rows in sizes if rows > MAX_ROWS}
+            for way in {way for way in ways.values() if self.hopper is None or isinstance(way, Setting)}:
+                self.skinny.prepare(MAX_ROWS, product, way if isinstance(way, Setting) else None)
+            if self.hopper is not None:
+                shape = (product.n, product.k, _kind(product))
+                wide.append(shape)
+                for rows, way in ways.items():
+                    if isinstance(way, Tiling):
+                        self.hopper.use(rows, *shape, way)
+        if self.hopper is not None and len(sizes) > 1:
+            self.hopper.prepare(sizes[1:], wide)
 
     def _chosen(self, rows: int, product: Product) -> Way | None:
         choices: Sequence[Choice] = self._choices.get(product, ())
@@ -99,6 +117,17 @@ class Matmuls:
             return None
         fits = isinstance(chosen.way, Setting) or self.hopper is not None
         return chosen.way if fits else None
+
+
+def layer_products(config: Gemma3Config) -> tuple[Product, Product, Product, Product]:
+    """The products of a layer: qkv, o, gate and up, down."""
+    hidden, inner, wide = config.hidden_size, config.intermediate_size, config.heads * config.head_dim
+    return (
+        Product(wide + 2 * config.kv_heads * config.head_dim, hidden, half_out=True),
+        Product(hidden, wide),
+        Product(inner, hidden, gated=True, half_out=True),
+        Product(hidden, inner),
+    )
 
 
 def _kind(product: Product) -> Kind:
