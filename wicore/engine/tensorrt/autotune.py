@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -110,13 +111,18 @@ class Autotuner:
         self._fill()
         found = Choices()
         sizes = rows_to_measure(self._rows)
-        for measured in self._products():
-            of_head = measured.y == self._buffers.logits
-            found.products[measured.product] = [
-                choice
-                for rows in (rows_to_measure(self._samples) if of_head else sizes)
-                if (choice := self._best(measured, rows)) is not None
-            ]
+        wanted = [
+            (measured, rows, way)
+            for measured in self._products()
+            for rows in (rows_to_measure(self._samples) if measured.y == self._buffers.logits else sizes)
+            for way in self._matmuls.candidates(rows, measured.product)
+        ]
+        self._matmuls.compile((rows, measured.product, way) for measured, rows, way in wanted)
+        for measured, all_rows in groupby(wanted, lambda one: one[0]):
+            for rows, ways in groupby(all_rows, lambda one: one[1]):
+                choice = self._best(measured, rows, [way for _, _, way in ways])
+                if choice is not None:
+                    found.products.setdefault(measured.product, []).append(choice)
         found.use(self._matmuls)
         if segments is not None:
             for rows in sizes:
@@ -137,10 +143,10 @@ class Autotuner:
         head = Product(self._config.vocab_size, self._config.hidden_size)
         yield _Measured(head, b.normed, [self._weights.embedding], b.logits)
 
-    def _best(self, measured: _Measured, rows: int) -> Choice | None:
+    def _best(self, measured: _Measured, rows: int, ways: Sequence[Way]) -> Choice | None:
         times: list[tuple[float, int, Way]] = []
         stream, product, matmuls = self._stream, measured.product, self._matmuls
-        for way in matmuls.candidates(rows, product):
+        for way in ways:
 
             def work(way: Way = way) -> None:
                 for weight in measured.weights:

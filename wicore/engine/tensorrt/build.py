@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from wicore.config import Settings
 from wicore.engine.base import KVLayout, Pool
@@ -35,7 +35,9 @@ from wicore.errors import EngineError
 from wicore.gemma3.checkpoint import Checkpoint
 from wicore.gemma3.config import Gemma3Config, published
 from wicore.hmt.tiers import longest_sequence
-from wicore.model import Model
+
+if TYPE_CHECKING:
+    from wicore.model import Model
 
 log = logging.getLogger("wicore.engine")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
@@ -19,6 +21,9 @@ _HOPPER_FROM = 17
 """Rows below which the wide kernel's tiles of 64 are mostly idle: never worth measuring."""
 _SKINNY_TO = 256
 """Rows above which reading the matrix again for every 64 is never worth measuring."""
+
+_SKINNY_CANDIDATES, _HOPPER_CANDIDATES = 6, 4
+"""The kernels' own models of the card put the best nearly always among so many; each must be compiled."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +87,30 @@ class Matmuls:
         """Ways worth measuring."""
         found: list[Way] = []
         if rows <= _SKINNY_TO:
-            found += self.skinny.candidates(min(rows, MAX_ROWS), product)
+            found += self.skinny.candidates(min(rows, MAX_ROWS), product)[:_SKINNY_CANDIDATES]
         if self.hopper is not None and rows >= _HOPPER_FROM:
             tilings = self.hopper.candidates(rows, product.n, product.k, _kind(product))
-            # By its model of the card the best is nearly always among these, and each must be compiled.
-            found += tilings[: 4 if rows > MAX_ROWS else 2]
+            found += tilings[: _HOPPER_CANDIDATES if rows > MAX_ROWS else 2]
         return found
+
+    def compile(self, wanted: Iterable[tuple[int, Product, Way]]) -> None:
+        """Compile what `run` of these needs, on all cores."""
+        skinny: list[tuple[int, Product, Setting]] = []
+        rounds: dict[tuple[int, Product], list[Tiling]] = {}
+        for rows, product, way in wanted:
+            if isinstance(way, Setting):
+                skinny.append((rows, product, way))
+            else:
+                rounds.setdefault((rows, product), []).append(way)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda one: self.skinny.prepare(*one), skinny))
+        for turn in range(max(map(len, rounds.values()), default=0)):
+            for (rows, product), tilings in rounds.items():
+                if self.hopper is not None and turn < len(tilings):
+                    self.hopper.use(rows, product.n, product.k, _kind(product), tilings[turn])
+            if self.hopper is not None:
+                products = {(product.n, product.k, _kind(product)) for _, product in rounds}
+                self.hopper.prepare({rows for rows, _ in rounds}, products)
 
     def choose(self, product: Product, choices: Iterable[Choice]) -> None:
         """Use what was measured: for a number of rows the choice of the next larger, else of the largest."""
