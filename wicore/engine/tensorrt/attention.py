@@ -33,7 +33,7 @@ _LIST_ROWS = 64
 
 _SCHEDULE_THREADS = 1024
 _MERGE_THREADS = 128
-_ITEM_BYTES, _ENTRY_BYTES = 48, 32
+_ITEM_BYTES, _ENTRY_BYTES, _WORK_BYTES = 48, 32, 128
 _EVERYTHING = 1 << 30
 """The window of layers that have none."""
 
@@ -147,6 +147,8 @@ class PrefillSetting:
         wide = config.head_dim > 128
         _, most = _SHARED_KIB.get(capability, (100, 99))
         for pack, keys in ((2, 64), (1, 64), (2, 32), (1, 32), (1, 16)):
+            if layout.dtype == "int8" and not wide:
+                keys = min(keys, 32)  # for want of registers
             setting = cls(pack, 2 if pack == 2 and not wide else 1, keys, 1 if wide and pack == 2 else 2)
             if (even or pack == 1) and setting.shared_bytes(config, layout) <= most << 10:
                 return setting
@@ -162,17 +164,17 @@ class PrefillSetting:
         stage = decoded
         if layout.dtype == "int8":
             stage = 2 * self.tile_keys * (_row_bytes(config.head_dim) + 4)
-        return queries + 2 * stage + (decoded if layout.dtype == "int8" else 0) + 4 * TILE_POSITIONS
+        work = 4 * TILE_POSITIONS + _WORK_BYTES
+        return queries + 2 * stage + (decoded if layout.dtype == "int8" else 0) + work
 
 
 class Attention:
-    """The attention of all layers of one model, for steps of at most `max_rows` rows and `max_sequences`
-    sequences whose global tables have at most `max_table` entries together.
+    """The attention of all layers of one model, for steps of at most `max_rows` rows, of which `schedule` is
+    given at most `listed_rows`, and whose global tables have at most `max_table` entries together.
 
     A layer is named by its pool and its index among that pool's layers. Per step: `rope` and `schedule`; then
     for each layer `append`, and `decode`, `prefill` or both; at the end `mass`.
 
-    listed_rows: most rows that `schedule` is given; None: max_rows.
     mass_blocks: blocks of context, summed over listed rows, that attention mass can be counted for in a step.
     The last listed row of each sequence comes first; rows that no longer fit are left out.
     """
@@ -183,10 +185,9 @@ class Attention:
         config: Gemma3Config,
         layout: KVLayout,
         max_rows: int,
-        max_sequences: int,
+        listed_rows: int,
         max_table: int,
         *,
-        listed_rows: int | None = None,
         mass_blocks: int | None = None,
         decode_setting: DecodeSetting | None = None,
         prefill_setting: PrefillSetting | None = None,
@@ -195,7 +196,7 @@ class Attention:
         _check(config, layout)
         self._device, self._config, self._layout = device, config, layout
         self._max_rows, self._max_table = max_rows, max_table
-        self._listed_rows = max_rows if listed_rows is None else listed_rows
+        self._listed_rows = listed_rows
         self._mass_blocks = min(max_table, 1 << 17) if mass_blocks is None else mass_blocks
         self._decode_setting = decode_setting or DecodeSetting.of(config, layout, device.capability)
         self._prefill_setting = prefill_setting or PrefillSetting.of(config, layout, device.capability)

@@ -9,6 +9,9 @@
 
 typedef unsigned int uint32_t;
 typedef unsigned long long uint64_t;
+#ifndef INFINITY  // NVRTC has no math.h
+#define INFINITY __int_as_float(0x7f800000)
+#endif
 
 #ifndef INFINITY  // NVRTC has no math.h
 #define INFINITY __int_as_float(0x7F800000)
