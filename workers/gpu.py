@@ -27,8 +27,8 @@ from workers.worker import Worker
 log = logging.getLogger("wicore.worker")
 
 _SWITCH_S = 0.0005
-"""How long a thread may keep the interpreter from others. When a step ends the engine thread wants it, and the
-device idles until it has it."""
+"""How long a thread may keep the interpreter from others. When a step ends the engine thread wants it, and
+until then the device idles."""
 
 
 def main() -> int:
