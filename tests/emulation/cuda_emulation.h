@@ -1050,6 +1050,13 @@ inline void copy_async(void* shared, const void* global, bool valid = true) {
   emulation::state.current->copies.push_back({shared, global, valid});
 }
 
+inline void copy_async_long(void* shared, const void* global, bool valid = true) {
+  copy_async(shared, global, valid);
+}
+
+// Asking for memory that there is not is no error.
+inline void prefetch_l2(const void*) {}
+
 inline void copy_commit() {
   emulation::Fibre& f = *emulation::state.current;
   f.groups.push_back(f.copies.size());
