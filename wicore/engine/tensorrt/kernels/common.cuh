@@ -94,12 +94,48 @@ __device__ __forceinline__ void copy_wait() {
 __device__ __forceinline__ void prefetch_l2(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
+
+// 2^x to two units in the last place; results below 2^-126 become 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// x, as if unknown until here: what is computed from it in a loop is not kept in registers between turns.
+__device__ __forceinline__ int fresh(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// Bytes FIRST and SECOND of four signed ones, as halves, exactly: 1024 + (byte + 128) is a bit pattern.
+template <int FIRST, int SECOND>
+__device__ __forceinline__ uint32_t bytes_to_half2(uint32_t bytes) {
+  uint32_t biased = __byte_perm(bytes ^ 0x80808080u, 0x64646464u, FIRST | 0x40 | SECOND << 8 | 0x4000);
+  uint32_t result;
+  asm("sub.f16x2 %0, %1, %2;" : "=r"(result) : "r"(biased), "r"(0x64806480u));
+  return result;
+}
 #endif
 
 __device__ __forceinline__ uint32_t pack_half2(float low, float high) {
   half2 h = __floats2half2_rn(low, high);
   return *reinterpret_cast<uint32_t*>(&h);
 }
+
+#ifdef WICORE_EMULATED
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y = exp2f(x);
+  return y < 1.17549435e-38f ? 0.0f : y;
+}
+
+__device__ __forceinline__ int fresh(int x) { return x; }
+
+template <int FIRST, int SECOND>
+__device__ __forceinline__ uint32_t bytes_to_half2(uint32_t bytes) {
+  return pack_half2(static_cast<signed char>(bytes >> 8 * FIRST), static_cast<signed char>(bytes >> 8 * SECOND));
+}
+#endif
 
 // Sum over the 32 lanes, the same in every lane and in a fixed order.
 __device__ __forceinline__ float warp_sum(float v) {
