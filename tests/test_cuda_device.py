@@ -88,11 +88,12 @@ def test_a_function_that_the_driver_lacks_says_to_update_it(
 
 
 def test_a_cubin_that_the_driver_cannot_load_says_which_is_too_old(
-    device: CudaDevice, driver: FakeDriver
+    device: CudaDevice, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cuda, "nvrtc_version", lambda: (13, 5))
     driver.fails["cuModuleLoadData"] = Result.CUDA_ERROR_UNSUPPORTED_PTX_VERSION
     with pytest.raises(
-        EngineError, match=r"kernels/x\.cu: the driver \(CUDA 13\.0\) cannot load what NVRTC \d+\.\d+"
+        EngineError, match=r"kernels/x\.cu: the driver \(CUDA 13\.0\) cannot load what NVRTC 13\.5"
     ):
         device.compile("x.cu", {})
 

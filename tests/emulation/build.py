@@ -74,9 +74,9 @@ def _unit(source: Path, kernels: list[str]) -> str:
         lines += [
             f"{export} parameters_{name}(int* sizes) {{ return emulation::parameter_sizes({name}, sizes); }}",
             f"{export} launch_{name}(void** args, const unsigned* grid, const unsigned* block,",
-            "    size_t shared, int order, char* message, size_t message_bytes) {",
-            f"  return emulation::launch_kernel({name}, args, grid, block, shared, order, message,",
-            "                                  message_bytes);",
+            "    size_t shared, int order, int dependent, char* message, size_t message_bytes) {",
+            f"  return emulation::launch_kernel({name}, args, grid, block, shared, order, dependent,",
+            "                                  message, message_bytes);",
             "}",
         ]
     return "\n".join(lines) + "\n"

@@ -66,6 +66,9 @@ struct dim3 {
 
 // --- fibres -------------------------------------------------------------------------------------------------
 
+// The emulation's own code needs no checks of its accesses, and is several times faster without.
+#define UNCHECKED __attribute__((no_sanitize("alignment", "bounds")))
+
 namespace emulation {
 
 constexpr int kThreads = 1024, kWarps = 32, kBarriers = 16;
@@ -222,6 +225,7 @@ struct State {
   size_t static_bytes, marker_offset;
   void (*run)();  // the kernel with its arguments
   bool failed;
+  bool waited;  // a thread called pdl_wait
   char message[1024];
   pthread_t thread;
   sigjmp_buf escape;
@@ -296,17 +300,17 @@ inline unsigned after(unsigned set, int place) {
   return state.descending ? set & ((1u << place) - 1) : set & ~((2u << place) - 1);
 }
 
-inline void set_ready(int warp, unsigned lanes) {
+UNCHECKED inline void set_ready(int warp, unsigned lanes) {
   state.warp[warp].ready |= lanes;
   state.ready_warps |= 1u << warp;
 }
 
-inline void set_waiting(int warp, int lane) {
+UNCHECKED inline void set_waiting(int warp, int lane) {
   if (!(state.warp[warp].ready &= ~(1u << lane))) state.ready_warps &= ~(1u << warp);
 }
 
 // Run another fibre that can run: of the own warp first, or, when `fair`, the next one in the block.
-inline void go_on(bool fair) {
+UNCHECKED inline void go_on(bool fair) {
   Fibre* from = state.current;
   int warp = from->number / 32, lane = from->number % 32;
   unsigned own = state.warp[warp].ready, later = after(own, lane);
@@ -328,14 +332,14 @@ inline void go_on(bool fair) {
   switch_context(&from->context, &to->context);
 }
 
-inline void wait_for_others() {
+UNCHECKED inline void wait_for_others() {
   state.spins = 0;
   set_waiting(state.current->number / 32, state.current->number % 32);
   go_on(false);
 }
 
 // Wait until every lane of `mask` is here; the last one runs `operation` on the arguments of all.
-inline void meet(unsigned mask, const char* name, Operation operation, void* args) {
+UNCHECKED inline void meet(unsigned mask, const char* name, Operation operation, void* args) {
   int number = state.current->number, lane = number % 32;
   Warp& warp = state.warp[number / 32];
   if (!(mask >> lane & 1)) fail("%s: lane %d calls it and is not in its mask %08x", name, lane, mask);
@@ -355,7 +359,7 @@ inline void meet(unsigned mask, const char* name, Operation operation, void* arg
 }
 
 // Named barrier `id` of `count` threads (bar.sync id, count).
-inline void barrier(int id, int count) {
+UNCHECKED inline void barrier(int id, int count) {
   if (id < 0 || id >= kBarriers) fail("barrier %d: there are 0 to %d", id, kBarriers - 1);
   Barrier& b = state.barrier[id];
   int number = state.current->number;
@@ -394,7 +398,7 @@ inline void yield() {
 // A spin-wait came to its end: others may now spin afresh.
 inline void progress() { state.spins = 0; }
 
-void fibre_main() {
+UNCHECKED void fibre_main() {
   state.run();
   state.spins = 0;
   int number = state.current->number;
@@ -439,7 +443,7 @@ inline void signalled(int number, siginfo_t* info, void*) {
   siglongjmp(state.escape, 1);
 }
 
-inline void run_block() {
+UNCHECKED inline void run_block() {
   std::memset(state.static_shared, 0xff, state.static_bytes);
   std::memset(state.shared, 0xff, state.shared_bytes);
   int count = state.threads;
@@ -504,14 +508,14 @@ inline bool set_up() {
 }
 
 // Run every block. order: 0 = ascending, 1 = descending, 2 + n = descending where block + n is odd.
-inline int launch(const unsigned* grid, const unsigned* block, size_t shared_bytes, int order, char* message,
-                  size_t message_bytes) {
+inline int launch(const unsigned* grid, const unsigned* block, size_t shared_bytes, int order, int dependent,
+                  char* message, size_t message_bytes) {
   if (!set_up()) return std::snprintf(message, message_bytes, "no memory for stacks"), 1;
   state.grid = {grid[0], grid[1], grid[2]};
   state.block = {block[0], block[1], block[2]};
   state.threads = static_cast<int>(block[0] * block[1] * block[2]);
   state.shared_bytes = shared_bytes;
-  state.failed = false;
+  state.failed = state.waited = false;
   state.thread = pthread_self();
   find_static();
   std::memset(state.shared + shared_bytes, 0xff, kMargin);
@@ -543,6 +547,10 @@ inline int launch(const unsigned* grid, const unsigned* block, size_t shared_byt
   }
   for (int i = 0; i < 4; ++i) sigaction(signals[i], &old[i], nullptr);
   sigaltstack(&old_stack, nullptr);
+  if (!state.failed && dependent && !state.waited) {
+    state.failed = true;
+    std::snprintf(state.message, sizeof state.message, "launched as dependent, and no thread calls pdl_wait");
+  }
   if (state.failed) std::snprintf(message, message_bytes, "%s", state.message);
   return state.failed;
 }
@@ -568,11 +576,11 @@ struct Kernel {
 
 template <class... P>
 int launch_kernel(void (*function)(P...), void** args, const unsigned* grid, const unsigned* block,
-                  size_t shared_bytes, int order, char* message, size_t message_bytes) {
+                  size_t shared_bytes, int order, int dependent, char* message, size_t message_bytes) {
   Kernel<P...>::function = function;
   Kernel<P...>::take(args, std::index_sequence_for<P...>{});
   state.run = Kernel<P...>::run;
-  return launch(grid, block, shared_bytes, order, message, message_bytes);
+  return launch(grid, block, shared_bytes, order, dependent, message, message_bytes);
 }
 
 // The sizes of a kernel's parameters; returns how many there are.
@@ -786,7 +794,7 @@ struct Shuffle {
   int source;
 };
 
-inline void shuffle(void** args, unsigned mask) {
+UNCHECKED inline void shuffle(void** args, unsigned mask) {
   uint64_t values[32];
   for (unsigned rest = mask; rest; rest &= rest - 1) {
     int lane = __builtin_ctz(rest);
@@ -815,7 +823,7 @@ struct Vote {
   unsigned value;
 };
 
-inline void ballot(void** args, unsigned mask) {
+UNCHECKED inline void ballot(void** args, unsigned mask) {
   unsigned set = 0;
   for (unsigned rest = mask; rest; rest &= rest - 1) {
     int lane = __builtin_ctz(rest);
@@ -831,7 +839,7 @@ inline unsigned vote(unsigned mask, const char* name, bool predicate) {
 }
 
 template <class T, T (*combine)(T, T)>
-inline void reduction(void** args, unsigned mask) {
+UNCHECKED inline void reduction(void** args, unsigned mask) {
   T total{};
   bool begun = false;
   for (unsigned rest = mask; rest; rest &= rest - 1) {
@@ -952,7 +960,7 @@ inline unsigned atomicInc(unsigned* p, unsigned limit) {
 
 // --- twins of the wrappers in common.cuh ------------------------------------------------------------------------
 
-inline void pdl_wait() {}
+inline void pdl_wait() { emulation::state.waited = true; }
 inline void pdl_launch() {}
 
 namespace emulation {
@@ -967,33 +975,47 @@ struct Mma {
   const uint32_t* b;
 };
 
-inline void mma(void** args, unsigned) {
-  float a[16][16], b[16][8], d[16][8];
-  auto both = [](uint32_t bits, float& low, float& high) {
-    low = to_float(static_cast<uint16_t>(bits));
-    high = to_float(static_cast<uint16_t>(bits >> 16));
-  };
+typedef float float8 __attribute__((vector_size(32)));
+
+inline float8 to_floats(const uint16_t* bits) {
+#ifdef __F16C__
+  short8 v;
+  std::memcpy(&v, bits, sizeof v);
+  return __builtin_ia32_vcvtph2ps256(v);
+#else
+  float8 v;
+  for (int i = 0; i < 8; ++i) v[i] = to_float(bits[i]);
+  return v;
+#endif
+}
+
+UNCHECKED inline void mma(void** args, unsigned) {
+  uint16_t a[16][16], b[16][8];
+  float d[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     const Mma& m = *static_cast<Mma*>(args[lane]);
     int g = lane / 4, t = lane % 4 * 2;
-    for (int i = 0; i < 4; ++i) {
-      float* row = &a[g + i % 2 * 8][t + i / 2 * 8];
-      both(m.a[i], row[0], row[1]);
+    for (int i = 0; i < 4; ++i) std::memcpy(&a[g + i % 2 * 8][t + i / 2 * 8], &m.a[i], 4);
+    for (int i = 0; i < 2; ++i) {
+      b[t + i * 8][g] = static_cast<uint16_t>(m.b[i]);
+      b[t + i * 8 + 1][g] = static_cast<uint16_t>(m.b[i] >> 16);
     }
-    for (int i = 0; i < 2; ++i) both(m.b[i], b[t + i * 8][g], b[t + i * 8 + 1][g]);
-    for (int i = 0; i < 4; ++i) d[g + i / 2 * 8][t + i % 2] = m.d[i];
+    std::memcpy(&d[g][t], m.d, 8);
+    std::memcpy(&d[g + 8][t], m.d + 2, 8);
   }
+  float8 rows[16];
+  for (int k = 0; k < 16; ++k) rows[k] = to_floats(b[k]);
   for (int row = 0; row < 16; ++row) {
-    float sums[8];
-    std::memcpy(sums, d[row], sizeof sums);
-    for (int k = 0; k < 16; ++k)
-      for (int n = 0; n < 8; ++n) sums[n] += a[row][k] * b[k][n];
-    std::memcpy(d[row], sums, sizeof sums);
+    float8 sums, factors[2] = {to_floats(a[row]), to_floats(a[row] + 8)};
+    std::memcpy(&sums, d[row], sizeof sums);
+    for (int k = 0; k < 16; ++k) sums += factors[k / 8][k % 8] * rows[k];
+    std::memcpy(d[row], &sums, sizeof sums);
   }
   for (int lane = 0; lane < 32; ++lane) {
     Mma& m = *static_cast<Mma*>(args[lane]);
     int g = lane / 4, t = lane % 4 * 2;
-    for (int i = 0; i < 4; ++i) m.d[i] = d[g + i / 2 * 8][t + i % 2];
+    std::memcpy(m.d, &d[g][t], 8);
+    std::memcpy(m.d + 2, &d[g + 8][t], 8);
   }
 }
 
@@ -1003,7 +1025,7 @@ struct Matrices {
 };
 
 template <bool kTransposed>
-inline void load_matrices(void** args, unsigned) {
+UNCHECKED inline void load_matrices(void** args, unsigned) {
   uint16_t matrix[4][8][8];
   for (int lane = 0; lane < 32; ++lane)
     std::memcpy(matrix[lane / 8][lane % 8], static_cast<Matrices*>(args[lane])->row, 16);

@@ -176,7 +176,7 @@ class EmulatedFunction:
         values = [self._pack(i, arg) for i, arg in enumerate(args)]
         if len(values) != len(self._sizes):
             raise EmulationError(f"{self._name}: takes {len(self._sizes)} arguments, given {len(values)}")
-        stream.submit(lambda: self._run(grid, block, values, dynamic_shared))
+        stream.submit(lambda: self._run(grid, block, values, dynamic_shared, dependent))
 
     def _check(self, grid: Sequence[int], block: Sequence[int], dynamic_shared: int) -> None:
         if min(*grid, *block) < 1 or grid[0] >= 1 << 31 or max(grid[1:]) > 65535:
@@ -204,7 +204,9 @@ class EmulatedFunction:
             )
         return data
 
-    def _run(self, grid: Sequence[int], block: Sequence[int], values: Sequence[bytes], shared: int) -> None:
+    def _run(
+        self, grid: Sequence[int], block: Sequence[int], values: Sequence[bytes], shared: int, dependent: bool
+    ) -> None:
         cells = [_aligned(value) for value in values]
         pointers = (ctypes.c_void_p * max(1, len(cells)))(*(cell.ctypes.data for cell in cells))
         message = ctypes.create_string_buffer(2048)
@@ -215,6 +217,7 @@ class EmulatedFunction:
                 (ctypes.c_uint * 3)(*block),
                 ctypes.c_size_t(shared),
                 self._device.next_order(),
+                int(dependent),
                 message,
                 ctypes.c_size_t(len(message)),
             )

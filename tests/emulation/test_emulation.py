@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from platform import machine
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ def emulated(emulated: EmulatedDevice) -> Iterator[EmulatedDevice]:
 
 def run(device: EmulatedDevice, kernel: str, grid: Any, block: Any, *args: Any, shared: int = 0) -> None:
     function = device.compile("probes.cu", {}).function(kernel, shared)
-    function(device.stream(), grid, block, args, dynamic_shared=shared)
+    function(device.stream(), grid, block, args, dynamic_shared=shared, dependent=False)
 
 
 def test_the_order_of_threads_does_not_show_where_there_is_a_barrier(emulated: EmulatedDevice) -> None:
@@ -76,6 +77,14 @@ def test_a_warp_that_lost_a_lane_later_is_stuck() -> None:
     emulated = EmulatedDevice(kernels=SOURCES, order="descending")  # the others wait before lane 3 leaves
     with pytest.raises(EmulationError, match=r"lanes fffffff0 of ffffffff wait at __syncwarp|have ended"):
         run(emulated, "leave_warp", 1, 32)
+
+
+def test_a_dependent_launch_must_wait_for_the_one_before(emulated: EmulatedDevice) -> None:
+    module, stream = emulated.compile("probes.cu", {}), emulated.stream()
+    x, y = emulated.upload(np.zeros(32, np.float32)), emulated.allocate(4, "y")
+    module.function("sum_rows")(stream, 1, 32, (x.address, y.address, np.int32(32)))
+    with pytest.raises(EmulationError, match="launched as dependent, and no thread calls pdl_wait"):
+        module.function("write_global")(stream, 1, 4, (y.address,))
 
 
 def test_a_spin_that_nobody_ends_is_reported(emulated: EmulatedDevice) -> None:
@@ -130,6 +139,24 @@ def test_a_misaligned_access_is_reported(emulated: EmulatedDevice) -> None:
     run(emulated, "read_wide", 1, 1, x.address + 16, y.address)
     with pytest.raises(EmulationError, match="misaligned"):
         run(emulated, "read_wide", 1, 1, x.address + 8, y.address)
+
+
+def test_halves_are_rounded_to_nearest_even_without_the_processors_help(
+    emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "tests.emulation.build._machine_flags", lambda: ("-mno-f16c",) if machine() == "x86_64" else ()
+    )
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    finite = every[np.isfinite(every)].astype(np.float32)
+    x = np.concatenate([finite, (finite[:-1] + finite[1:]) / 2, np.array([np.inf, np.nan, 1e9], np.float32)])
+    values, y, back = (emulated.allocate(x.nbytes, what) for what in ("values", "y", "back"))
+    values.array.view(np.float32)[:] = x
+    run(emulated, "convert", 1, 32, values.address, y.address, back.address, np.int32(x.size))
+    with np.errstate(over="ignore"):
+        expected = x.astype(np.float16)
+    np.testing.assert_array_equal(y.array[: 2 * x.size].view(np.float16), expected)
+    np.testing.assert_array_equal(back.array.view(np.float32), expected.astype(np.float32))
 
 
 def test_a_tensor_map_is_passed_by_value(emulated: EmulatedDevice) -> None:
