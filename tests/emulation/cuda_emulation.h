@@ -1072,7 +1072,8 @@ inline void copy_async(void* shared, const void* global, bool valid = true) {
   emulation::state.current->copies.push_back({shared, global, valid});
 }
 
-inline void copy_async_long(void* shared, const void* global, bool valid = true) {
+template <int BYTES>
+inline void copy_async_ahead(void* shared, const void* global, bool valid = true) {
   copy_async(shared, global, valid);
 }
 

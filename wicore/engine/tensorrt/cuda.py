@@ -298,6 +298,10 @@ class CudaModule:
         if shared_bytes > DEFAULT_SHARED_BYTES:
             attribute = device.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             device.call("cuFuncSetAttribute", native, attribute, shared_bytes)
+        # Kernels of a step overlap, and blocks that want L1 and shared memory divided otherwise cannot share
+        # a multiprocessor: all ask for as much shared memory as there is.
+        attribute = device.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        device.call("cuFuncSetAttribute", native, attribute, 100)
         if device.loads_functions:  # else its first launch would, perhaps during a capture
             device.call("cuFuncLoad", native)
         return CudaFunction(device, name, native)

@@ -36,7 +36,8 @@ class Norms:
         self, stream: Any, rows: int, ids: int, table: int, weight: int, residual: int, normed: int
     ) -> None:
         """residual float32 [rows][H] = table half [vocab][H] at ids int32 [rows], times sqrt(H); normed half
-        [rows][H] = its RMS norm times weight. Ids must be below the table's rows; negative ones read row 0."""
+        [rows][H] = its RMS norm times weight. Ids must be below the table's rows; negative ones read row 0.
+        """
         args = (ids, table, weight, residual, normed, self._embedding_scale, np.float32(self._eps))
         self._embed(stream, rows, self._threads, args)
 
@@ -53,10 +54,10 @@ class Norms:
         half_delta: bool = False,
         dependent: bool = True,
     ) -> None:
-        """residual += the RMS norm of delta times post; normed half = the RMS norm of residual times next_weight.
+        """residual += the RMS norm of delta times post; normed half = its RMS norm times next_weight.
 
-        delta, float32 or half [rows][H], is the true one times 2 ** delta_exponent, which the norm undoes when
-        its eps is scaled alike.
+        delta, float32 or half [rows][H], is the true one times 2 ** delta_exponent, which the norm undoes
+        when its eps is scaled alike.
         """
         delta_eps = np.float32(self._eps * 4.0**delta_exponent)
         args = (delta, post, residual, next_weight, normed, delta_eps, np.float32(self._eps))

@@ -1,7 +1,8 @@
 """Products of few rows (decode steps) and a weight matrix: bound by reading the matrix once.
 
-The kernel is kernels/skinny.cu. Its settings change the speed alone: a row's result has the same bits for any
-setting, any number of rows and any neighbours, because the order of its sum depends on the matrix's shape only.
+The kernel is kernels/skinny.cu. Its settings change the speed alone: a row's result has the same bits for
+any setting, any number of rows and any neighbours, because the order of its sum depends on the matrix's shape
+and the card only.
 """
 
 from __future__ import annotations
@@ -27,8 +28,12 @@ _LINE = 64
 _SHARED_A_BLOCK = {(8, 0): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}
 """KiB of shared memory that a block may have, by compute capability; 99 otherwise."""
 
-_SIDE_BY_SIDE = 113 << 10
-"""Two blocks of this much shared memory fit on a multiprocessor of capability 9.0."""
+_HALF_OF_SHARED = 113 << 10
+"""Two blocks of this much shared memory fit on a multiprocessor of capability 9.0. Blocks of the next kernel
+that fit beside those of this one read their first weights while this one ends."""
+
+_REGISTERS = 65536
+"""Of a multiprocessor."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +63,13 @@ class Setting:
     """How a block goes about a product; the macros of skinny.cu have the same names.
 
     mt, wm: the block's tile has 16 * mt * wm rows of the matrix, by wm times as many warps.
-    lines: lines of each part of k in a stage; stages: of the ring; ahead: stages asked into L2 beyond it while
-    the kernel before still runs. cluster: the parts of k are the blocks of a cluster. blocks: how many must fit
-    on a multiprocessor by their registers. persistent: at most this many blocks, each of which does several
-    tiles; 0: a block a tile.
+    lines: 128-byte lines of each part of k in a stage.
+    stages: of the ring.
+    ahead: stages asked into L2 beyond the ring while the kernel before still runs.
+    cluster: the parts of k are the blocks of a cluster.
+    blocks: how many must fit on a multiprocessor by their registers.
+    fetch: bytes of a row that L2 fetches at once, 128 or 256.
+    persistent: at most this many blocks, each of which does several tiles; 0: a block a tile.
     """
 
     mt: int
@@ -71,6 +79,7 @@ class Setting:
     ahead: int = 0
     cluster: bool = False
     blocks: int = 2
+    fetch: int = 256
     persistent: int = 0
 
     @property
@@ -103,8 +112,8 @@ def choices_from_json(values: Iterable[Mapping[str, Any]]) -> Choices:
     for value in values:
         try:
             fields = dict(value)
-            key = tuple(fields.pop(name) for name in ("n", "k", "gated", "rows"))
-            choices[key] = Setting.from_json(fields)  # type: ignore[index]
+            n, k, gated, rows = (fields.pop(name) for name in ("n", "k", "gated", "rows"))
+            choices[int(n), int(k), bool(gated), int(rows)] = Setting.from_json(fields)
         except (KeyError, TypeError, ValueError) as err:
             raise EngineError(f"measured settings: entry {value!r} is damaged: {err}") from err
     return choices
@@ -120,8 +129,7 @@ def parts(product: Product, sms: int) -> int:
 
     A tall matrix has rows enough for every multiprocessor's warps; a low one makes up for them by parts of k.
     """
-    rows = product.n * (2 if product.gated else 1)
-    return 1 if rows >= 128 * sms else 4
+    return 1 if _height(product) >= 128 * sms else 4
 
 
 class SkinnyMatmul:
@@ -194,10 +202,17 @@ class SkinnyMatmul:
     def candidates(self, rows: int, product: Product) -> list[Setting]:
         """Settings worth measuring, the one by rule first; all give the same bits."""
         found: dict[Setting, None] = {}
-        for setting in self._by_rule(rows, product):
+        ruled = list(self._by_rule(rows, product))
+        for setting in ruled:
             found[setting] = None
-            if setting.ahead:
-                found[replace(setting, ahead=0)] = None
+        for setting in ruled[:2]:
+            for changed in (
+                replace(setting, ahead=0),
+                replace(setting, ahead=12),
+                replace(setting, fetch=128),
+                replace(setting, blocks=2 if setting.blocks == 1 else 1),
+            ):
+                found[changed] = None
         return list(found)
 
     def _by_rule(self, rows: int, product: Product) -> Iterator[Setting]:
@@ -208,46 +223,60 @@ class SkinnyMatmul:
             yield from self._low(rows, product)
 
     def _tall(self, rows: int, product: Product) -> Iterator[Setting]:
-        """Few persistent blocks with large tiles, so that x is read from L2 by few."""
+        """Few persistent blocks with large tiles, so that few read x from L2."""
+        sms = self._device.sms
         for mt in (3, 2, 4, 1):
-            tiles = -(-product.n * (2 if product.gated else 1) // (64 * mt))
-            setting = Setting(mt, 4, persistent=_even(tiles, self._device.sms))
+            tiles = -(-_height(product) // (64 * mt))
+            setting = Setting(mt, 4, persistent=_even(tiles, sms))
             yield from self._fitted(rows, product, setting)
             if mt == 3:
-                halved = replace(setting, wm=2, lines=2, persistent=_even(2 * tiles, 2 * self._device.sms))
+                tiles = -(-_height(product) // (32 * mt))
+                halved = replace(setting, wm=2, lines=2, persistent=_even(tiles, 2 * sms))
                 yield from self._fitted(rows, product, halved)
 
     def _low(self, rows: int, product: Product) -> Iterator[Setting]:
         """A block a tile, as many as multiprocessors where that can be, so that all end together."""
-        needed = -(-product.n * (2 if product.gated else 1) // 16)
+        needed = -(-_height(product) // 16)
         best = next((mt for mt in (1, 2, 3, 4) if -(-needed // mt) <= self._device.sms), 4)
         order = sorted((1, 2, 3, 4), key=lambda mt: (abs(mt - best), -mt))
         plain = [Setting(mt, 1) for mt in order]
-        # A cluster's block has four times the rows, which is a quarter of the reads of x.
-        clustered = [Setting(mt, 4, cluster=True) for mt in order] if self._has_clusters() else []
+        # A block of a cluster has four times the rows, which is a quarter of the reads of x.
+        has_clusters = self._device.capability[0] == 9
+        clustered = [Setting(mt, 4, cluster=True) for mt in order] if has_clusters else []
         first, second = (clustered, plain) if rows > 16 else (plain, clustered)
         for setting in (*first[:1], *second[:1], *first[1:], *second[1:]):
             yield from self._fitted(rows, product, setting)
 
-    def _has_clusters(self) -> bool:
-        return self._device.capability[0] == 9
-
     def _fitted(self, rows: int, product: Product, setting: Setting) -> Iterator[Setting]:
-        """The setting with as many stages as shared memory takes: of half a multiprocessor first."""
-        tiles_of_8 = bucket(rows) // 8
-        # Sums of 8 rows of x take mt * 4 registers; what else there is takes about 60.
-        heavy = 4 * setting.mt * tiles_of_8 + 60 > 128
+        """The setting with as many stages as fit into half of the shared memory, into all of it, and into what a
+        block may have."""
+        threads = self._threads(product, setting)
+        beside = min(4, -(-self._blocks(product, setting) // self._device.sms))
+        # By what the compiler needs: the sums, and 64 more.
+        registers = 4 * setting.mt * (bucket(rows) // 8) + 64
+        blocks = max(1, min(_REGISTERS // (threads * registers), 2 * beside))
         most = self._most_shared // self._joined(product, setting)
-        sizes = [most] if heavy else [min(_SIDE_BY_SIDE, most), most]
+        sizes = [most // beside, most]
+        if blocks > beside:
+            sizes.insert(0, min(_HALF_OF_SHARED, most) // beside)
         seen: set[int] = set()
         for size in sizes:
             for stages in (8, 6, 5, 4, 3, 2):
-                fit = replace(setting, stages=stages, blocks=1 if heavy else 2, ahead=4)
+                fit = replace(setting, stages=stages, blocks=blocks, ahead=4)
                 if self._shared_bytes(rows, product, fit) <= size:
                     if stages not in seen:
                         yield fit
                     seen.add(stages)
                     break
+
+    def _threads(self, product: Product, setting: Setting) -> int:
+        return 64 * setting.wm * (1 if setting.cluster else parts(product, self._device.sms))
+
+    def _blocks(self, product: Product, setting: Setting) -> int:
+        tiles = -(-_height(product) // setting.tile)
+        if setting.persistent:
+            return min(tiles, setting.persistent)
+        return tiles * (parts(product, self._device.sms) if setting.cluster else 1)
 
     def _joined(self, product: Product, setting: Setting) -> int:
         """Blocks that are launched as one: the emulation runs a cluster as a single block (cluster.cuh)."""
@@ -273,43 +302,42 @@ class SkinnyMatmul:
         return launch
 
     def _make(self, rows: int, product: Product, setting: Setting) -> _Launch:
-        split = parts(product, self._device.sms)
-        columns = setting.tile // 2 if product.gated else setting.tile
-        tiles = -(-product.n // columns)
         shared = self._shared_bytes(rows, product, setting)
         if shared > self._most_shared:
             raise EngineError(
                 f"{setting} needs {shared} bytes of shared memory a block, the card has {self._most_shared}"
             )
-        exact = product.n % columns == 0 and product.k % (_LINE * setting.lines * split) == 0
-        module = self._device.compile(
-            "skinny.cu",
-            {
-                "NT": bucket(rows) // 8,
-                "MT": setting.mt,
-                "WM": setting.wm,
-                "PARTS": split,
-                "LINES": setting.lines,
-                "STAGES": setting.stages,
-                "AHEAD": setting.ahead,
-                "EXACT": int(exact),
-                "SINGLE": int(not setting.persistent),
-                "CLUSTER": int(setting.cluster),
-                "GLU": int(product.gated),
-                "HALF_OUT": int(product.half_out or product.gated),
-                "BLOCKS": setting.blocks,
-                "SHARED": shared,
-            },
-        )
-        blocks = split if setting.cluster else 1
-        threads = 64 * setting.wm * split // blocks
+        module = self._device.compile("skinny.cu", self.defines(rows, product, setting))
         joined = self._joined(product, setting)
         return _Launch(
             module.function("skinny", shared * joined),
-            min(tiles, setting.persistent) if setting.persistent else tiles * blocks // joined,
-            threads * joined,
+            self._blocks(product, setting) // joined,
+            self._threads(product, setting) * joined,
             shared * joined,
         )
+
+    def defines(self, rows: int, product: Product, setting: Setting) -> dict[str, int]:
+        """The macros of skinny.cu."""
+        split = parts(product, self._device.sms)
+        columns = setting.tile // 2 if product.gated else setting.tile
+        exact = product.n % columns == 0 and product.k % (_LINE * setting.lines * split) == 0
+        return {
+            "NT": bucket(rows) // 8,
+            "MT": setting.mt,
+            "WM": setting.wm,
+            "PARTS": split,
+            "LINES": setting.lines,
+            "STAGES": setting.stages,
+            "AHEAD": setting.ahead,
+            "EXACT": int(exact),
+            "SINGLE": int(not setting.persistent),
+            "CLUSTER": int(setting.cluster),
+            "GLU": int(product.gated),
+            "HALF_OUT": int(product.half_out or product.gated),
+            "BLOCKS": setting.blocks,
+            "FETCH": setting.fetch,
+            "SHARED": self._shared_bytes(rows, product, setting),
+        }
 
 
 @dataclass(frozen=True)
@@ -318,6 +346,11 @@ class _Launch:
     grid: int
     threads: int
     shared: int
+
+
+def _height(product: Product) -> int:
+    """Rows of the matrix."""
+    return product.n * (2 if product.gated else 1)
 
 
 def _even(tiles: int, most: int) -> int:

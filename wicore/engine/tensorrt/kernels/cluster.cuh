@@ -6,7 +6,11 @@
 #include "common.cuh"
 
 #ifndef WICORE_EMULATED
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define CLUSTER_DIMS(size)  // compiles, and must not be launched
+#else
 #define CLUSTER_DIMS(size) __cluster_dims__(size, 1, 1)
+#endif
 
 template <int SIZE, int THREADS>
 struct Cluster {
@@ -22,19 +26,23 @@ struct Cluster {
 
   // Until every thread of the cluster is here; orders their accesses to shared memory.
   static __device__ __forceinline__ void sync() {
-    if (SIZE > 1) asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
   }
 
   // Two floats of block `from`, at the place that `shared` is in this one.
   static __device__ __forceinline__ float2 load(const float* shared, int from, int) {
+    float2 v = {};
+#if __CUDA_ARCH__ >= 900
     uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-    float2 v;
     asm volatile(
         "{\n\t.reg .u32 there;\n\tmapa.shared::cluster.u32 there, %2, %3;\n\t"
         "ld.shared::cluster.v2.f32 {%0, %1}, [there];\n\t}"
         : "=f"(v.x), "=f"(v.y)
         : "r"(address), "r"(from)
         : "memory");
+#endif
     return v;
   }
 };

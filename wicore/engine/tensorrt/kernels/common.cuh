@@ -74,12 +74,19 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
                : "memory");
 }
 
-// The same of memory that is read once and in order: L2 fetches 256 bytes around it.
-__device__ __forceinline__ void copy_async_long(void* shared, const void* global, bool valid = true) {
+// The same of memory that is read in order: L2 fetches BYTES (128 or 256) around it.
+template <int BYTES>
+__device__ __forceinline__ void copy_async_ahead(void* shared, const void* global, bool valid = true) {
   uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
-               "r"(valid ? 16 : 0)
-               : "memory");
+  if (BYTES == 256) {
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+  }
 }
 
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -5,6 +5,10 @@
 // Macros:
 //   HIDDEN   the width, a multiple of 8
 //   THREADS  of a block, a multiple of 32
+//
+// variant: HIDDEN=5376 THREADS=672
+// variant: HIDDEN=640 THREADS=96
+// variant: HIDDEN=72 THREADS=32
 #include "common.cuh"
 
 constexpr int kVectors = HIDDEN / 4;  // of four values
@@ -20,9 +24,10 @@ __device__ __forceinline__ float sum_block(float v, float* scratch) {
   return warp_sum(lane < THREADS / 32 ? scratch[lane] : 0.0f);
 }
 
-__device__ __forceinline__ bool is_own(int i) { return kVectors % THREADS == 0 || i * THREADS + static_cast<int>(threadIdx.x) < kVectors; }
-
+// The i-th vector of this thread.
 __device__ __forceinline__ int own(int i) { return i * THREADS + static_cast<int>(threadIdx.x); }
+
+__device__ __forceinline__ bool is_own(int i) { return kVectors % THREADS == 0 || own(i) < kVectors; }
 
 __device__ __forceinline__ float4 load4(const float* row, int vector) {
   return reinterpret_cast<const float4*>(row)[vector];

@@ -23,7 +23,14 @@
 //   GLU      1: w is [2 n][k], gate rows before up rows, and y = half(gelu_tanh(gate) * up / 64), saturated
 //   HALF_OUT 1: y is half
 //   BLOCKS   blocks that must fit on a multiprocessor by their registers
+//   FETCH    bytes of a row of w that L2 fetches at once: 128 or 256
 //   SHARED   bytes of dynamic shared memory of a block
+//
+// variant: NT=1 MT=3 WM=1 PARTS=4 LINES=1 STAGES=4 AHEAD=4 EXACT=1 SINGLE=1 CLUSTER=0 GLU=0 HALF_OUT=0 BLOCKS=2 FETCH=256 SHARED=114688
+// variant: NT=2 MT=4 WM=1 PARTS=4 LINES=1 STAGES=3 AHEAD=4 EXACT=1 SINGLE=1 CLUSTER=0 GLU=0 HALF_OUT=1 BLOCKS=2 FETCH=256 SHARED=114688
+// variant: NT=4 MT=3 WM=4 PARTS=1 LINES=1 STAGES=3 AHEAD=4 EXACT=1 SINGLE=0 CLUSTER=0 GLU=1 HALF_OUT=1 BLOCKS=2 FETCH=256 SHARED=114688
+// variant: NT=8 MT=3 WM=4 PARTS=1 LINES=1 STAGES=3 AHEAD=4 EXACT=0 SINGLE=0 CLUSTER=0 GLU=0 HALF_OUT=0 BLOCKS=1 FETCH=128 SHARED=196608
+// variant: NT=8 MT=2 WM=2 PARTS=1 LINES=2 STAGES=2 AHEAD=4 EXACT=0 SINGLE=0 CLUSTER=0 GLU=0 HALF_OUT=0 BLOCKS=2 FETCH=128 SHARED=98304
 #include "cluster.cuh"
 
 constexpr int kTokens = 8 * NT;
@@ -87,7 +94,7 @@ struct Copier {
     for (int i = 0; i < kCount; ++i) {
       long long row = i < kGates ? i * kRowStep : n + (i - kGates) * kRowStep;
       bool valid = EXACT || (column + i % kGates * kRowStep < n && at < k);
-      copy_async_long(stage + to + i * kRowStep * kLine, w_from + row * k, valid);
+      copy_async_ahead<FETCH>(stage + to + i * kRowStep * kLine, w_from + row * k, valid);
     }
   }
 
