@@ -7,7 +7,9 @@ the tile and the number of rows.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -27,7 +29,6 @@ _MAX_STAGES = 16
 _WIDTHS = (48, 64, 88, 96, 112, 128, 144, 160, 168, 176, 192, 208, 224, 240, 256)
 
 # Of the model that orders the candidates: multiples of a multiprocessor's clock, and bytes a clock.
-_PRODUCT_OVERHEAD = 24
 _STEP_OVERHEAD = 40
 _TILE_OVERHEAD = 1500
 _SHARED_RATE = 128.0
@@ -94,6 +95,20 @@ class Tiling:
                 return self.columns // pieces
         raise EngineError(f"{self}: the columns do not part into {least} copies of a multiple of 8 rows")
 
+    def defines(self, kind: Kind) -> dict[str, int | str]:
+        """The kernel's macros."""
+        return {
+            "TILE_N": self.columns,
+            "CONSUMERS": self.consumers,
+            "CLUSTER_M": self.cluster_rows,
+            "CLUSTER_N": self.cluster_columns,
+            "B_BOX": self.box(kind),
+            "STAGES": self.ring,
+            "STAGGER": self.stagger,
+            "GLU": int(kind == "glu"),
+            "HALF_OUT": int(kind != "float"),
+        }
+
     def clusters(self, rows: int, n: int, kind: Kind) -> tuple[int, int]:
         """Clusters of tiles below each other and side by side."""
         down = -(-rows // (self.rows * self.cluster_rows))
@@ -118,15 +133,19 @@ class Tiling:
         """Clocks that the product takes by the model: the slowest of tensor cores, shared memory, cache and
         device memory."""
         down, across = self.clusters(rows, n, kind)
-        waves = -(-down * across // self.slots(sms))
+        slots = self.slots(sms)
+        waves, rest = divmod(down * across, slots)
         steps = -(-k // _STEP)
-        products = (
-            self.consumers * 4 * (max(self.columns / 2, 32) + _PRODUCT_OVERHEAD * (self.consumers == 1))
-        )
+        products = self.consumers * 4 * max(self.columns / 2, 32 if self.consumers > 1 else 64)
         shared = self.consumers * 4 * (2048 + self.columns * 32) + self.stage_bytes
         cached = self.rows * 128 / self.cluster_columns + self.columns * 128 / self.cluster_rows
         step = max(products, shared / _SHARED_RATE, cached / _CACHE_RATE) + _STEP_OVERHEAD
-        busy = waves * (steps * step + _TILE_OVERHEAD * self.columns / 256 * self.consumers / 2)
+        # Tiles below each other read the same part of w from memory once.
+        read = self.columns * self.cluster_columns * 128 / min(down, self.height(sms)) / (_MEMORY_RATE * sms)
+        tile = _TILE_OVERHEAD * self.columns * self.consumers / 512
+        busy = waves * (steps * max(step, slots * read) + tile)
+        if rest:
+            busy += steps * max(step, rest * read) + tile
         width = 2 * n if kind == "glu" else n
         moved = 2 * width * k + 2 * rows * k + (4 if kind == "float" else 2) * rows * n
         return max(busy, moved / (_MEMORY_RATE * sms)) + steps * 8
@@ -182,7 +201,8 @@ class HopperMatmul:
     def candidates(self, rows: int, n: int, k: int, kind: Kind) -> list[Tiling]:
         """Tilings worth measuring for a product, the one with the lowest modelled cost first."""
         sms = self._device.sms
-        found = [tiling for tiling in _tilings(kind) if tiling.cluster <= sms]
+        largest = 1 if self._joined else sms  # one block has not the shared memory of several
+        found = [tiling for tiling in _tilings(kind) if tiling.cluster <= largest]
         # Several blocks below each other are idle work where there is one row of tiles.
         useful = [t for t in found if t.cluster_rows == 1 or rows > t.rows * (t.cluster_rows - 1)]
         return sorted(useful, key=lambda t: (t.cost(rows, n, k, kind, sms), -t.columns))
@@ -199,10 +219,16 @@ class HopperMatmul:
         """Take this tiling for such products from now on."""
         self._chosen[kind, n, k, -(-rows // 64)] = tiling
 
-    def prepare(self, rows: Iterable[int], n: int, k: int, kind: Kind) -> None:
-        """Compile what products of these numbers of rows need: nothing can be compiled during a capture."""
-        for count in rows:
-            self._function(self.choose(count, n, k, kind), kind)
+    def prepare(self, rows: Iterable[int], products: Iterable[tuple[int, int, Kind]]) -> None:
+        """Compile, on all cores, what products (n, k, kind) of these numbers of rows need.
+
+        Nothing can be compiled during a capture, and what is not in the cache takes a second or two a tiling.
+        All multiples of 64 up to the longest prompt chunk cover every number of rows up to it.
+        """
+        shapes = list(products)
+        needed = {(self.choose(count, n, k, kind), kind) for count in rows for n, k, kind in shapes}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda pair: self._function(*pair), needed))
 
     def tune(
         self,
@@ -270,21 +296,9 @@ class HopperMatmul:
         # The order of tiles is an argument, not a part of the kernel.
         key = (replace(tiling, group=0), kind)
         if key not in self._functions:
-            defines = {
-                "TILE_N": tiling.columns,
-                "CONSUMERS": tiling.consumers,
-                "CLUSTER_M": tiling.cluster_rows,
-                "CLUSTER_N": tiling.cluster_columns,
-                "B_BOX": tiling.box(kind),
-                "STAGES": tiling.ring,
-                "STAGGER": tiling.stagger,
-                "GLU": int(kind == "glu"),
-                "HALF_OUT": int(kind != "float"),
-            }
             shared = _ALIGNMENT + tiling.shared_bytes * (tiling.cluster if self._joined else 1)
-            self._functions[key] = self._device.compile("hopper.cu", defines).function(
-                "hopper_matmul", shared
-            )
+            module = self._device.compile("hopper.cu", tiling.defines(kind))
+            self._functions[key] = module.function("hopper_matmul", shared)
         return self._functions[key]
 
     def _map(self, address: int, rows: int, k: int, box: int) -> TensorMap:
@@ -309,3 +323,4 @@ def _tilings(kind: Kind) -> Iterable[Tiling]:
             yield Tiling(columns, cluster_columns=4)
         if columns <= 192:
             yield Tiling(columns, consumers=3)
+            yield Tiling(columns, consumers=3, cluster_rows=2)
