@@ -71,6 +71,10 @@ class Memory:
         self.device.fill(buffer.address, POISON, size, self.stream)
         return buffer.address
 
+    def close(self) -> None:
+        for buffer in self._buffers.values():
+            buffer.free()
+
     def read(self, address: int, shape: Sequence[int], dtype: Any) -> NDArray[Any]:
         found = np.empty(shape, dtype)
         self.device.copy(found.ctypes.data, address, found.nbytes, self.stream)
@@ -96,12 +100,22 @@ class Blocks:
         scales[:, offset : offset + count] = scale
         safe = np.where(scale > 0, scale, 1)[..., None]
         codes[:, offset : offset + count] = np.rint(vectors.astype(np.float32) / safe)
-        return self.read(block, offset, count, layer, part)
+        return self.read(block, offset, layer, part, count)
 
-    def read(self, block: int, offset: int, count: int, layer: int, part: int) -> Float:
+    def read(self, block: int, offset: int, layer: int, part: int, count: int = 1) -> Float:
         codes, scales = self._views(block, layer, part)
         found = codes[:, offset : offset + count].astype(np.float64)
-        return found if scales is None else found * scales[:, offset : offset + count, None].astype(np.float64)
+        return (
+            found if scales is None else found * scales[:, offset : offset + count, None].astype(np.float64)
+        )
+
+    def put_back(self, before: Blocks, block: int, offset: int, layer: int, part: int) -> None:
+        """Make one position's bytes those of `before`."""
+        for mine, other in zip(
+            self._views(block, layer, part), before._views(block, layer, part), strict=True
+        ):
+            if mine is not None and other is not None:
+                mine[:, offset] = other[:, offset]
 
     def _views(self, block: int, layer: int, part: int) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
         layout = self.layout
@@ -116,7 +130,7 @@ class Blocks:
 
 
 @dataclass
-class Sequence_:
+class Text:
     """A sequence in a step: its rows are at `positions`; K and V of all up to the last are in the pool."""
 
     positions: Sequence[int]
@@ -142,7 +156,7 @@ class Step:
         device: Device,
         config: Gemma3Config,
         layout: KVLayout,
-        sequences: Sequence[Sequence_],
+        sequences: Sequence[Text],
         *,
         seed: int = 0,
         padding: int = 0,
@@ -180,6 +194,7 @@ class Step:
         )
         self.q_address = upload(self.q)
         self.out = self.memory.allocate(self.q.nbytes)
+        settings = {"mass_blocks": self.rows * len(self.global_table)} | settings
         self.attention = Attention(
             device, config, layout, self.rows, len(sequences), len(self.global_table), **settings
         )
@@ -192,6 +207,8 @@ class Step:
 
     def close(self) -> None:
         self.attention.close()
+        self.memory.close()
+        self.host.free()
 
     def _rows(self) -> list[tuple[int, int]]:
         return [(i, p) for i, s in enumerate(self.sequences) for p in s.positions]
@@ -206,15 +223,11 @@ class Step:
         global_table: list[int] = []
         window_table: list[int] = []
         counts = [-(-s.length // size) for s in self.sequences]
-        firsts = [
-            max(0, min(s.positions) - self.config.sliding_window + 1) // size for s in self.sequences
-        ]
+        firsts = [max(0, min(s.positions) - self.config.sliding_window + 1) // size for s in self.sequences]
         on_device = sum(n - s.streamed for n, s in zip(counts, self.sequences, strict=True))
         on_host = sum(s.streamed for s in self.sequences)
         windows = sum(n - first for n, first in zip(counts, firsts, strict=True))
-        free, host_free, window_free = (
-            list(rng.permutation(n + 3)) for n in (on_device, on_host, windows)
-        )
+        free, host_free, window_free = (list(rng.permutation(n + 3)) for n in (on_device, on_host, windows))
         for sequence, count, first in zip(self.sequences, counts, firsts, strict=True):
             offsets.append((len(global_table), len(window_table), first))
             global_table += [host_free.pop() for _ in range(sequence.streamed)]
@@ -289,6 +302,19 @@ class Step:
         )
         return self.output()
 
+    def mass(self, indices: Sequence[int] | None = None) -> NDArray[np.float32]:
+        """Mass by entry of the global tables, after all global layers."""
+        a, stream = self.attention, self.memory.stream
+        a.clear_mass(stream)
+        for layer in range(self.layout.global_layers):
+            self.decode("global", layer, indices=indices)
+        address = a.mass(stream, self.rows if indices is None else len(indices), self.tables)
+        return self.memory.read(address, self.global_table.shape, np.float32)
+
+    def clear(self) -> None:
+        """Poison the output."""
+        self.memory.device.fill(self.out, POISON, self.q.nbytes, self.memory.stream)
+
     def output(self) -> NDArray[np.float16]:
         return self.memory.read(self.out, self.q.shape, np.float16)
 
@@ -315,14 +341,22 @@ class Step:
         return found
 
     def expected_mass(self, row: int) -> Float:
-        """[blocks]: the mean over heads and global layers."""
-        size = self.layout.block_tokens
+        """By entry of the global tables: the mean over heads and global layers."""
         total = np.zeros(len(self.global_table))
+        offset = int(self.global_offset[self.row_seq[row]])
         for layer in range(self.layout.global_layers):
             weights, _ = self.weights(row, "global", layer)
-            at = np.arange(weights.shape[1]) // size
-            np.add.at(total, at, weights.mean(0))
+            np.add.at(
+                total, offset + np.arange(weights.shape[1]) // self.layout.block_tokens, weights.mean(0)
+            )
         return total / self.layout.global_layers
+
+    def check_mass(self, rows: Sequence[int]) -> None:
+        """Of a step all of whose rows are listed."""
+        found = self.mass()
+        assert abs(found.sum() - len(rows)) < 1e-3
+        expected = sum(self.expected_mass(row) for row in rows)
+        np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-4)
 
     def check(
         self, found: NDArray[np.float16], pool: Pool, layer: int = 0, rows: Sequence[int] | None = None

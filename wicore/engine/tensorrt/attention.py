@@ -1,10 +1,10 @@
 """Attention over the paged KV pool: RoPE, KV append, single rows, prompt chunks and attention mass.
 
-The kernels are kernels/rope.cu, decode_attention.cu and prefill_attention.cu. Methods only enqueue work on the
-stream they are given; addresses are of device memory. Array shapes use the names of `Gemma3Config`.
+The kernels are kernels/rope.cu, decode_attention.cu and prefill_attention.cu. Methods only enqueue work on
+the stream they are given; addresses are of device memory. Array shapes use the names of `Gemma3Config`.
 
-Invariance: what `decode` writes for a row depends on that row's q and the K and V that it sees, and on nothing
-else, to the bit. The same is true of `prefill`; the two differ from each other by rounding.
+Invariance: what `decode` writes for a row depends on that row's q and the K and V that it sees, and on
+nothing else, to the bit. The same is true of `prefill`; the two differ from each other by rounding.
 """
 
 from __future__ import annotations
@@ -38,7 +38,13 @@ _ITEM_BYTES, _ENTRY_BYTES = 48, 32
 _EVERYTHING = 1 << 30
 """The window of layers that have none."""
 
-_SHARED_KIB = {(8, 0): (164, 163), (8, 7): (164, 163), (9, 0): (228, 227), (10, 0): (228, 227), (10, 3): (228, 227)}
+_SHARED_KIB = {
+    (8, 0): (164, 163),
+    (8, 7): (164, 163),
+    (9, 0): (228, 227),
+    (10, 0): (228, 227),
+    (10, 3): (228, 227),
+}
 """Shared memory of a multiprocessor and of a block, by compute capability; 100 and 99 otherwise."""
 
 
@@ -369,9 +375,13 @@ class Attention:
                 *(self._acc, self._ml, tile_mass, np.int64(self._mass_tiles)),
             )
             self._decode(
-                stream, self._device.sms * setting.blocks, _WARPS * 32, args, dynamic_shared=self._decode_shared
+                stream,
+                self._device.sms * setting.blocks,
+                _WARPS * 32,
+                args,
+                dynamic_shared=self._decode_shared,
             )
-            args = (
+            merge_args = (
                 *(self._entries + group * _LIST_ROWS * _ENTRY_BYTES, np.int32(kind), self._acc, self._ml),
                 *(tile_mass, np.int64(self._mass_tiles), out),
                 *(self._head_mass, np.int64(self._mass_blocks), np.int32(layer == 0)),
@@ -380,7 +390,7 @@ class Attention:
                 stream,
                 listed * config.kv_heads * setting.merge_parts,
                 _MERGE_THREADS,
-                args,
+                merge_args,
                 dynamic_shared=setting.merge_shared_bytes(config),
             )
 
@@ -407,7 +417,10 @@ class Attention:
         args = (
             *(tiles_address, q, out, memory.device_address + layer_offset),
             *(memory.host_address + layer_offset, np.int64(memory.block_bytes), entries, offset, first),
-            *(tables.streamed if is_global else 0, np.int32(_EVERYTHING if is_global else self._layout.window)),
+            *(
+                tables.streamed if is_global else 0,
+                np.int32(_EVERYTHING if is_global else self._layout.window),
+            ),
             tables.image_end,
         )
         grid = tile_count * (config.heads // setting.pack)
@@ -494,6 +507,6 @@ def _check(config: Gemma3Config, layout: KVLayout) -> None:
     ]
     if wrong:
         raise EngineError(
-            f"attention: {', '.join(wrong)}: expected at most 8 query heads a KV head, heads of a multiple of 16 "
-            "up to 256, blocks of a multiple of 16 tokens, and KV as float16 or int8"
+            f"attention: {', '.join(wrong)}: expected at most 8 query heads a KV head, heads of a multiple "
+            "of 16 up to 256, blocks of a multiple of 16 tokens, and KV as float16 or int8"
         )
