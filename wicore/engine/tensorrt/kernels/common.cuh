@@ -7,6 +7,11 @@
 #else
 #include <cuda_fp16.h>
 
+// NVRTC before 13.1 has no <math.h> to take it from.
+#ifndef INFINITY
+#define INFINITY __int_as_float(0x7f800000)
+#endif
+
 typedef unsigned int uint32_t;
 typedef unsigned long long uint64_t;
 
