@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import statistics
 import sys
@@ -205,7 +206,8 @@ def compile_all(bench: Bench, matmul: SkinnyMatmul, wanted: Sequence[tuple[int, 
     """Into the cache, on all cores; errors show when the setting is run."""
     jobs = [(matmul.defines(*one), bench.device.capability) for one in wanted]
     unique = {json.dumps(job, sort_keys=True): job for job in jobs}
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), context) as pool:
         for error in pool.map(compile_one, unique.values()):
             if error:
                 print(error, file=sys.stderr)
@@ -226,7 +228,7 @@ def settings_of(matmul: SkinnyMatmul, rows: int, product: Product, every: bool) 
 def shapes(arguments: argparse.Namespace, choices: Choices) -> Choices:
     """Measure; returns the best setting of each shape and bucket."""
     bench = Bench(max(SHAPES[name].matrix_bytes for name in arguments.shapes) + DISTINCT)
-    matmul = SkinnyMatmul(bench.device, choices)
+    matmul = SkinnyMatmul(bench.device, choices, arguments.chains)
     print(f"{bench.device.name}: copy {bench.copy_rate:.2f} TB/s")
     wanted = [
         (rows, SHAPES[name], setting)
@@ -287,7 +289,7 @@ def chain(arguments: argparse.Namespace, choices: Choices) -> None:
     weight_bytes = layer_bytes * arguments.layers + SHAPES["head"].matrix_bytes
     bench = Bench(weight_bytes)
     device, stream = bench.device, bench.stream
-    matmul, norms = SkinnyMatmul(device, choices), Norms(device, Config())  # type: ignore[arg-type]
+    matmul, norms = SkinnyMatmul(device, choices, arguments.chains), Norms(device, Config())  # type: ignore[arg-type]
     print(f"{device.name}: copy {bench.copy_rate:.2f} TB/s, weights {weight_bytes / 1e9:.1f} GB")
     head = bench.weights.address + layer_bytes * arguments.layers
     rng = np.random.default_rng(4)
@@ -363,6 +365,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="measure all candidates, at the buckets' sizes")
     parser.add_argument("--choices", type=Path, help="measured settings to use")
     parser.add_argument("--chain", action="store_true", help="a decode step without attention")
+    parser.add_argument("--chains", type=int, default=1, help="sums of a part of k: 1 or 2")
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--ahead", type=numbers, help="for --chain: try these, e.g. 0,4,12")
     arguments = parser.parse_args()

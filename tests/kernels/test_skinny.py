@@ -70,13 +70,18 @@ def reference(x: NDArray[Any], w: NDArray[Any], gated: bool = False) -> NDArray[
 
 
 def product_of(
-    memory: Memory, x: NDArray[Any], w: NDArray[Any], setting: Setting | None = None, **form: bool
+    memory: Memory,
+    x: NDArray[Any],
+    w: NDArray[Any],
+    setting: Setting | None = None,
+    chains: int = 1,
+    **form: bool,
 ) -> NDArray[Any]:
     """x times w transposed, as the kernel does it; fails where it writes beside the result."""
     product = Product(len(w) // (2 if form.get("gated") else 1), w.shape[1], **form)
     half = product.half_out or product.gated
     y = memory.room((len(x), product.n), np.float16 if half else np.float32)
-    matmul = SkinnyMatmul(memory.device)
+    matmul = SkinnyMatmul(memory.device, chains=chains)
     matmul.run(memory.stream, len(x), memory.put(x), memory.put(w), y.address, product, setting)
     return y.read()
 
@@ -138,11 +143,13 @@ def test_a_rows_bits_are_the_same_alone_and_among_others(memory: Memory, gated: 
 
 @pytest.mark.parametrize("rows", [1, 64])
 @pytest.mark.parametrize("tall", [False, True], ids=["low", "tall"])
-def test_every_setting_gives_the_same_bits(memory: Memory, rows: int, tall: bool) -> None:
+@pytest.mark.parametrize("chains", [1, 2])
+def test_every_setting_gives_the_same_bits(memory: Memory, rows: int, tall: bool, chains: int) -> None:
     n = tall_rows(memory.device) + 8 if tall else 72
     choices = (TALL, TALL_LONG) if tall else (PLAIN, CLUSTER, Setting(2, 1, stages=2))
     x, w = numbers(5, rows, 520), numbers(6, n, 520)
-    first, *others = (product_of(memory, x, w, setting) for setting in choices)
+    first, *others = (product_of(memory, x, w, setting, chains) for setting in choices)
+    np.testing.assert_allclose(first, reference(x, w), rtol=1e-4, atol=1e-4)
     for other in others:
         assert same_bits(first, other)
 

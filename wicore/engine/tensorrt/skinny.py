@@ -133,13 +133,14 @@ def parts(product: Product, sms: int) -> int:
 
 
 class SkinnyMatmul:
-    """Enqueues products of few rows.
+    """Enqueues products of few rows. Addresses must be multiples of 16.
 
-    choices: settings measured on this card, before those by rule.
+    choices: settings measured on this card, before those by rule. chains: into how many sums a part of k is
+    split, 1 or 2; it decides the order of all sums.
     """
 
-    def __init__(self, device: Device, choices: Choices | None = None) -> None:
-        self._device = device
+    def __init__(self, device: Device, choices: Choices | None = None, chains: int = 1) -> None:
+        self._device, self._chains = device, chains
         self.choices: Choices = dict(choices or {})
         kib = _SHARED_A_BLOCK.get(device.capability, 99)
         self._most_shared = kib << 10
@@ -243,13 +244,13 @@ class SkinnyMatmul:
         # A block of a cluster has four times the rows, which is a quarter of the reads of x.
         has_clusters = self._device.capability[0] == 9
         clustered = [Setting(mt, 4, cluster=True) for mt in order] if has_clusters else []
-        first, second = (clustered, plain) if rows > 16 else (plain, clustered)
+        first, second = (clustered, plain) if rows > 8 else (plain, clustered)
         for setting in (*first[:1], *second[:1], *first[1:], *second[1:]):
             yield from self._fitted(rows, product, setting)
 
     def _fitted(self, rows: int, product: Product, setting: Setting) -> Iterator[Setting]:
-        """The setting with as many stages as fit into half of the shared memory, into all of it, and into what a
-        block may have."""
+        """The setting with as many stages as fit into half of a multiprocessor's shared memory, into all of
+        it, and into what a block may have."""
         threads = self._threads(product, setting)
         beside = min(4, -(-self._blocks(product, setting) // self._device.sms))
         # By what the compiler needs: the sums, and 64 more.
@@ -270,7 +271,8 @@ class SkinnyMatmul:
                     break
 
     def _threads(self, product: Product, setting: Setting) -> int:
-        return 64 * setting.wm * (1 if setting.cluster else parts(product, self._device.sms))
+        own = 1 if setting.cluster else parts(product, self._device.sms)
+        return 32 * self._chains * setting.wm * own
 
     def _blocks(self, product: Product, setting: Setting) -> int:
         tiles = -(-_height(product) // setting.tile)
@@ -290,7 +292,8 @@ class SkinnyMatmul:
         tokens = bucket(rows)
         ring = setting.stages * setting.lines * own * (setting.tile + tokens) * _LINE * 2
         pitch = (setting.tile + 4) * 4
-        sums = tokens * pitch if setting.cluster else 2 * own * min(tokens, 16) * pitch
+        at_once = tokens if setting.cluster else min(tokens, 8 if setting.persistent else 16)
+        sums = self._chains * own * at_once * pitch
         return ring + sums if setting.persistent else max(ring, sums)
 
     def _prepared(self, rows: int, product: Product, setting: Setting | None) -> _Launch:
@@ -326,6 +329,7 @@ class SkinnyMatmul:
             "MT": setting.mt,
             "WM": setting.wm,
             "PARTS": split,
+            "CHAINS": self._chains,
             "LINES": setting.lines,
             "STAGES": setting.stages,
             "AHEAD": setting.ahead,

@@ -4,16 +4,17 @@
 // 16 rows of w for 8 tokens. A block owns TILE rows of w and all tokens. Both operands stream through a ring of
 // STAGES stages in shared memory; a stage holds LINES * PARTS lines (64 values, 128 bytes of memory) of every row.
 //
-// Order of a sum, the same for any number of tokens and any setting but PARTS: of line l, chain (p, c) with
-// p = l mod PARTS takes the values 32 c .. 32 c + 31 (c < 2), in ascending order; the result is
-// ((v_0 + v_1) + v_2) + ..., v_p = chain (p, 0) + chain (p, 1). PARTS must depend on n and k alone.
-// A chain is one warp's; with CLUSTER a part is one block's, of a cluster of PARTS blocks that add up at the end.
+// Order of a sum, the same for any number of tokens and any setting but PARTS and CHAINS: part p takes the lines
+// l with l mod PARTS = p; its chain c takes the c-th half of each (all of it where CHAINS is 1), in ascending order;
+// the result is ((v_0 + v_1) + v_2) + ..., where v_p is the sum of the part's chains. PARTS and CHAINS must depend
+// on n and k alone. A chain is one warp's; with CLUSTER a part is one block's, of a cluster of PARTS blocks that add up at the end.
 //
 // Macros, all of them needed:
 //   NT       tiles of 8 tokens: 1, 2, 4 or 8
 //   MT       tiles of 16 rows of w a warp
 //   WM       warps over the rows of w: a block's tile is 16 * MT * WM rows
 //   PARTS    parts of k: 1, 2 or 4
+//   CHAINS   chains of a part: 1 or 2
 //   LINES    lines of each part a stage
 //   STAGES   stages of the ring
 //   AHEAD    stages beyond the ring to ask into L2 while the kernel before still runs
@@ -26,17 +27,17 @@
 //   FETCH    bytes of a row of w that L2 fetches at once: 128 or 256
 //   SHARED   bytes of dynamic shared memory of a block
 //
-// variant: NT=1 MT=3 WM=1 PARTS=4 LINES=1 STAGES=4 AHEAD=4 EXACT=1 SINGLE=1 CLUSTER=0 GLU=0 HALF_OUT=0 BLOCKS=2 FETCH=256 SHARED=114688
-// variant: NT=2 MT=4 WM=1 PARTS=4 LINES=1 STAGES=3 AHEAD=4 EXACT=1 SINGLE=1 CLUSTER=0 GLU=0 HALF_OUT=1 BLOCKS=2 FETCH=256 SHARED=114688
-// variant: NT=4 MT=3 WM=4 PARTS=1 LINES=1 STAGES=3 AHEAD=4 EXACT=1 SINGLE=0 CLUSTER=0 GLU=1 HALF_OUT=1 BLOCKS=2 FETCH=256 SHARED=114688
-// variant: NT=8 MT=3 WM=4 PARTS=1 LINES=1 STAGES=3 AHEAD=4 EXACT=0 SINGLE=0 CLUSTER=0 GLU=0 HALF_OUT=0 BLOCKS=1 FETCH=128 SHARED=196608
-// variant: NT=8 MT=2 WM=2 PARTS=1 LINES=2 STAGES=2 AHEAD=4 EXACT=0 SINGLE=0 CLUSTER=0 GLU=0 HALF_OUT=0 BLOCKS=2 FETCH=128 SHARED=98304
+// variant: NT=1 MT=3 WM=1 PARTS=4 CHAINS=2 LINES=1 STAGES=4 AHEAD=4 EXACT=1 SINGLE=1 CLUSTER=0 GLU=0 HALF_OUT=0 BLOCKS=2 FETCH=256 SHARED=114688
+// variant: NT=2 MT=4 WM=1 PARTS=4 CHAINS=1 LINES=1 STAGES=3 AHEAD=4 EXACT=1 SINGLE=1 CLUSTER=0 GLU=0 HALF_OUT=1 BLOCKS=2 FETCH=256 SHARED=114688
+// variant: NT=4 MT=3 WM=4 PARTS=1 CHAINS=1 LINES=1 STAGES=3 AHEAD=4 EXACT=1 SINGLE=0 CLUSTER=0 GLU=1 HALF_OUT=1 BLOCKS=2 FETCH=256 SHARED=114688
+// variant: NT=8 MT=3 WM=4 PARTS=1 CHAINS=1 LINES=1 STAGES=3 AHEAD=4 EXACT=0 SINGLE=0 CLUSTER=0 GLU=0 HALF_OUT=0 BLOCKS=1 FETCH=128 SHARED=196608
+// variant: NT=8 MT=2 WM=2 PARTS=1 CHAINS=2 LINES=2 STAGES=2 AHEAD=4 EXACT=0 SINGLE=0 CLUSTER=0 GLU=0 HALF_OUT=0 BLOCKS=2 FETCH=128 SHARED=98304
 #include "cluster.cuh"
 
 constexpr int kTokens = 8 * NT;
 constexpr int kTile = 16 * MT * WM;
 constexpr int kParts = CLUSTER ? 1 : PARTS;  // of a block
-constexpr int kChains = 2 * kParts;
+constexpr int kChains = CHAINS * kParts;
 constexpr int kThreads = 32 * WM * kChains;
 constexpr int kLines = LINES * kParts;      // of a stage and row
 constexpr int kLine = 64;                   // values of a line
@@ -45,12 +46,12 @@ constexpr int kRowStep = kThreads / kPieces;
 constexpr int kStageW = kLines * kTile * kLine, kStageX = kLines * kTokens * kLine;  // halves
 constexpr int kStage = kStageW + kStageX;
 constexpr int kOut = GLU ? kTile / 2 : kTile;  // columns of y
-[[maybe_unused]] constexpr int kPass = NT == 1 ? 8 : 16;  // tokens summed over the chains at once
+[[maybe_unused]] constexpr int kPass = NT == 1 || !SINGLE ? 8 : 16;  // tokens summed over the chains at once
 constexpr int kPitch = kTile + 4;        // floats; 2 kPitch = 8 mod 32 banks
 using Blocks = Cluster<CLUSTER ? PARTS : 1, kThreads>;
 static_assert(kThreads % kPieces == 0, "a thread keeps to one column of pieces");
 static_assert(kTile % kRowStep == 0, "all threads copy as many pieces of w");
-static_assert(kRowStep % 8 == 0 && kOut % kRowStep == 0, "a thread's pieces are alike");
+static_assert(kRowStep % 4 == 0 && kOut % kRowStep == 0, "a thread's pieces are alike");
 static_assert(!CLUSTER || SINGLE, "a cluster has one tile");
 
 __device__ __forceinline__ float gelu_tanh(float g) {
@@ -88,24 +89,29 @@ struct Copier {
     to = (line * kTile + row) * kLine + (chunk ^ (row & 7)) * 8;
   }
 
+  // Where piece i goes, if the first goes to `first`: pieces of a row are in the order of their number xor row mod 8.
+  static __device__ __forceinline__ int place(int first, int i) {
+    return (first ^ (i * kRowStep & 4) * 8) + i * kRowStep * kLine;
+  }
+
   __device__ __forceinline__ void copy_w(half* stage, int n, int k) const {
     constexpr int kCount = kTile / kRowStep, kGates = GLU ? kCount / 2 : kCount;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       long long row = i < kGates ? i * kRowStep : n + (i - kGates) * kRowStep;
       bool valid = EXACT || (column + i % kGates * kRowStep < n && at < k);
-      copy_async_ahead<FETCH>(stage + to + i * kRowStep * kLine, w_from + row * k, valid);
+      copy_async_ahead<FETCH>(stage + place(to, i), w_from + row * k, valid);
     }
   }
 
   __device__ __forceinline__ void copy_x(half* stage, int rows, int k) const {
     const int thread = Blocks::thread(), line = thread % kPieces / 8, chunk = thread % 8, row = thread / kPieces;
-    half* target = stage + kStageW + (line * kTokens + row) * kLine + (chunk ^ (row & 7)) * 8;
+    const int target = (line * kTokens + row) * kLine + (chunk ^ (row & 7)) * 8;
 #pragma unroll
     for (int i = 0; i < (kTokens + kRowStep - 1) / kRowStep; ++i) {
       int r = row + i * kRowStep;
       if (kTokens % kRowStep != 0 && r >= kTokens) break;
-      copy_async(target + i * kRowStep * kLine, x_from + static_cast<long long>(i * kRowStep) * k,
+      copy_async(stage + kStageW + place(target, i), x_from + static_cast<long long>(i * kRowStep) * k,
                  r < rows && (EXACT || at < k));
     }
   }
@@ -130,22 +136,23 @@ struct Copier {
 
 // A warp's products of one stage.
 __device__ __forceinline__ void multiply(float (&sum)[MT][NT][4], const half* stage, int rows_from, int chain, int lane) {
-  int part = chain / 2, half_line = chain % 2;
+  int part = chain / CHAINS, first_step = chain % CHAINS * (4 / CHAINS);
 #pragma unroll
   for (int j = 0; j < LINES; ++j) {
     int line = j * kParts + part;
     const half* a_row = stage + (line * kTile + rows_from + lane % 16) * kLine;
     const half* b_row = stage + kStageW + line * kTokens * kLine;
     uint32_t b_pair[4];
-    if (NT == 1) ldmatrix_x4(b_pair, b_row + (lane % 8) * kLine + ((half_line * 4 + lane / 8) ^ (lane % 8)) * 8);
 #pragma unroll
-    for (int s = 0; s < 2; ++s) {
-      int step = half_line * 2 + s;
+    for (int s = 0; s < 4 / CHAINS; ++s) {
+      int step = first_step + s;
       uint32_t a[MT][4];
 #pragma unroll
       for (int m = 0; m < MT; ++m) ldmatrix_x4(a[m], a_row + m * 16 * kLine + ((step * 2 + lane / 16) ^ (lane % 8)) * 8);
       if (NT == 1) {
-        uint32_t b[2] = {b_pair[2 * s], b_pair[2 * s + 1]};
+        // One load serves two steps.
+        if (s % 2 == 0) ldmatrix_x4(b_pair, b_row + (lane % 8) * kLine + ((step * 2 + lane / 8) ^ (lane % 8)) * 8);
+        uint32_t b[2] = {b_pair[s % 2 * 2], b_pair[s % 2 * 2 + 1]};
 #pragma unroll
         for (int m = 0; m < MT; ++m) mma_16816(sum[m][0], a[m], b);
       } else {
@@ -256,7 +263,7 @@ __launch_bounds__(kThreads, BLOCKS) skinny(const half* x, const half* w, void* y
 
 #if CLUSTER
     __syncthreads();  // all are done with the ring
-    if (chain == 1) {
+    if (chain == CHAINS - 1) {
 #pragma unroll
       for (int t = 0; t < NT; ++t)
 #pragma unroll
@@ -264,8 +271,8 @@ __launch_bounds__(kThreads, BLOCKS) skinny(const half* x, const half* w, void* y
 #pragma unroll
           for (int e = 0; e < 4; ++e) area[sum_offset(m, t, e, lane) + rows_from] = sum[m][t][e];
     }
-    __syncthreads();
-    if (chain == 0) {
+    if (CHAINS > 1) __syncthreads();
+    if (CHAINS > 1 && chain == 0) {
 #pragma unroll
       for (int t = 0; t < NT; ++t)
 #pragma unroll
@@ -303,10 +310,10 @@ __launch_bounds__(kThreads, BLOCKS) skinny(const half* x, const half* w, void* y
           float2 v = {};
 #pragma unroll
           for (int p = 0; p < PARTS; ++p) {
-            float2 low = *reinterpret_cast<const float2*>(at + 2 * p * kPass * kPitch);
-            float2 high = *reinterpret_cast<const float2*>(at + (2 * p + 1) * kPass * kPitch);
-            float2 both = add_pair(low, high);
-            v = p == 0 ? both : add_pair(v, both);
+            float2 part_sum = *reinterpret_cast<const float2*>(at + CHAINS * p * kPass * kPitch);
+            if (CHAINS > 1)
+              part_sum = add_pair(part_sum, *reinterpret_cast<const float2*>(at + (2 * p + 1) * kPass * kPitch));
+            v = p == 0 ? part_sum : add_pair(v, part_sum);
           }
           return v;
         });
