@@ -87,13 +87,14 @@ class Tiling:
         return self.columns // 2 if kind == "glu" else self.columns
 
     def box(self, kind: Kind) -> int:
-        """Rows of w in one copy: as many as can be, yet each block of a cluster has one to make."""
-        least = max(self.cluster_rows, 2 if kind == "glu" else 1)
-        for pieces in range(least, self.columns // 8 + 1):
-            whole = self.columns % (8 * pieces) == 0
-            if whole and (kind != "glu" or pieces % 2 == 0):
+        """Rows of w in one copy: each block of a cluster makes one where up to four copies allow it."""
+        least = 2 if kind == "glu" else 1
+        for pieces in range(max(self.cluster_rows, least), 5):
+            if self.columns % (8 * pieces) == 0 and pieces % least == 0:
                 return self.columns // pieces
-        raise EngineError(f"{self}: the columns do not part into {least} copies of a multiple of 8 rows")
+        if self.columns % (8 * least):
+            raise EngineError(f"{self}: columns must be a multiple of {8 * least}")
+        return self.columns // least
 
     def defines(self, kind: Kind) -> dict[str, int | str]:
         """The kernel's macros."""

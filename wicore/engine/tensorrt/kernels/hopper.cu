@@ -10,7 +10,7 @@
 //   TILE_N               columns of a tile: 8..256
 //   CONSUMERS            1..3: a tile has 64 * CONSUMERS rows
 //   CLUSTER_M, CLUSTER_N blocks of a cluster by rows and by columns
-//   B_BOX                rows of W in one copy; at least CLUSTER_M copies a tile, an even number for GLU
+//   B_BOX                rows of W in one copy; GLU: an even number of copies. Blocks of a cluster take turns
 //   STAGES               tiles in the ring
 //   STAGGER              steps of k by which the second consumer is behind: one multiplies, another stores
 //   GLU                  1: W is n gate rows, then n up rows; y = half(gelu(gate) up / 64), saturated. Else 0
@@ -46,7 +46,7 @@
 #define CONSUMER_REGISTERS 160
 #endif
 
-static_assert(TILE_N % B_BOX == 0 && B_BOX % 8 == 0 && B_BOXES >= CLUSTER_M, "B_BOX must part TILE_N");
+static_assert(TILE_N % B_BOX == 0 && B_BOX % 8 == 0, "B_BOX must part TILE_N");
 static_assert(!GLU || (B_BOXES % 2 == 0 && HALF_OUT), "a copy holds gate rows or up rows");
 static_assert(A_BOX % 8 == 0, "copies keep to the period of the swizzle");
 static_assert(STAGES > STAGGER, "the first consumer must get ahead before the second frees a stage");
@@ -190,7 +190,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         int column = (tile_n * CLUSTER_N + rank_n) * OUT_N;
 #pragma unroll
         for (int i = 0; i < B_BOXES; ++i) {
-          if (i % CLUSTER_M != rank_m) continue;
+          if ((i + step) % CLUSTER_M != rank_m) continue;
           const int up = GLU && i >= B_BOXES / 2;
           int row = column + (up ? n + (i - B_BOXES / 2) * B_BOX : i * B_BOX);
 #if CLUSTER_M > 1
