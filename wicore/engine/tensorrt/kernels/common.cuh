@@ -15,10 +15,6 @@
 typedef unsigned int uint32_t;
 typedef unsigned long long uint64_t;
 
-#ifndef INFINITY  // NVRTC has no math.h
-#define INFINITY __int_as_float(0x7F800000)
-#endif
-
 // Dynamic shared memory as an array of T.
 #define SHARED_MEMORY(T, name)                      \
   extern __shared__ __align__(128) char name##_[];  \
