@@ -10,7 +10,7 @@ nothing else, to the bit. The same is true of `prefill`; the two differ from eac
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,6 @@ TILE_POSITIONS = 64
 _LIST_ROWS = 64
 """Listed rows that share scratch; more are launched group by group."""
 
-_WARPS = 4
 _SCHEDULE_THREADS = 1024
 _MERGE_THREADS = 128
 _ITEM_BYTES, _ENTRY_BYTES = 48, 32
@@ -92,12 +91,14 @@ class DecodeSetting:
     tiles: int
     """16-key tiles of a warp in a step."""
     span: int
-    """Positions that a block sums up; a multiple of 64 tiles."""
+    """Positions that a block sums up; a multiple of 16 tiles * warps."""
     max_spans: int
     """Of a row: longer rows have longer spans, by doubling."""
     merge_parts: int
     blocks: int
     """A multiprocessor."""
+    warps: int = 4
+    """Of a block."""
 
     @classmethod
     def of(cls, config: Gemma3Config, layout: KVLayout, capability: tuple[int, int]) -> DecodeSetting:
@@ -115,13 +116,14 @@ class DecodeSetting:
         )
         total, _ = _SHARED_KIB.get(capability, (100, 99))
         fits = (total << 10) // (chosen.shared_bytes(config, layout) + 1024)
-        return cls(tiles, chosen.span, chosen.max_spans, parts, max(1, min(3, fits)))
+        # As many as there are registers for.
+        return replace(chosen, blocks=max(1, min(2 if config.head_dim > 128 else 3, fits)))
 
     def shared_bytes(self, config: Gemma3Config, layout: KVLayout) -> int:
         group, int8 = config.heads // config.kv_heads, layout.dtype == "int8"
         keys = 16 * self.tiles
         buffer = keys * _row_bytes(layout.head_dim * np.dtype(layout.dtype).itemsize) + 4 * keys * int8
-        return _WARPS * (2 * buffer + 4 * group * config.head_dim + 2 * 4 * 8) + 16
+        return self.warps * (2 * buffer + 4 * group * config.head_dim + 2 * 4 * 8) + 16
 
     def merge_shared_bytes(self, config: Gemma3Config) -> int:
         return 4 * (config.heads // config.kv_heads * self.max_spans + 8) + 16 * _MERGE_THREADS
@@ -170,6 +172,7 @@ class Attention:
     A layer is named by its pool and its index among that pool's layers. Per step: `rope` and `schedule`; then
     for each layer `append`, and `decode`, `prefill` or both; at the end `mass`.
 
+    listed_rows: most rows that `schedule` is given; None: max_rows.
     mass_blocks: blocks of context, summed over listed rows, that attention mass can be counted for in a step.
     The last listed row of each sequence comes first; rows that no longer fit are left out.
     """
@@ -183,6 +186,7 @@ class Attention:
         max_sequences: int,
         max_table: int,
         *,
+        listed_rows: int | None = None,
         mass_blocks: int | None = None,
         decode_setting: DecodeSetting | None = None,
         prefill_setting: PrefillSetting | None = None,
@@ -191,13 +195,16 @@ class Attention:
         _check(config, layout)
         self._device, self._config, self._layout = device, config, layout
         self._max_rows, self._max_table = max_rows, max_table
+        self._listed_rows = max_rows if listed_rows is None else listed_rows
         self._mass_blocks = min(max_table, 1 << 17) if mass_blocks is None else mass_blocks
         self._decode_setting = decode_setting or DecodeSetting.of(config, layout, device.capability)
         self._prefill_setting = prefill_setting or PrefillSetting.of(config, layout, device.capability)
         self._pools: dict[Pool, PoolMemory] = {}
+        self._just_scheduled = False
+        """Whether nothing of this was enqueued since `schedule`."""
         self._buffers: list[Buffer] = []
         self._compile()
-        self._reserve(max_rows)
+        self._reserve()
 
     def _compile(self) -> None:
         config, layout, d, p = self._config, self._layout, self._decode_setting, self._prefill_setting
@@ -215,7 +222,7 @@ class Attention:
             "decode_attention.cu",
             {
                 **shape,
-                "WARPS": _WARPS,
+                "WARPS": d.warps,
                 "TILES": d.tiles,
                 "MIN_BLOCKS": d.blocks,
                 "SPAN": d.span,
@@ -234,16 +241,17 @@ class Attention:
             {**shape, "PACK": p.pack, "M_TILES": p.m_tiles, "TILE_KEYS": p.tile_keys, "MIN_BLOCKS": p.blocks},
         ).function("prefill_attention", self._prefill_shared)
 
-    def _reserve(self, max_rows: int) -> None:
+    def _reserve(self) -> None:
         config, setting = self._config, self._decode_setting
-        group_rows = min(max_rows, _LIST_ROWS)
-        self._groups = -(-max_rows // _LIST_ROWS)
+        max_rows, listed = self._max_rows, self._listed_rows
+        group_rows = min(listed, _LIST_ROWS)
+        self._groups = -(-listed // _LIST_ROWS)
         self._group_items = _LIST_ROWS * setting.max_spans
         slots = group_rows * setting.max_spans
         half = config.head_dim // 2
         self._cosines = self._allocate(2 * max_rows * half * 4)
         self._sines = self._allocate(2 * max_rows * half * 4)
-        self._entries = self._allocate(max_rows * _ENTRY_BYTES)
+        self._entries = self._allocate(listed * _ENTRY_BYTES)
         self._items = self._allocate(2 * self._groups * self._group_items * _ITEM_BYTES)
         self._counts = self._allocate(2 * self._groups * 4)
         self._acc = self._allocate(slots * config.heads * config.head_dim * 4)
@@ -305,6 +313,7 @@ class Attention:
         )
         threads = min(_SCHEDULE_THREADS, -(-rows // _LIST_ROWS) * _LIST_ROWS)
         self._schedule(stream, 1, threads, args, dynamic_shared=3 * threads * 4)
+        self._just_scheduled = True
 
     # --- a layer --------------------------------------------------------------------------------------
 
@@ -341,6 +350,7 @@ class Attention:
             lanes *= 2
         threads = rows * (config.heads + 2 * config.kv_heads) * lanes
         self._append_kv(stream, -(-threads // 128), 128, args)
+        self._just_scheduled = False
 
     def decode(
         self,
@@ -374,13 +384,16 @@ class Attention:
                 *(self._items + which * self._group_items * _ITEM_BYTES, self._counts + 4 * which),
                 *(self._acc, self._ml, tile_mass, np.int64(self._mass_tiles)),
             )
+            # The kernel reads the lists before it waits for the launch ahead of it.
             self._decode(
                 stream,
                 self._device.sms * setting.blocks,
-                _WARPS * 32,
+                setting.warps * 32,
                 args,
                 dynamic_shared=self._decode_shared,
+                dependent=not self._just_scheduled,
             )
+            self._just_scheduled = False
             merge_args = (
                 *(self._entries + group * _LIST_ROWS * _ENTRY_BYTES, np.int32(kind), self._acc, self._ml),
                 *(tile_mass, np.int64(self._mass_tiles), out),
@@ -466,8 +479,8 @@ class Attention:
     # --------------------------------------------------------------------------------------------------
 
     def _check_rows(self, rows: int) -> None:
-        if not 0 < rows <= self._max_rows:
-            raise ValueError(f"{rows} rows, and there is room for {self._max_rows}")
+        if not 0 < rows <= self._listed_rows:
+            raise ValueError(f"{rows} rows, and there is room for {self._listed_rows}")
 
     def _layer_offset(self, layer: int) -> int:
         layout = self._layout

@@ -10,6 +10,9 @@
 // `merge_spans` then adds the spans up. No sum depends on anything but the row's own positions and values: a
 // result is the same to the bit whoever shares the launch and wherever the blocks lie.
 //
+// The launch before these must let its successor start only after its own pdl_wait(), as append_kv does: work
+// lists, tables and K and V of earlier steps are read before this grid's.
+//
 // 8-bit V: P takes V's scales, divided by the largest so far so that halves do not lose small ones.
 //
 // Macros beyond attention.cuh's: WARPS, TILES (16-key tiles a warp a step), MIN_BLOCKS (a multiprocessor),
@@ -40,7 +43,8 @@ struct Item {
   int slot;
   int mass;               // as Entry's
   int mass_only;
-  int unused[2];
+  int settled;            // what is below this position was in the pool before this step
+  int unused;
 };
 
 constexpr int MASS_ONLY = 1 << 30;
@@ -66,6 +70,17 @@ __device__ __forceinline__ int sum_before(int value, int* scratch, int& total) {
   int result = scratch[threadIdx.x] - value;
   __syncthreads();
   return result;
+}
+
+// The first position among a row's sequence's rows; 0 where it is more than 64 rows away. For whole warps.
+__device__ __forceinline__ int first_position(int row, const int* positions, const int* row_seq) {
+  int sequence = row_seq[row];
+  for (int base = row; base > row - 64; base -= 32) {
+    int before = base - 1 - static_cast<int>(threadIdx.x) % 32;
+    unsigned others = __ballot_sync(0xffffffffu, before < 0 || row_seq[before] != sequence);
+    if (others) return positions[base - (__ffs(others) - 1)];
+  }
+  return 0;
 }
 
 // One block. List entry i is row indices[i] (null: i), plus MASS_ONLY where no output is wanted, or -1. Writes
@@ -151,9 +166,10 @@ extern "C" __global__ void schedule(int rows, int groups, const int* indices, co
   for (int i = tid / 32; i < rows; i += blockDim.x / 32) {
     const Entry e = entries[i];
     if (e.row < 0) continue;
-    int sequence = row_seq[e.row];
+    int sequence = row_seq[e.row], settled = first_position(e.row, positions, row_seq);
     for (int kind = 0; kind < 2; kind++) {
       Item item = {};
+      item.settled = settled;
       item.row = e.row, item.last = e.last, item.mass_only = e.mass_only;
       item.first = kind ? max(0, positions[e.row] - window + 1) : 0;
       item.table = kind ? window_offset[sequence] - window_first[sequence] : global_offset[sequence];
@@ -177,7 +193,7 @@ constexpr int K16 = HEAD_DIM / 16;
 
 // What one warp copies of a span's step, and whether a tile of it can be seen.
 struct Step {
-  Item item;
+  Item item = {};
   int index = 0;  // of the step in the span
   int kv_head = 0;
   bool any = false;
@@ -252,15 +268,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   float* sums = reinterpret_cast<float*>(shared + WARPS * 2 * BUFFER_BYTES);  // [WARPS][GROUP][HEAD_DIM]
   float* most = sums + WARPS * GROUP * HEAD_DIM;                                // [WARPS][8]
   float* total = most + WARPS * 8;                                              // [WARPS][8]
-  pdl_wait();
-  pdl_launch();
 
   Pool pool = {device, host, block_bytes, tables, 0};
   int work = blockIdx.x, count = *items_count * KV_HEADS;
   Step now, next;
   next.advance(work, count, items);
+  bool settled = next.position() + WARP_KEYS <= next.item.settled;
+  if (!settled) pdl_wait();
   fetch(next, pool, false, keys);
   fetch(next, pool, true, values);
+  if (settled) pdl_wait();
+  pdl_launch();
 
   uint32_t query[K16][2];
   float o[K16][4], m = 0.0f, l = 0.0f;
@@ -465,6 +483,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   }
 }
 
+__device__ __forceinline__ void add(float4& sum, float weight, const float4& x) {
+  sum.x = fmaf(weight, x.x, sum.x), sum.y = fmaf(weight, x.y, sum.y);
+  sum.z = fmaf(weight, x.z, sum.z), sum.w = fmaf(weight, x.w, sum.w);
+}
+
 // A row's spans -> out half [rows][HEADS][HEAD_DIM], and its tiles -> shares of attention, added to (`first`:
 // written as) mass [KV_HEADS][mass_blocks], summed over the group's heads. Block: (part, KV head, entry); a
 // part has its share of the columns and of the blocks of mass. THREADS threads.
@@ -472,26 +495,40 @@ extern "C" __global__ void __launch_bounds__(128)
     merge_spans(const Entry* entries, int kind, const float* acc, const float2* ml, const float* tile_mass,
                 long long mass_tiles, half* out, float* mass, long long mass_blocks, int first) {
   constexpr int COLUMNS = GROUP * HEAD_DIM / 4 / MERGE_PARTS;  // of four floats
-  constexpr int RUNS = COLUMNS >= 128 ? 1 : 128 / COLUMNS;      // threads a column
+  constexpr int WIDTH = COLUMNS < 128 ? COLUMNS : 128;          // of them at a time
+  constexpr int RUNS = 128 / WIDTH;                             // threads a column
   SHARED_MEMORY(float, weights);                                // [GROUP][MAX_SPANS]
   float* norm = weights + GROUP * MAX_SPANS;                    // [GROUP], log2 of the row's sum
   float4* partial = reinterpret_cast<float4*>(norm + 8);        // [128]
-  pdl_wait();
-  pdl_launch();
+  pdl_launch();  // what comes next may fetch weights meanwhile
   int part = blockIdx.x % MERGE_PARTS, kv_head = blockIdx.x / MERGE_PARTS % KV_HEADS;
   const Entry e = entries[blockIdx.x / MERGE_PARTS / KV_HEADS];
+  pdl_wait();
   int spans = e.spans[kind], warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (e.row < 0 || spans == 0) return;
   long long from = static_cast<long long>(e.slot[kind]) * HEADS + kv_head * GROUP;
+
+  // A thread sums a column over every RUNS-th span. The first few are asked for before their weights are known.
+  constexpr int AHEAD = 4, STRIDE = HEADS * HEAD_DIM / 4;
+  int column = threadIdx.x % WIDTH, run = threadIdx.x / WIDTH;
+  bool active = run < RUNS && !e.mass_only;
+  const float4* x = reinterpret_cast<const float4*>(acc + from * HEAD_DIM) + part * COLUMNS + column;
+  float4 ahead[AHEAD];
+#pragma unroll
+  for (int i = 0; i < AHEAD; i++) {
+    ahead[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (active && run + i * RUNS < spans) ahead[i] = x[static_cast<long long>(run + i * RUNS) * STRIDE];
+  }
+
   for (int head = warp; head < GROUP; head += 4) {
     float most = -INFINITY, sum = 0.0f;
     for (int i = lane; i < spans; i += 32) most = fmaxf(most, ml[from + static_cast<long long>(i) * HEADS + head].x);
     most = warp_max(most);
     for (int i = lane; i < spans; i += 32) {
-      float2 x = ml[from + static_cast<long long>(i) * HEADS + head];
-      float weight = exp2_approx(x.x - most);
+      float2 v = ml[from + static_cast<long long>(i) * HEADS + head];
+      float weight = exp2_approx(v.x - most);
       weights[head * MAX_SPANS + i] = weight;
-      sum = fmaf(weight, x.y, sum);
+      sum = fmaf(weight, v.y, sum);
     }
     sum = warp_sum(sum);
     __syncwarp();
@@ -500,34 +537,26 @@ extern "C" __global__ void __launch_bounds__(128)
   }
   __syncthreads();
 
-  if (!e.mass_only) {
-    for (int base = 0; base < COLUMNS; base += 128) {
-      int column = base + threadIdx.x % (COLUMNS < 128 ? COLUMNS : 128), run = threadIdx.x / COLUMNS;
-      float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      bool active = column < COLUMNS && run < RUNS;
-      int at = (part * COLUMNS + column) * 4, head = at / HEAD_DIM;
-      if (active) {
-        const float4* x = reinterpret_cast<const float4*>(acc + from * HEAD_DIM + at);
+  for (int base = 0; base < COLUMNS; base += WIDTH) {
+    int at = (part * COLUMNS + base + column) * 4;
+    const float* weight = weights + at / HEAD_DIM * MAX_SPANS;
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (active && base + column < COLUMNS) {
+#pragma unroll
+      for (int i = 0; i < AHEAD; i++)
+        if (base == 0 && run + i * RUNS < spans) add(sum, weight[run + i * RUNS], ahead[i]);
 #pragma unroll 8
-        for (int i = run; i < spans; i += RUNS) {
-          float4 v = x[static_cast<long long>(i) * (HEADS * HEAD_DIM / 4)];
-          float weight = weights[head * MAX_SPANS + i];
-          sum.x = fmaf(weight, v.x, sum.x), sum.y = fmaf(weight, v.y, sum.y);
-          sum.z = fmaf(weight, v.z, sum.z), sum.w = fmaf(weight, v.w, sum.w);
-        }
-        if (run > 0) partial[threadIdx.x] = sum;
-      }
-      __syncthreads();
-      if (active && run == 0) {
-        for (int i = 1; i < RUNS; i++) {
-          float4 v = partial[i * COLUMNS + column];
-          sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-        }
-        half* to = out + (static_cast<long long>(e.row) * HEADS + kv_head * GROUP) * HEAD_DIM + at;
-        *reinterpret_cast<uint2*>(to) = make_uint2(pack_half2(sum.x, sum.y), pack_half2(sum.z, sum.w));
-      }
-      __syncthreads();
+      for (int i = run + (base == 0 ? AHEAD * RUNS : 0); i < spans; i += RUNS)
+        add(sum, weight[i], x[base + static_cast<long long>(i) * STRIDE]);
     }
+    partial[threadIdx.x] = sum;
+    __syncthreads();
+    if (run == 0 && active && base + column < COLUMNS) {
+      for (int i = 1; i < RUNS; i++) add(sum, 1.0f, partial[i * WIDTH + column]);
+      half* to = out + (static_cast<long long>(e.row) * HEADS + kv_head * GROUP) * HEAD_DIM + at;
+      *reinterpret_cast<uint2*>(to) = make_uint2(pack_half2(sum.x, sum.y), pack_half2(sum.z, sum.w));
+    }
+    __syncthreads();
   }
 
   if (!tile_mass || e.mass < 0 || kind != 0) return;
