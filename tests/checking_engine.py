@@ -15,10 +15,12 @@ from wicore.engine.base import (
     Completed,
     EngineInfo,
     KVLayout,
+    PendingStep,
     SequenceInput,
     SequenceOutput,
     StepPlan,
     StepResult,
+    WhenAsked,
 )
 from wicore.sampling import SampledToken, SamplingState, sample
 
@@ -73,6 +75,7 @@ class CheckingEngine:
         }
         self.host: dict[str, np.ndarray] = {}
         """Host memory, as `pools`; streamed blocks are read from it."""
+        self._under_way = False
         self.info = EngineInfo(
             "checking", "none", "none", layout, global_blocks, window_blocks, VOCABULARY, 2**20, "checking"
         )
@@ -94,7 +97,16 @@ class CheckingEngine:
     def close(self) -> None:
         """Holds nothing."""
 
+    def start(self, plan: StepPlan) -> PendingStep:
+        assert not self._under_way, "one step at a time"
+        self._under_way = True
+        return WhenAsked(lambda: self._compute(plan))
+
     def step(self, plan: StepPlan) -> StepResult:
+        return self.start(plan).result()
+
+    def _compute(self, plan: StepPlan) -> StepResult:
+        self._under_way = False
         assert plan.sequences, "a step computes something"
         keys = [sequence.key for sequence in plan.sequences]
         assert len(set(keys)) == len(keys), "every sequence at most once"

@@ -6,6 +6,7 @@ import sys
 import threading
 from typing import Any
 
+from wicore.engine.base import WhenAsked
 from workers import gpu
 
 
@@ -16,11 +17,11 @@ class HangingEngine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def step(self, plan: Any) -> Any:
+    def start(self, plan: Any) -> Any:
         self._steps += 1
         if self._steps == 5:
-            threading.Event().wait()
-        return self._engine.step(plan)
+            return WhenAsked(lambda: threading.Event().wait())  # type: ignore[arg-type,return-value]
+        return self._engine.start(plan)
 
 
 if __name__ == "__main__":

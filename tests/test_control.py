@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import celery
@@ -18,7 +19,7 @@ import redis
 from tests.services import ROOT, follow, running_worker, settings_for
 from tests.waiting import until
 from wicore.config import Settings
-from wicore.engine.base import Engine, StepPlan, StepResult
+from wicore.engine.base import Engine, PendingStep, StepPlan, StepResult, WhenAsked
 from wicore.engine.factory import create_engine
 from wicore.errors import ConfigError
 from wicore.model import load_model
@@ -45,7 +46,10 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def step(self, plan: StepPlan) -> StepResult:
+    def start(self, plan: StepPlan) -> PendingStep:
+        return WhenAsked(partial(self._step, plan))
+
+    def _step(self, plan: StepPlan) -> StepResult:
         number = len(self.steps)
         self.steps.append(sum(len(sequence.tokens) for sequence in plan.sequences))
         self.during(number)

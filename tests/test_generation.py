@@ -28,13 +28,15 @@ def completion(**fields: object) -> JobBody:
 
 def run(generation: Generation, tokens: list[list[int]]) -> list[Event]:
     """Feed each choice its tokens in turn, from where it stands, until the job is finished."""
-    events = [generation.opening]
+    events = generation.events()
     waiting = {index: tokens[index][len(request.generated) :] for index, request in generation.requests(0)}
     while not generation.finished:
         for index in [i for i in waiting if waiting[i]]:
-            event = generation.take(index, SampledToken(waiting[index].pop(0), -0.5, ((7, -0.5),)))
+            ended = generation.take(index, SampledToken(waiting[index].pop(0), -0.5, ((7, -0.5),)))
+            [event] = generation.events()
             events.append(event)
-            if "finish_reason" in event:
+            assert ended == ("finish_reason" in event)
+            if ended:
                 waiting[index] = []
     events.append(generation.end("done"))
     return events
@@ -129,6 +131,18 @@ def test_a_resumed_sequence_goes_on_at_the_position_where_it_was(tiny, tiny_toke
     [(_, request)] = start(body, tiny, tiny_tokenizer, log).requests(0)
     assert list(request.generated) == [300, 300, 300]
     assert request.sampling.position == 3
+
+
+def test_events_may_be_asked_for_long_after_the_tokens(tiny, tiny_tokenizer) -> None:
+    tokens = [300, 301, 302, 303]
+    for stop in ([], ["zz"]):
+        body = completion(max_tokens=4, stop=stop, logprobs=1)
+        expected = run(start(body, tiny, tiny_tokenizer), [tokens])
+        late = start(body, tiny, tiny_tokenizer)
+        ended = [late.take(0, SampledToken(token, -0.5, ((7, -0.5),))) for token in tokens]
+        assert ended == [False, False, False, True]
+        assert [*late.events(), late.end("done")] == expected
+        assert late.events() == []
 
 
 @pytest.mark.parametrize("kind", ["failed", "cancelled", "expired"])

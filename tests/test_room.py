@@ -42,7 +42,7 @@ def test_nobody_displaces_an_interactive_job() -> None:
 
 def test_a_slot_about_to_free_counts() -> None:
     full = room(1, Priority.INTERACTIVE)
-    full.expect(1)
+    full.release(ending=1)
     assert full.wait() == Offer(1, None)
 
 
@@ -51,10 +51,12 @@ def test_a_room_is_full_until_a_slot_frees_or_is_about_to() -> None:
     assert not shared.full
     shared.claim(2, Priority.BATCH)
     assert shared.full
-    shared.release(1, Priority.BATCH)
+    shared.release([(1, Priority.BATCH)], ending=0)
     assert shared.full
-    shared.expect(1)
+    shared.release(ending=1)
     assert not shared.full
+    shared.release([(1, Priority.BATCH)], ending=0)
+    assert not shared.full, "it has ended"
 
 
 def test_who_looks_for_urgent_jobs_alone_hears_of_a_free_slot_once() -> None:
@@ -62,9 +64,8 @@ def test_who_looks_for_urgent_jobs_alone_hears_of_a_free_slot_once() -> None:
     full = Room(1, lambda: calls.append(1))
     full.claim(1, Priority.BATCH)
     assert full.wait() == Offer(1, Priority.BATCH)
-    full.expect(1)
-    full.expect(0)
-    full.release(1, Priority.BATCH)
+    full.release(ending=1)
+    full.release([(1, Priority.BATCH)], ending=0)
     assert calls == [1]
 
 

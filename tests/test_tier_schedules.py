@@ -83,16 +83,30 @@ class Schedule:
 
     def step(self) -> bool:
         """Compute, or wait for blocks; False when there is nothing to do."""
-        service = self.service
+        service, r = self.service, self.random
+        self._check_matches()
         if not service.start_step():
             return service.cache.busy or not service.scheduler.idle
         self.streamed.update(sequence.key for sequence in service.plan.sequences if sequence.streamed)
         service.scheduler.check()
-        # Now and then somebody leaves while the step runs.
-        if self.random.random() < 0.05:
+        # Now and then blocks move, and somebody leaves, while the step runs.
+        if r.random() < 0.5:
+            service.scheduler.catch_up()
+        if r.random() < 0.05:
             self.cancel()
+        if r.random() < 0.5:
+            service.mover.hurry()
+        service.scheduler.check()
         service.end_step()
         return True
+
+    def _check_matches(self) -> None:
+        """What is remembered of a waiting sequence's match is what would be found now."""
+        cache = self.service.cache
+        for waiting in self.service.scheduler._waiting:
+            share = cache._share if cache.is_long(waiting.positions) else None
+            fresh = cache._prefixes._match(waiting.chain, share, cache._prefixes._costs())
+            assert cache.match(waiting.chain, waiting.positions) == fresh
 
     def cancel(self) -> None:
         service = self.service

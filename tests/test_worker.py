@@ -125,7 +125,7 @@ def test_an_engine_that_fails_ends_the_worker_and_keeps_the_job(redis_client, va
             self.info, self.close, self.host_memory = engine.info, engine.close, engine.host_memory
             self.copy_in, self.copy_out = engine.copy_in, engine.copy_out
 
-        def step(self, plan):
+        def start(self, plan):
             raise EngineError("the device is gone")
 
     settings = settings_for(valkey_url, queue__lease_s=0.5)
@@ -213,9 +213,9 @@ def test_a_worker_takes_no_more_of_a_level_than_it_has_slots(redis_client, valke
         info, close, host_memory = engine.info, engine.close, engine.host_memory
         copy_in, copy_out = engine.copy_in, engine.copy_out
 
-        def step(self, plan):
+        def start(self, plan):
             waiting.append(worker.status()["waiting"])
-            return engine.step(plan)
+            return engine.start(plan)
 
     jobs = [submit(redis_client, max_tokens=1 + i % 3, ignore_eos=True) for i in range(300)]
     with running_worker(settings, engine=Watched()) as worker:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from wicore.openai import ChoiceResult, logprob_entry, result_object
 from wicore.request import (
@@ -38,10 +39,21 @@ class _Choice:
     finish_reason: FinishReason | None = None
 
 
+class _Taken(NamedTuple):
+    """A token that no event tells of yet."""
+
+    seq: int
+    choice: int
+    token: SampledToken
+    text: str | None
+    """None: not made yet."""
+    reason: FinishReason | None
+
+
 class Generation:
     """A job being generated.
 
-    The caller runs `requests()` through a scheduler, hands each token to `take`, publishes the events it
+    The caller runs `requests()` through a scheduler, hands each token to `take`, publishes what `events`
     returns in order, and calls `end` once when `finished`, or earlier when the job is called off.
     """
 
@@ -69,8 +81,8 @@ class Generation:
         """Sequence number of the last event."""
         for event in log:
             self._replay(event)
-        self.opening = started_event(job_id, self._next(), attempt)
-        """The first event of this attempt."""
+        self._untold: list[Event] = [started_event(job_id, self._next(), attempt)]
+        self._taken: list[_Taken] = []
 
     @property
     def finished(self) -> bool:
@@ -93,27 +105,34 @@ class Generation:
                     ),
                 )
 
-    def take(self, index: int, token: SampledToken) -> Event:
-        """Add a token to a choice; the event has a `finish_reason` when it was the choice's last."""
-        choice = self._choices[index]
+    def take(self, index: int, token: SampledToken) -> bool:
+        """Add a token to a choice; whether it was the choice's last.
+
+        Engines wait for this, so it does no more than that takes: without stop strings the text is made
+        only in `events`.
+        """
+        choice, text = self._choices[index], None
         choice.ids.append(token.id)
-        ended = token.id in self.prompt.stop_ids
-        text = "" if ended else choice.detokenizer.push(token.id)
-        if ended or choice.detokenizer.stopped:
-            choice.finish_reason = "stop"
-        elif len(choice.ids) >= self.prompt.max_tokens:
+        if token.id in self.prompt.stop_ids:
+            choice.finish_reason, text = "stop", ""
+        elif self.body.stop:
+            text = choice.detokenizer.push(token.id)
+            if choice.detokenizer.stopped:
+                choice.finish_reason = "stop"
+        if choice.finish_reason is None and len(choice.ids) >= self.prompt.max_tokens:
             choice.finish_reason = "length"
-        if choice.finish_reason is not None:
-            text += choice.detokenizer.flush()
-        choice.text.append(text)
-        entries = None
-        if self._sampling.logprobs is not None:
-            entries = [self._logprob_entry(token)]
-            choice.logprobs += entries
-        return token_event(self.job_id, self._next(), index, text, [token.id], entries, choice.finish_reason)
+        self._taken.append(_Taken(self._next(), index, token, text, choice.finish_reason))
+        return choice.finish_reason is not None
+
+    def events(self) -> list[Event]:
+        """What is to be published since the last call: the first event of this attempt, then one for each
+        token taken, with a `finish_reason` when it was its choice's last."""
+        events, self._untold = self._untold, []
+        taken, self._taken = self._taken, []
+        return events + [self._event(*one) for one in taken]
 
     def end(self, kind: TerminalType, error: dict[str, object] | None = None) -> Event:
-        """The terminal event, with the usage so far."""
+        """The terminal event, with the usage so far; it comes after those of `events`."""
         reason = self._choices[0].finish_reason if kind == "done" else None
         return terminal_event(
             self.job_id, self._next(), kind, finish_reason=reason, usage=self.usage(), error=error
@@ -123,13 +142,28 @@ class Generation:
         return usage_of(len(self.prompt.token_ids), sum(len(choice.ids) for choice in self._choices))
 
     def result(self, model: str, created_s: int) -> dict[str, object]:
-        """The job's result, in OpenAI's form."""
+        """The job's result, in OpenAI's form. Call it after `events`, which makes the text."""
         with_logprobs = self._sampling.logprobs is not None
         choices = [
             ChoiceResult("".join(c.text), c.finish_reason, c.logprobs if with_logprobs else None)
             for c in self._choices
         ]
         return result_object(self.job_id, self.body, model, created_s, choices, self.usage())
+
+    def _event(
+        self, seq: int, index: int, token: SampledToken, text: str | None, reason: FinishReason | None
+    ) -> Event:
+        choice = self._choices[index]
+        if text is None:
+            text = choice.detokenizer.push(token.id)
+        if reason is not None:
+            text += choice.detokenizer.flush()
+        choice.text.append(text)
+        entries = None
+        if self._sampling.logprobs is not None:
+            entries = [self._logprob_entry(token)]
+            choice.logprobs += entries
+        return token_event(self.job_id, seq, index, text, [token.id], entries, reason)
 
     def _next(self) -> int:
         self.seq += 1

@@ -97,9 +97,9 @@ def choice_seed(seed: int, index: int) -> int:
 # --- one sequence's state -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SampledToken:
-    """A token drawn for one sequence.
+    """A token drawn for one sequence; not to be changed.
 
     `logprob` is None when the sequence asked for no logprobs; `top` are the likeliest alternatives,
     (id, logprob), likeliest first, as many as were asked for.
@@ -118,7 +118,10 @@ class SamplingState:
     A state for a resumed sequence is built from its prompt and the tokens generated before.
     """
 
-    __slots__ = ("_bias_ids", "_bias_values", "_counts", "_ids", "_slots", "params", "position", "seed")
+    __slots__ = (
+        *("_bias_ids", "_bias_values", "_counts", "_ids", "_slots"),
+        *("params", "penalised", "position", "seed"),
+    )
 
     def __init__(
         self, params: SamplingParams, seed: int, prompt: Iterable[int] = (), output: Sequence[int] = ()
@@ -126,6 +129,12 @@ class SamplingState:
         self.params = params
         self.seed = seed
         self.position = 0
+        self.penalised = (
+            params.repetition_penalty != 1.0
+            or params.presence_penalty != 0.0
+            or params.frequency_penalty != 0.0
+        )
+        """Whether tokens that occurred before are more or less likely for it."""
         self._bias_ids = np.fromiter(params.logit_bias.keys(), np.int64)
         self._bias_values = np.fromiter(params.logit_bias.values(), np.float32)
         # Distinct ids seen, in order of appearance, and how often each was generated; amortised growth.
@@ -137,11 +146,6 @@ class SamplingState:
                 self._slot(token)
         for token in output:
             self.observe(token)
-
-    @property
-    def penalised(self) -> bool:
-        p = self.params
-        return p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
 
     def observe(self, token: int) -> None:
         """Take `token` as the output at `position`, and move on to the next."""

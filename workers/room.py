@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from wicore.errors import EngineError
@@ -41,16 +41,14 @@ class Room:
         with self._changed:
             self._claimed[level] += count
 
-    def release(self, count: int, level: Priority) -> None:
+    def release(self, freed: Iterable[tuple[int, Priority]] = (), *, ending: int) -> None:
+        """So many slots of each level are free, and `ending` other sequences end with the step in flight."""
         with self._changed:
-            self._claimed[level] -= count
-            self._tell()
-
-    def expect(self, ending: int) -> None:
-        """`ending` sequences end with the step in flight; 0 when it is over, before any is released."""
-        with self._changed:
+            before = self._free()
+            for count, level in freed:
+                self._claimed[level] -= count
             self._ending = ending
-            if ending:
+            if self._free() > before:
                 self._tell()
 
     def wait(self) -> Offer | None:

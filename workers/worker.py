@@ -9,7 +9,11 @@ Threads
     tier-*     copy KV blocks between tiers (TierMover).
     heartbeat  tells the registry that this worker lives.
     relay, celery-control  hear of cancels and of Celery's remote control (control.py).
-All that other threads want of the engine thread goes through `_inbox` and is done between two steps.
+All that other threads want of the engine thread goes through `_inbox`.
+
+While a step runs the engine thread publishes what the step before gave, and empties the inbox. Between a
+step's result and the next one's start it does only what the next plan depends on: it takes the result over,
+ends the choices that it finishes, and does what the inbox has got meanwhile.
 """
 
 from __future__ import annotations
@@ -20,21 +24,22 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from redis import Redis
 
 from wicore.admission import admit
 from wicore.config import Settings
-from wicore.engine.base import Engine
+from wicore.engine.base import Engine, PendingStep, StepPlan
 from wicore.errors import Cancelled, Expired, Unavailable, WicoreError
 from wicore.generation import Generation
 from wicore.model import Model
 from wicore.queue.consumer import Delivery, LeaseConsumer, LeaseKeeper
 from wicore.queue.producer import Producer
 from wicore.queue.registry import Heartbeat
-from wicore.request import TerminalType, terminal_event
-from wicore.scheduler import Limits, Scheduler, TokenOut
+from wicore.request import Priority, TerminalType, terminal_event
+from wicore.scheduler import Limits, Scheduler, SequenceRequest, TokenOut
 from wicore.stream.publisher import Publisher
 from wicore.stream.relay import read_log
 from wicore.tiers.cache import TieredCache
@@ -49,16 +54,27 @@ _FLUSH_S = 5.0
 """How long a stopping worker waits for Redis to take what is left to write."""
 
 
-@dataclass
+@dataclass(eq=False, slots=True)
 class _Job:
     """A job that the engine thread has."""
 
     delivery: Delivery
     generation: Generation
+    requests: list[tuple[int, SequenceRequest]]
+    """By choice index."""
     deadline: float | None
     """Monotonic time at which it expires."""
     keys: dict[int, int] = field(default_factory=dict)
     """Choice index by sequence key, of the choices still running."""
+    ending: tuple[TerminalType, WicoreError | None] | None = None
+
+
+class _Step(NamedTuple):
+    """The step under way."""
+
+    plan: StepPlan
+    pending: PendingStep
+    started: float
 
 
 class Worker:
@@ -78,6 +94,12 @@ class Worker:
         self._held: dict[str, Delivery] = {}
         """Leases that this worker has, by tag, from the pop until the end is stored."""
         self._next_key = 0
+        """The intake thread's."""
+        self._step: _Step | None = None
+        self._untold: dict[_Job, None] = {}
+        """Those with something to publish, in order."""
+        self._freed: list[tuple[int, Priority]] = []
+        """Slots to be released, with their level."""
         self._stopping = threading.Event()
         self._step_started: float | None = None
         self._awaits_blocks = False
@@ -142,6 +164,7 @@ class Worker:
             drain_until = time.monotonic() + self._settings.queue.drain_s
             while self._jobs and time.monotonic() < drain_until:
                 self._advance(drain_until)
+            self._end_step()
         finally:
             healthy = sys.exc_info()[0] is None
             self.stop()
@@ -200,32 +223,51 @@ class Worker:
     # --- engine thread ----------------------------------------------------------------------------
 
     def _advance(self, until: float | None = None) -> None:
-        """Do what the inbox asks, then one step; with nothing to step, wait for the inbox, at most `until`.
+        """End the step under way and start the next, then do what can be done while that one runs.
 
-        While Redis is away and the publisher full, nothing is stepped either. Blocks that have moved ring
-        in the inbox, too.
+        With nothing to step, wait for the inbox, at most `until`. While Redis is away and the publisher full,
+        nothing is stepped either. Blocks that have moved ring in the inbox, too.
         """
+        ended = self._end_step()
         idle = self._scheduler.idle
-        if idle:
-            self._cache.tend()
-        self._empty_inbox(until, block=idle or self._publisher.full or self._awaits_blocks)
+        if ended is None:
+            if idle:
+                self._cache.tend()
+            self._empty_inbox(until, block=idle or self._publisher.full or self._awaits_blocks)
+        else:
+            self._empty_inbox(None, block=False)
         self._expire()
+        self._start_step()
+        self._scheduler.catch_up()
+        self._tell()
+        if ended is not None:
+            self._cache.observe(*ended)
+        if self._step is not None:
+            self._empty_inbox(None, block=False)
+            self._tell()
+
+    def _start_step(self) -> None:
         if self._publisher.full:
             return
         plan = self._scheduler.plan()
         self._awaits_blocks = plan is None and self._cache.manager.busy
-        if plan is None:
-            return
-        self._room.expect(self._scheduler.ending_soon())
-        self._step_started = time.monotonic()
-        result = self._engine.step(plan)
-        self._cache.observe(plan, time.monotonic() - self._step_started)
-        self._step_started = None
+        if plan is not None:
+            self._step_started = started = time.monotonic()
+            self._step = _Step(plan, self._engine.start(plan), started)
+
+    def _end_step(self) -> tuple[StepPlan, float] | None:
+        """Wait for the step under way, if any, and take its result over; the plan, and how long it took."""
+        if self._step is None:
+            return None
+        plan, pending, started = self._step
+        result = pending.result()
+        # Only now: a step that fails stays under way, for the watchdog, until this process has ended.
+        self._step = self._step_started = None
+        seconds = time.monotonic() - started
         self._steps += 1
-        self._room.expect(0)  # before their slots are released, or they would count twice
-        with self._publisher.gathered():
-            for out in self._scheduler.apply(result):
-                self._take(out)
+        for out in self._scheduler.apply(result):
+            self._take(out)
+        return plan, seconds
 
     def _take(self, out: TokenOut) -> None:
         job = self._by_key.get(out.key)
@@ -233,10 +275,29 @@ class Worker:
             return
         self._tokens += 1
         self._trial.observe(job.delivery)
-        event = job.generation.take(job.keys[out.key], out.token)
-        self._publisher.publish(job.delivery, [event])
-        if "finish_reason" in event:
+        self._untold[job] = None
+        if job.generation.take(job.keys[out.key], out.token):
             self._end_choice(job, out.key)
+
+    def _tell(self) -> None:
+        """Publish what the jobs have to say, and say what room there is."""
+        untold, self._untold = self._untold, {}
+        if untold:
+            with self._publisher.gathered():
+                for job in untold:
+                    self._publish(job)
+        freed, self._freed = self._freed, []
+        self._room.release(freed, ending=self._scheduler.ending_soon())
+
+    def _publish(self, job: _Job) -> None:
+        self._publisher.publish(job.delivery, job.generation.events())
+        if job.ending is None:
+            return
+        kind, error = job.ending
+        event = job.generation.end(kind, error.body() if error else None)
+        created_s = job.delivery.created_ms // 1000
+        result = job.generation.result(self._model.name, created_s) if kind == "done" else None
+        self._publisher.finish(job.delivery, event, result)
 
     def _empty_inbox(self, until: float | None, *, block: bool) -> None:
         ends = [job.deadline for job in self._jobs.values()] if block else []
@@ -254,13 +315,11 @@ class Worker:
         if earlier is not None:
             # We lost the lease, nobody told us yet, and got the job anew.
             self._publisher.forget(earlier.delivery)
-            self._forget(earlier)
-        requests = list(job.generation.requests(self._next_key))
-        self._next_key += job.generation.body.n
+            self._abandon(earlier)
         self._jobs[job.delivery.tag] = job
-        self._publisher.publish(job.delivery, [job.generation.opening])
+        self._untold[job] = None
         try:
-            for index, request in requests:
+            for index, request in job.requests:
                 self._scheduler.add(request)
                 job.keys[request.key] = index
                 self._by_key[request.key] = job
@@ -269,7 +328,7 @@ class Worker:
             self._end(job, "failed", err)
             return
         # Choices that an earlier attempt finished need no slot; all of them, if it died before the end.
-        self._release(job, job.generation.body.n - len(requests))
+        self._release(job, job.generation.body.n - len(job.requests))
         if job.generation.finished:
             self._end(job, "done")
 
@@ -281,10 +340,13 @@ class Worker:
             self._end(job, "done")
 
     def _end(self, job: _Job, kind: TerminalType, error: WicoreError | None = None) -> None:
-        event = job.generation.end(kind, error.body() if error else None)
-        created_s = job.delivery.created_ms // 1000
-        result = job.generation.result(self._model.name, created_s) if kind == "done" else None
-        self._publisher.finish(job.delivery, event, result)
+        job.ending = kind, error
+        self._untold[job] = None
+        self._forget(job)
+
+    def _abandon(self, job: _Job) -> None:
+        """Forget a job that is another worker's now, and what was to be said of it."""
+        self._untold.pop(job, None)
         self._forget(job)
 
     def _forget(self, job: _Job) -> None:
@@ -296,7 +358,8 @@ class Worker:
         job.keys.clear()
 
     def _release(self, job: _Job, slots: int) -> None:
-        self._room.release(slots, job.delivery.level)
+        """The room is told later: that wakes the intake, which would compete with the next plan."""
+        self._freed.append((slots, job.delivery.level))
 
     def _drop(self, delivery: Delivery) -> None:
         """The lease is lost: another worker has the job, and nothing of ours may be written."""
@@ -304,7 +367,7 @@ class Worker:
         job = self._jobs.get(delivery.tag)
         if job is not None and job.delivery is delivery:
             log.warning("job %s: lease lost in attempt %d; dropped", delivery.job_id, delivery.attempt)
-            self._forget(job)
+            self._abandon(job)
 
     def _cancel(self, delivery: Delivery) -> None:
         job = self._jobs.get(delivery.tag)
@@ -326,6 +389,7 @@ class Worker:
         self._cancels.stop()
         if healthy:  # so that the slots of jobs popped amid the stop are accounted for
             self._empty_inbox(None, block=False)
+            self._tell()
         self._publisher.stop(_FLUSH_S)
         self._keeper.stop()
         left = list(self._held.values()) if healthy else []
@@ -412,4 +476,9 @@ class Worker:
         deadline = None
         if delivery.deadline_ms is not None:
             deadline = time.monotonic() + (delivery.deadline_ms - delivery.popped_ms) / 1000
-        return _Job(delivery, generation, deadline)
+        requests = [
+            (index, replace(request, chain=self._cache.manager.chain([*request.prompt, *request.generated])))
+            for index, request in generation.requests(self._next_key)
+        ]
+        self._next_key += body.n
+        return _Job(delivery, generation, requests, deadline)

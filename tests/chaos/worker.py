@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.chaos import breaks
 from tests.chaos.jobs import POISON_SEED, POISON_TOKENS
-from wicore.engine.base import Engine, SequenceInput, StepPlan, StepResult
+from wicore.engine.base import Engine, PendingStep, SequenceInput, StepPlan
 from workers import gpu
 from workers.worker import Worker
 
@@ -27,11 +27,11 @@ class Mortal:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def step(self, plan: StepPlan) -> StepResult:
+    def start(self, plan: StepPlan) -> PendingStep:
         if any(map(_is_deadly, plan.sequences)):
             os.write(2, f"{POISONED}\n".encode())
             os.kill(os.getpid(), signal.SIGKILL)
-        return self._engine.step(plan)
+        return self._engine.start(plan)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)

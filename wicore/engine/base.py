@@ -10,11 +10,14 @@ Terms
     pool      "global" holds the layers that attend to every position, "window" the layers that
               attend to the last `window` positions. The two are sized and numbered apart.
     table     physical block ids by logical block index (position // block_tokens).
+
+What is made for each sequence in each step is not to be changed by anybody, and not frozen all the same: that
+would take five times as long to make, while the device waits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
@@ -69,7 +72,7 @@ class EngineInfo:
     """Changes whenever KV computed before can no longer be used (weights, dtype, layout, RoPE)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SequenceInput:
     """One sequence's share of a step.
 
@@ -105,7 +108,7 @@ class StepPlan:
     sequences: tuple[SequenceInput, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SequenceOutput:
     """What a step did for one sequence."""
 
@@ -142,6 +145,25 @@ class Completed:
         return
 
 
+class PendingStep(Protocol):
+    """A step under way."""
+
+    def result(self) -> StepResult:
+        """Block until the step is computed: its KV is in the pool then, and its tokens are sampled. To be
+        called once. Raises EngineError when the device failed: the pool is then undefined."""
+
+
+class WhenAsked:
+    """The pending step of an engine that computes on the caller's thread: in `result`, so that what the
+    caller does between `start` and `result` comes first."""
+
+    def __init__(self, compute: Callable[[], StepResult]) -> None:
+        self._compute = compute
+
+    def result(self) -> StepResult:
+        return self._compute()
+
+
 @runtime_checkable
 class Engine(Protocol):
     """What the worker drives. Calls come from one thread, except `close`."""
@@ -150,13 +172,18 @@ class Engine(Protocol):
     def info(self) -> EngineInfo:
         """Constant for the engine's lifetime."""
 
-    def step(self, plan: StepPlan) -> StepResult:
-        """Compute the plan; on return its KV is in the pool and its tokens are sampled.
+    def start(self, plan: StepPlan) -> PendingStep:
+        """Begin to compute the plan; `result` of what is returned ends it, and must come before the next
+        `start`.
 
-        The text of a sequence does not depend on what else is in the plan, nor on how its prompt is
-        cut into chunks. Raises EngineError when the device failed: the pool is then undefined.
-        Raises ValueError for a plan that breaks the contract, before anything is written.
+        Meanwhile blocks may be copied, and the caller does what need not wait for the tokens; it does not
+        change the plan, its tables or its sampling states. The text of a sequence does not depend on what
+        else is in the plan, nor on how its prompt is cut into chunks. Raises ValueError for a plan that
+        breaks the contract, before anything is written, and EngineError when the device failed.
         """
+
+    def step(self, plan: StepPlan) -> StepResult:
+        """`start(plan).result()`."""
 
     def host_memory(self, pool: Pool, slots: int) -> NDArray[np.uint8]:
         """The host tier's memory, uint8 [slots, layout.block_bytes(pool)], to be asked for once a pool.
@@ -178,4 +205,4 @@ class Engine(Protocol):
         ticket is done, as the rows must not change before."""
 
     def close(self) -> None:
-        """Release the device. Idempotent."""
+        """Release the device; the result of a step under way is lost. Idempotent."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from wicore.engine.base import (
     EngineInfo,
     KVLayout,
+    PendingStep,
     Pool,
     SequenceInput,
     SequenceOutput,
@@ -37,6 +38,19 @@ _FIRST_TOKEN = 256
 def null_layout(block_tokens: int, window: int) -> KVLayout:
     """One layer of each kind, with rows of a size that moving them costs something."""
     return KVLayout(block_tokens, 1, 1, 1, 128, window, "uint8")
+
+
+class _Timed:
+    """A result that is due at a time of the monotonic clock."""
+
+    def __init__(self, result: StepResult, due: float) -> None:
+        self._result, self._due = result, due
+
+    def result(self) -> StepResult:
+        time.sleep(max(0.0, self._due - time.monotonic() - _OVERSLEEP_S))
+        while time.monotonic() < self._due:
+            time.sleep(0)
+        return self._result
 
 
 class NullEngine:
@@ -82,7 +96,7 @@ class NullEngine:
     def info(self) -> EngineInfo:
         return self._info
 
-    def step(self, plan: StepPlan) -> StepResult:
+    def start(self, plan: StepPlan) -> PendingStep:
         deadline = time.monotonic() + self._step_s
         check_plan(plan, self._info, self._host.slots("global"))
         sampled = [sequence for sequence in plan.sequences if sequence.sampling is not None]
@@ -92,10 +106,10 @@ class NullEngine:
             blocks = len(sequence.global_table)
             mass = np.full(blocks, 1 / blocks, np.float32)
             outputs[sequence.key] = SequenceOutput(tokens.get(sequence.key), mass)
-        time.sleep(max(0.0, deadline - time.monotonic() - _OVERSLEEP_S))
-        while time.monotonic() < deadline:
-            time.sleep(0)
-        return StepResult(outputs)
+        return _Timed(StepResult(outputs), deadline)
+
+    def step(self, plan: StepPlan) -> StepResult:
+        return self.start(plan).result()
 
     def host_memory(self, pool: Pool, slots: int) -> NDArray[np.uint8]:
         return self._host.allocate(pool, slots)

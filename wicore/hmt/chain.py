@@ -34,7 +34,9 @@ class Grow:
 
     def view(self, first: int = 0, last: int | None = None) -> NDArray[np.int32]:
         """Elements first .. last - 1, without a copy."""
-        return self._buffer[first : self._length if last is None else min(last, self._length)]
+        if last is None or last > self._length:
+            last = self._length
+        return self._buffer[first:last]
 
 
 class TokenChain:
@@ -43,22 +45,25 @@ class TokenChain:
     `salt` must change whenever equal tokens would no longer mean equal KV.
     """
 
-    __slots__ = ("_tokens", "block_tokens", "hashes", "salt")
+    __slots__ = ("_tokens", "block_tokens", "hashes", "length", "salt")
 
     def __init__(self, salt: bytes, block_tokens: int, tokens: Sequence[int] | NDArray[np.int32]) -> None:
         self.salt = hashlib.blake2b(salt, digest_size=16).digest()
         self.block_tokens = block_tokens
         self._tokens = Grow(tokens)
+        self.length = len(tokens)
+        """What `len` gives, without a call."""
         self.hashes: list[bytes] = []
         """By logical block; full blocks only."""
         self._hash_full_blocks()
 
     def __len__(self) -> int:
-        return len(self._tokens)
+        return self.length
 
     def append(self, token: int) -> None:
         self._tokens.append(token)
-        if len(self._tokens) % self.block_tokens == 0:
+        self.length += 1
+        if self.length % self.block_tokens == 0:
             self._hash_full_blocks()
 
     def tokens(self, first: int = 0, last: int | None = None) -> NDArray[np.int32]:
@@ -82,6 +87,6 @@ class TokenChain:
 
     def _hash_full_blocks(self) -> None:
         size = self.block_tokens
-        for block in range(len(self.hashes), len(self._tokens) // size):
+        for block in range(len(self.hashes), self.length // size):
             content = self._tokens.view(block * size, (block + 1) * size).astype("<i4", copy=False).tobytes()
             self.hashes.append(hashlib.blake2b(self.parent(block) + content, digest_size=16).digest())

@@ -136,14 +136,13 @@ class CacheManager:
             "global": min(resident, self._share) if long else resident,
             "window": self.window_span(positions),
         }
-        places: dict[Pool, Sequence[Place]] = {
-            "global": match.global_places[match.streamed :],
-            "window": match.window_places,
-        }
         for name, pool in self._pools.items():
-            taken = {place.block for place in places[name] if place.tier == "device"}
-            idle = sum(not pool.references(block) and pool.is_saved(block) for block in taken)
+            taken = match.on_device[name]
             have = pool.ready
+            least = max(0, wanted[name] - len(taken)) + spare - have
+            if least > pool.available - have and not closing:
+                return False  # whatever of the match is idle, and nothing that waits to be saved would help
+            idle = pool.idle(taken)
             for key in closing:
                 # What the match takes over from a closing sequence does not become available.
                 have += sum(
@@ -203,6 +202,7 @@ class CacheManager:
         self._take(sequence, match)
         if not sequence.long:
             self._grow(sequence.global_table, self._pools["global"], positions)
+        sequence.forget_tables()
         self._account(chain, match)
         self._settle(sequence)
 
@@ -217,6 +217,11 @@ class CacheManager:
         and match anew, which will not find again what failed."""
         sequence = self._open[key]
         return None if sequence.restore.failed else sequence.computed
+
+    def covers(self, key: int, positions: int) -> bool:
+        """Whether there is nothing to reserve, nor room to be made, for so many positions."""
+        sequence = self._open[key]
+        return positions <= sequence.covered and not sequence.long
 
     def make_room(self, key: int, positions: int) -> bool:
         """Of a sequence longer than the device pool, leave leading blocks to host memory until `positions`
@@ -247,10 +252,7 @@ class CacheManager:
         All or nothing: False, and nothing changed, when `room(key)` is less.
         """
         sequence = self._open[key]
-        if (
-            positions
-            <= min(len(sequence.global_table), len(sequence.window_table)) * self.layout.block_tokens
-        ):
+        if positions <= sequence.covered:
             return True
         if positions > self.room(key):
             return False
@@ -268,7 +270,10 @@ class CacheManager:
         sequence = self._open[key]
         self._time += computed - sequence.computed
         sequence.computed = computed
-        full = computed // self.layout.block_tokens
+        if computed < sequence.quiet_until:
+            return
+        size = self.layout.block_tokens
+        full = computed // size
         if self.prefix_cache:
             self._register(sequence, full)
         sequence.registered = max(sequence.registered, full)
@@ -278,6 +283,8 @@ class CacheManager:
                 self._pools["window"].release(block)
             sequence.window_first = first
             sequence.forget_tables()
+        slides = (sequence.window_first + 1) * size + self.layout.window - 1
+        sequence.quiet_until = min((full + 1) * size, slides)
 
     def record(self, key: int, mass: NDArray[np.float32]) -> None:
         """A step of this sequence gave `mass[i]` of its attention to logical block i."""

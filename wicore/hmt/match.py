@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
+from wicore.engine.base import Pool
 from wicore.hmt.moves import Tier
 
 
@@ -22,7 +24,7 @@ class Place(NamedTuple):
     block: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PrefixMatch:
     """A reusable prefix, as the cache stands now. It holds until a block is taken or evicted. In blocks."""
 
@@ -42,6 +44,18 @@ class PrefixMatch:
     def blocks(self) -> int:
         """Blocks that need not be computed."""
         return len(self.global_places)
+
+    @cached_property
+    def on_device(self) -> dict[Pool, frozenset[int]]:
+        """The device's blocks among the places, without those of the streamed part."""
+        places: dict[Pool, Sequence[Place]] = {
+            "global": self.global_places[self.streamed :],
+            "window": self.window_places,
+        }
+        return {
+            pool: frozenset(place.block for place in found if place.tier == "device")
+            for pool, found in places.items()
+        }
 
     @property
     def resident(self) -> int:

@@ -78,6 +78,8 @@ class BlockPool:
         self._unsaved: dict[int, None] = {}
         """Cached blocks by worth, oldest first; the saved ones are the policy's."""
         self._evicted = self._lost = 0
+        self.on_change: Callable[[bytes], None] = lambda hash: None
+        """Called with every hash that can be found here from now on, or no longer."""
 
     # --- looking ----------------------------------------------------------------------------------
 
@@ -101,6 +103,11 @@ class BlockPool:
     def content(self, block: int) -> tuple[bytes, bytes]:
         """(hash, its parent's) of a registered block. Raises KeyError for another."""
         return self._name_of[block]
+
+    def idle(self, blocks: Iterable[int]) -> int:
+        """How many of these registered blocks nobody refers to, and could be evicted without loss."""
+        refs, worth = self._refs, self._worth
+        return sum(not refs[block] and worth[block] != _UNSAVED for block in blocks)
 
     def is_saved(self, block: int) -> bool:
         """Whether evicting this registered block loses nothing."""
@@ -170,6 +177,7 @@ class BlockPool:
         self._worth[block] = _EXPENDABLE if expendable else _SAVED if saved else _UNSAVED
         if not expendable:
             self.policy.insert(block, hash, heat)
+        self.on_change(hash)
         return True
 
     def heat(self, block: int) -> Heat | None:
@@ -280,6 +288,7 @@ class BlockPool:
         if self._worth[block] != _EXPENDABLE:
             self.policy.drop(block, evicted=evicted)
         self._worth[block] = 0
+        self.on_change(hash)
 
     def _is_leaf(self, block: int) -> bool:
         return not self._leaves_first or self._name_of[block][0] not in self._cached_children

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from wicore.engine.base import KVLayout, Pool
 from wicore.hmt.chain import TokenChain
 from wicore.hmt.match import Costs, Place, PrefixMatch, longest_match
 from wicore.hmt.moves import TIERS, Tier
 from wicore.hmt.traffic import Traffic
+
+_REMEMBERED = 8
+"""Chains whose match is kept: of the waiting sequences only the first few are matched again and again."""
+
+
+@dataclass(slots=True, eq=False)
+class _Memo:
+    """A match, and what it was made from but for the blocks."""
+
+    made_from: tuple[int, int | None, Costs, tuple[bool, ...]]
+    hashes: frozenset[bytes]
+    """The blocks by which it would be another match."""
+    match: PrefixMatch
 
 
 class Prefixes:
@@ -14,14 +29,38 @@ class Prefixes:
 
     def __init__(self, layout: KVLayout, traffic: Traffic) -> None:
         self._layout, self._traffic = layout, traffic
+        self._memos: dict[TokenChain, _Memo] = {}
+        """By chain, the longest unused first."""
+        for tier in traffic.pools.values():
+            for pool in tier.values():
+                pool.on_change = self._forget
 
     def match(self, chain: TokenChain, share: int | None = None) -> PrefixMatch:
         """The prefix to reuse: whole blocks, from any tier, short of the last token, and only as far as
         raising it is sooner than computing it.
 
         With a `share`, at most so many blocks from the end of the prefix go to the device; those before
-        stay in host memory.
+        stay in host memory. A sequence that waits is matched in every step, so the last matches are kept for
+        as long as nothing changes that they depend on.
         """
+        costs = self._costs()
+        passage = tuple(pool.available > 0 for pool in self._traffic.pools.get("host", {}).values())
+        made_from = (chain.length, share, costs, passage)
+        memo = self._memos.pop(chain, None)
+        if memo is None or memo.made_from != made_from:
+            match = self._match(chain, share, costs)
+            memo = _Memo(made_from, frozenset(chain.hashes), match)
+        self._memos[chain] = memo
+        if len(self._memos) > _REMEMBERED:
+            del self._memos[next(iter(self._memos))]
+        return memo.match
+
+    def _forget(self, hash: bytes) -> None:
+        """This block has come to a tier, or gone."""
+        for chain in [chain for chain, memo in self._memos.items() if hash in memo.hashes]:
+            del self._memos[chain]
+
+    def _match(self, chain: TokenChain, share: int | None, costs: Costs) -> PrefixMatch:
         places: list[Place] = []
         windows: list[Place | None] = []
         for hash in chain.hashes[: (len(chain) - 1) // self._layout.block_tokens]:
@@ -34,7 +73,7 @@ class Prefixes:
         below = self._leading_below(chain, found) if share is not None else []
         if share is not None:
             del places[len(below) + share :], windows[len(below) + share :]
-        match = longest_match(places, windows, self.first_window_block_after, self._costs())
+        match = longest_match(places, windows, self.first_window_block_after, costs)
         streamed = 0 if share is None else max(0, match.blocks - share)
         return PrefixMatch(
             (*below[:streamed], *match.global_places[streamed:]),

@@ -32,9 +32,11 @@ class OpenSequence:
         "_tables",
         "chain",
         "computed",
+        "covered",
         "global_table",
         "long",
         "marks",
+        "quiet_until",
         "registered",
         "restore",
         "settled",
@@ -49,6 +51,10 @@ class OpenSequence:
         """`blocks` need not be computed; the first `streamed` of them will lie in host memory."""
         self.chain = chain
         self.computed = blocks * chain.block_tokens
+        self.covered = 0
+        """Positions for which both tables have blocks."""
+        self.quiet_until = 0
+        """While fewer positions are computed, no block becomes full and none slides out of sight."""
         self.registered = blocks
         """Leading blocks that can be found by their hash."""
         self.streamed = streamed
@@ -109,6 +115,7 @@ class OpenSequence:
     def forget_tables(self) -> None:
         """The tables have grown or slid."""
         self._tables = None
+        self.covered = min(len(self.global_table), len(self.window_table)) * self.chain.block_tokens
 
     def _replace(self, table: list[int]) -> None:
         # Anew, not in place: a plan may still hold views of the old one.

@@ -35,6 +35,9 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from wicore.engine.base import SequenceInput, StepPlan, StepResult
 from wicore.errors import EngineError
 from wicore.hmt import CacheManager, PrefixMatch
@@ -47,9 +50,9 @@ PATIENCE = 64
 class Scheduler:
     """Plans the steps of one engine. Pure: no clock, no threads; call it from one thread.
 
-    The cycle is `plan`, the engine's step, `apply`. `add` and `remove` may come at any point in it. When
-    a sequence ends (end token, stop string, length, cancel) is the caller's to decide, and to say by
-    `remove`; only past `max_tokens` nothing is ever planned.
+    The cycle is `plan`, the step, `catch_up` while it runs, `apply`. `add` and `remove` may come at
+    any point in it. When a sequence ends (end token, stop string, length, cancel) is the caller's to decide,
+    and to say by `remove`; only past `max_tokens` nothing is ever planned.
     """
 
     def __init__(self, limits: Limits, cache: CacheManager) -> None:
@@ -60,6 +63,10 @@ class Scheduler:
         """By rank, as is _waiting."""
         self._waiting: list[ScheduledSequence] = []
         self._in_flight: list[ScheduledSequence] | None = None
+        self._masses: list[tuple[ScheduledSequence, NDArray[np.float32]]] = []
+        """Attention of the last result that the cache has not been told of."""
+        self._moves_wait = False
+        """Whether moves may be wanted that were not started."""
         self._arrivals = 0
         self.preemptions = 0
         """Since the start."""
@@ -109,7 +116,10 @@ class Scheduler:
         sequence = self._present.pop(key, None)
         if sequence is None:
             return
-        (self._running if sequence in self._running else self._waiting).remove(sequence)
+        if self._moves_wait:
+            # Before its blocks are free to be moved into: the step in flight may read them.
+            self.catch_up()
+        (self._running if sequence.running else self._waiting).remove(sequence)
         self._cache.close(key)
 
     def plan(self) -> StepPlan | None:
@@ -123,15 +133,20 @@ class Scheduler:
         self._cache.take_in()
         self._settle()
         preempted = self.preemptions
-        decoding = [sequence for sequence in self._running if sequence.pending == 1]
+        decoding = [
+            sequence
+            for sequence in self._running
+            if sequence.chain.length - sequence.computed == 1 and sequence.left and not sequence.restoring
+        ]
         for sequence in decoding:
             sequence.chunk = self._reserve(sequence, 1)
         if self._waiting and self.preemptions == preempted:
             self._admit()
         self._share_budget()
-        self._cache.start_moves()
         planned = [sequence for sequence in self._running if sequence.chunk]
+        self._moves_wait = True
         if not planned:
+            self.catch_up()
             return None
         self._in_flight = planned
         return StepPlan(tuple(map(self._input, planned)))
@@ -143,30 +158,48 @@ class Scheduler:
         """
         if self._in_flight is None:
             raise RuntimeError("no step is in flight: plan one before applying a result")
+        self.catch_up()
         step, self._in_flight = self._in_flight, None
+        present, outputs, commit = self._present, result.outputs, self._cache.commit
         tokens = []
         for sequence in step:
-            if self._present.get(sequence.key) is not sequence:
+            key = sequence.key
+            if present.get(key) is not sequence:
                 continue
-            output = result.outputs.get(sequence.key)
-            if output is None or (output.token is None) == sequence.samples:
-                raise EngineError(
-                    f"the step's result lacks the output or the token of sequence {sequence.key}"
-                )
-            sequence.computed += sequence.chunk
+            output = outputs.get(key)
+            computed = sequence.computed + sequence.chunk
+            if output is None or (output.token is None) == (computed == sequence.chain.length):
+                raise EngineError(f"the step's result lacks the output or the token of sequence {key}")
+            sequence.computed = computed
             sequence.chunk = 0
-            self._cache.commit(sequence.key, sequence.computed)
-            self._cache.record(sequence.key, output.mass)
-            if output.token is not None:
-                sequence.chain.append(output.token.id)
-                sequence.sampling.observe(output.token.id)
+            commit(key, computed)
+            self._masses.append((sequence, output.mass))
+            token = output.token
+            if token is not None:
+                sequence.chain.append(token.id)
+                sequence.sampling.observe(token.id)
                 sequence.left -= 1
-                tokens.append(TokenOut(sequence.key, output.token))
+                tokens.append(TokenOut(key, token))
         return tokens
+
+    def catch_up(self) -> None:
+        """What `plan` and `apply` have left for while a step runs: start the moves of blocks, and tell the
+        cache what attention was reported. To be called when a step has been started; done by `apply` at the
+        latest."""
+        if self._moves_wait:
+            self._moves_wait = False
+            self._cache.start_moves()
+        masses, self._masses = self._masses, []
+        for sequence, mass in masses:
+            if sequence.running and self._present.get(sequence.key) is sequence:
+                self._cache.record(sequence.key, mass)
 
     def ending_soon(self) -> int:
         """How many sequences the step in flight surely ends, because it reaches their `max_tokens`."""
-        return sum(sequence.left == 1 and sequence.samples for sequence in self._in_flight or ())
+        return sum(
+            sequence.left == 1 and sequence.samples and self._present.get(sequence.key) is sequence
+            for sequence in self._in_flight or ()
+        )
 
     def check(self) -> None:
         """Raise EngineError when blocks or sequences do not add up. O(blocks): for idle moments and tests."""
@@ -185,9 +218,11 @@ class Scheduler:
 
         Returns how many; 0 when the sequence itself was preempted, now or earlier in this plan.
         """
-        if sequence not in self._running or not self._cache.make_room(
-            sequence.key, sequence.computed + wanted
-        ):
+        if not sequence.running:
+            return 0
+        if self._cache.covers(sequence.key, sequence.computed + wanted):
+            return wanted
+        if not self._cache.make_room(sequence.key, sequence.computed + wanted):
             return 0
         while self._cache.room(sequence.key) <= sequence.computed:
             last = self._running[-1]
@@ -206,7 +241,7 @@ class Scheduler:
 
     def _wait_again(self, sequence: ScheduledSequence) -> None:
         sequence.computed = sequence.chunk = 0
-        sequence.restoring = False
+        sequence.running = sequence.restoring = False
         insort(self._waiting, sequence, key=rank)
 
     def _settle(self) -> None:
@@ -251,6 +286,7 @@ class Scheduler:
         self._cache.open(key, sequence.chain, match, len(sequence.chain), sequence.positions)
         sequence.restoring = self._cache.restoring(key)
         sequence.computed = 0 if sequence.restoring else self._cache.computed(key) or 0
+        sequence.running = True
         insort(self._running, sequence, key=rank)
 
     def _held(self, sequence: ScheduledSequence, match: PrefixMatch) -> bool:
@@ -311,7 +347,7 @@ class Scheduler:
         """Give prompt chunks, by rank, what decodes leave of the token budget."""
         budget = self._limits.token_budget - sum(sequence.chunk for sequence in self._running)
         chunks = self._limits.prompt_chunks
-        for sequence in [other for other in self._running if other.pending and not other.chunk]:
+        for sequence in [other for other in self._running if not other.chunk and other.pending]:
             if not budget or not chunks:
                 return
             sequence.chunk = self._reserve(sequence, min(budget, sequence.pending))
@@ -320,15 +356,19 @@ class Scheduler:
 
     def _input(self, sequence: ScheduledSequence) -> SequenceInput:
         start, end = sequence.computed, sequence.computed + sequence.chunk
-        tables = self._cache.tables(sequence.key)
-        blocks = self._cache.blocks(end)
+        global_table, window_table, first, streamed = self._cache.tables(sequence.key)
+        blocks = -(-end // self._cache.layout.block_tokens)
+        if len(global_table) > blocks:
+            global_table = global_table[:blocks]
+        if len(window_table) > blocks - first:
+            window_table = window_table[: blocks - first]
         return SequenceInput(
-            key=sequence.key,
-            tokens=sequence.chain.tokens(start, end),
-            start=start,
-            global_table=tables.global_table[:blocks],
-            window_table=tables.window_table[: blocks - tables.window_first],
-            window_first=tables.window_first,
-            streamed=tables.streamed,
-            sampling=sequence.sampling if end == len(sequence.chain) else None,
+            sequence.key,
+            sequence.chain.tokens(start, end),
+            start,
+            global_table,
+            window_table,
+            first,
+            sequence.sampling if end == sequence.chain.length else None,
+            streamed,
         )

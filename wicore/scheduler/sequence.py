@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from wicore.errors import ConfigError
 from wicore.hmt import CacheManager
+from wicore.hmt.chain import TokenChain
 from wicore.request import Priority
 from wicore.sampling import SampledToken, SamplingState
 
@@ -45,9 +46,12 @@ class SequenceRequest:
     """Output tokens in all, those in `generated` included."""
     sampling: SamplingState
     priority: Priority
+    chain: TokenChain | None = None
+    """Of prompt and `generated`, by the cache's `chain`, if it was made before, on a thread that has time for
+    it. The scheduler appends to it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TokenOut:
     """A token that a step added to a sequence."""
 
@@ -69,6 +73,7 @@ class ScheduledSequence:
         "passed",
         "positions",
         "restoring",
+        "running",
         "sampling",
     )
 
@@ -77,12 +82,15 @@ class ScheduledSequence:
         self.sampling = request.sampling
         self.level = int(request.priority)
         self.arrival = arrival
-        self.chain = cache.chain([*request.prompt, *request.generated])
+        chain = request.chain
+        self.chain = cache.chain([*request.prompt, *request.generated]) if chain is None else chain
         self.left = request.max_tokens - len(request.generated)
         """Output tokens still to come."""
         self.positions = len(request.prompt) + request.max_tokens - 1
         """Positions it will have computed at the end: all but the last token's."""
         self.computed = 0
+        self.running = False
+        """Admitted: it has a slot and blocks."""
         self.restoring = False
         """Admitted, with blocks still on their way."""
         self.chunk = 0
@@ -92,12 +100,12 @@ class ScheduledSequence:
     @property
     def pending(self) -> int:
         """Tokens without KV: one when decoding, more when prefilling, none when nothing may follow."""
-        return len(self.chain) - self.computed if self.left and not self.restoring else 0
+        return self.chain.length - self.computed if self.left and not self.restoring else 0
 
     @property
     def samples(self) -> bool:
         """Whether the planned chunk reaches the end, so that a token is drawn."""
-        return self.computed + self.chunk == len(self.chain)
+        return self.computed + self.chunk == self.chain.length
 
 
 def rank(sequence: ScheduledSequence) -> tuple[int, int]:

@@ -17,6 +17,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,14 @@ from numpy.typing import NDArray
 
 from wicore.engine.base import (
     EngineInfo,
+    PendingStep,
     Pool,
     SequenceInput,
     SequenceOutput,
     StepPlan,
     StepResult,
     Ticket,
+    WhenAsked,
 )
 from wicore.engine.copies import Copier, HostMemory
 from wicore.engine.cpu.graph import build_body, build_head
@@ -150,24 +153,12 @@ class CpuEngine:
     def info(self) -> EngineInfo:
         return self._info
 
-    def step(self, plan: StepPlan) -> StepResult:
+    def start(self, plan: StepPlan) -> PendingStep:
         check_plan(plan, self._info, self._host.slots("global"))
-        mass = {s.key: np.zeros(len(s.global_table), np.float32) for s in plan.sequences}
-        rows: list[Float] = []
-        samplers: list[SequenceInput] = []
-        for run in self._runs(plan.sequences):
-            hidden, run_mass = self._run(run)
-            share = np.float32(run.tokens.shape[1])
-            for b, sequence in enumerate(run.inputs):
-                blocks = mass[sequence.key]
-                seen = min(len(blocks), run_mass.shape[1])
-                blocks[:seen] += run_mass[b, :seen] * (share / np.float32(len(sequence.tokens)))
-            wanted = [b for b, s in enumerate(run.inputs) if run.last[b] and s.sampling is not None]
-            if wanted:
-                rows.append(hidden[wanted])
-                samplers += [run.inputs[b] for b in wanted]
-        tokens = self._sample(rows, samplers) if samplers else {}
-        return StepResult({key: SequenceOutput(tokens.get(key), share) for key, share in mass.items()})
+        return WhenAsked(partial(self._step, plan))
+
+    def step(self, plan: StepPlan) -> StepResult:
+        return self.start(plan).result()
 
     def host_memory(self, pool: Pool, slots: int) -> NDArray[np.uint8]:
         rows = self._host.allocate(pool, slots)
@@ -198,6 +189,24 @@ class CpuEngine:
         return {key: np.concatenate(part) for key, part in parts.items()}
 
     # --- one step ---------------------------------------------------------------------------------
+
+    def _step(self, plan: StepPlan) -> StepResult:
+        mass = {s.key: np.zeros(len(s.global_table), np.float32) for s in plan.sequences}
+        rows: list[Float] = []
+        samplers: list[SequenceInput] = []
+        for run in self._runs(plan.sequences):
+            hidden, run_mass = self._run(run)
+            share = np.float32(run.tokens.shape[1])
+            for b, sequence in enumerate(run.inputs):
+                blocks = mass[sequence.key]
+                seen = min(len(blocks), run_mass.shape[1])
+                blocks[:seen] += run_mass[b, :seen] * (share / np.float32(len(sequence.tokens)))
+            wanted = [b for b, s in enumerate(run.inputs) if run.last[b] and s.sampling is not None]
+            if wanted:
+                rows.append(hidden[wanted])
+                samplers += [run.inputs[b] for b in wanted]
+        tokens = self._sample(rows, samplers) if samplers else {}
+        return StepResult({key: SequenceOutput(tokens.get(key), share) for key, share in mass.items()})
 
     def _runs(self, sequences: Sequence[SequenceInput]) -> Iterator[_Run]:
         """Cut a plan into passes of the stack: prompt chunks and streamed sequences one by one, the other
