@@ -70,9 +70,7 @@ class KernelBody:
         self._matmul.glu(stream, rows, b.normed, here.gate_up, b.act, self._inner, hidden)
         self._matmul.plain(stream, rows, b.act, here.down, b.delta, hidden, self._inner, False)
         norm = self._weights.final_norm if following is None else following.input_norm
-        self._norms.add(
-            stream, rows, b.delta, here.post_mlp_norm, b.residual, norm, b.normed, DOWN_EXPONENT
-        )
+        self._norms.add(stream, rows, b.delta, here.post_mlp_norm, b.residual, norm, b.normed, DOWN_EXPONENT)
         if following is not None:
             self._matmul.plain(stream, rows, b.normed, following.qkv, b.qkv, self._qkv, hidden, True)
 

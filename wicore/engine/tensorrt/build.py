@@ -181,7 +181,9 @@ class Budget:
     def of(cls, settings: Settings, device: Device) -> Budget:
         free, wanted = device.memory_free, settings.engine.device_memory_bytes
         if wanted is None:
-            return cls(device, int(free * _SHARE_OF_FREE), f"{_SHARE_OF_FREE:.0%} of {_gb(free)} that are free")
+            return cls(
+                device, int(free * _SHARE_OF_FREE), f"{_SHARE_OF_FREE:.0%} of {_gb(free)} that are free"
+            )
         if wanted > free:
             raise EngineError(
                 f"engine.device_memory_bytes: {_gb(wanted)}, and {device.name} has {_gb(free)} free of "
@@ -194,9 +196,7 @@ class Budget:
     def used(device: Device) -> int:
         return sum(device.report().values())
 
-    def blocks(
-        self, settings: Settings, layout: KVLayout, weights: int, context: int
-    ) -> Mapping[Pool, int]:
+    def blocks(self, settings: Settings, layout: KVLayout, weights: int, context: int) -> Mapping[Pool, int]:
         """The KV pools that fit beside the weights and what is allocated now.
 
         Raises EngineError where they are too small for a sequence of `context` tokens, or for
@@ -299,7 +299,9 @@ def open_segments(
     keys = plan_keys(backend, "{}.{}".format(*device.capability), shape, rows, kinds=kinds)
     missing = cache.missing(keys)
     if missing and hopper:
-        log.info("no TensorRT plans for this card yet; `wicore plan build` makes them, to be tried beside ours")
+        log.info(
+            "no TensorRT plans for this card yet; `wicore plan build` makes them, to be tried beside ours"
+        )
         return None
     if missing:
         log.info("building %d TensorRT plans for this card, once; this takes minutes", len(missing))

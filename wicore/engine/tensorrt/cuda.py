@@ -215,6 +215,7 @@ class CudaFunction:
     ) -> None:
         device = self._device
         device.enter()
+        dependent = dependent and device.overlapping
         types = tuple(map(type, args))
         with self._lock:  # the arguments' memory is the function's; the driver copies it in the call
             layout = self._layouts.get(types)
@@ -343,6 +344,8 @@ class CudaDevice:
         self.sms = self._attribute(attributes.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
         self.max_shared = self._attribute(attributes.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
         self.dependent_launches = self.capability >= (9, 0) and self.driver_version >= _DEPENDENT_FROM
+        self.overlapping = True
+        """Whether launches that may are taken as dependent now."""
         self.loads_functions = self.driver_version >= 12040 and hasattr(self.driver, "cuFuncLoad")
         self.knows_parameters = self.driver_version >= 12040 and hasattr(self.driver, "cuFuncGetParamInfo")
         self._context = self.call("cuDevicePrimaryCtxRetain", self._native)
@@ -598,9 +601,10 @@ class CudaDevice:
     def fill(self, dst: int, byte: int, size: int, stream: CudaStream) -> None:
         self.call("cuMemsetD8Async", dst, byte, size, stream.native)
 
-    def capture(self, stream: CudaStream, work: Callable[[], None]) -> CudaGraph:
+    def capture(self, stream: CudaStream, work: Callable[[], None], overlapping: bool = True) -> CudaGraph:
         mode = self.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self.call("cuStreamBeginCapture", stream.native, mode)
+        before, self.overlapping = self.overlapping, overlapping
         try:
             work()
         except BaseException:
@@ -609,6 +613,8 @@ class CudaDevice:
             except EngineError:
                 pass  # what went wrong in the capture says more
             raise
+        finally:
+            self.overlapping = before
         graph = self.call("cuStreamEndCapture", stream.native)
         try:
             executable = self.call("cuGraphInstantiate", graph, 0)

@@ -7,6 +7,7 @@ on to the head and the sampler. Else the rows that sample are gathered, and come
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,10 @@ from wicore.gemma3.config import Gemma3Config
 from wicore.sampling import SampledToken, SamplingState
 
 Float = NDArray[np.float32]
+
+_OVERLAP_FROM = 32
+"""Rows above which a decode step's kernels overlap, unless it was measured."""
+
 
 class Runner:
     """Enqueues one step at a time on one stream. Nothing here waits but `wait`, and `logits`."""
@@ -113,7 +118,7 @@ class Runner:
         for bucket in self._limits.decode_rows:
             # A step of several passes has none with a head; without `invariant` such steps are rare.
             for head in (True, False) if self._parts.invariant else (True,):
-                self._decode(Pass((), decode=True), tables, bucket, head)
+                self._decode(Pass((), decode=True), tables, bucket, head, measured=True)
         self.stream.synchronize()
 
     def forget_graphs(self) -> None:
@@ -182,7 +187,9 @@ class Runner:
             return self._decode(work, tables, self._limits.bucket(work.rows), False)
         return self._prompt(work, tables)
 
-    def _decode(self, work: Pass, tables: BlockTables, bucket: int, head: bool) -> int:
+    def _decode(
+        self, work: Pass, tables: BlockTables, bucket: int, head: bool, *, measured: bool = False
+    ) -> int:
         sent = self._send(work, tables, bucket, bucket)
         key = (bucket, head)
         if key in self._graphs:
@@ -195,8 +202,31 @@ class Runner:
         # The first time eagerly: what a kernel compiles or allocates then may not happen in a capture.
         launches()
         if self._graphs_wanted:
-            self._graphs[key] = self._device.capture(self.stream, launches)
+            self._graphs[key] = self._capture(bucket, launches, measured)
         return sent.sampling
+
+    def _capture(self, rows: int, launches: Callable[[], None], measured: bool) -> Graph:
+        """As a graph whose kernels overlap, or one whose kernels do not: the faster one where it is to be
+        `measured`, which replays it, else by what is usual on a Hopper card. Reading ahead of the weights
+        disturbs the kernel that runs more than it helps the next, while few rows leave it nothing to hide."""
+        if not measured:
+            return self._device.capture(self.stream, launches, overlapping=rows > _OVERLAP_FROM)
+        graphs = [self._device.capture(self.stream, launches, overlapping=on) for on in (False, True)]
+        times = [self._ms(graph) for graph in graphs]
+        graphs.pop(times.index(max(times))).close()
+        return graphs[0]
+
+    def _ms(self, graph: Graph) -> float:
+        graph.launch(self.stream)
+        times = []
+        for _ in range(3):
+            begin, end = self._device.event(timing=True), self._device.event(timing=True)
+            begin.record(self.stream)
+            graph.launch(self.stream)
+            end.record(self.stream)
+            end.wait()
+            times.append(end.elapsed_ms(begin))
+        return statistics.median(times)
 
     def _decode_launches(self, rows: int, head: bool, tables: StepTables) -> None:
         attention, b = self._parts.attention, self._buffers
@@ -318,15 +348,10 @@ class Running:
     def result(self) -> StepResult:
         self._runner.wait()
         drawn = self._runner.tokens(self._rows)
-        tokens = {
-            piece.sequence.key: token for piece, token in zip(self._samples, drawn, strict=True)
-        }
+        tokens = {piece.sequence.key: token for piece, token in zip(self._samples, drawn, strict=True)}
         mass = self._runner.mass(self._tables)
         return StepResult(
-            {
-                s.key: SequenceOutput(tokens.get(s.key), _share(mass, s, self._tables))
-                for s in self._sequences
-            }
+            {s.key: SequenceOutput(tokens.get(s.key), _share(mass, s, self._tables)) for s in self._sequences}
         )
 
 

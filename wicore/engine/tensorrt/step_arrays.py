@@ -50,7 +50,9 @@ class BlockTables:
             parts.append(sequence.window_table[first - sequence.window_first : end - sequence.window_first])
             self.by_key[sequence.key] = TableEntries(offset, end, at, first)
             at += end - first
-        self.entries: Ints = np.concatenate(parts).astype(np.int32, copy=False) if parts else np.zeros(0, np.int32)
+        self.entries: Ints = (
+            np.concatenate(parts).astype(np.int32, copy=False) if parts else np.zeros(0, np.int32)
+        )
 
 
 def entry_capacity(layout: KVLayout, sequences: int, max_context: int, step_tokens: int) -> int:
