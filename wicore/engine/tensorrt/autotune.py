@@ -19,7 +19,7 @@ import numpy as np
 from wicore.engine.tensorrt.bodies import Body, SegmentBody
 from wicore.engine.tensorrt.device import Device
 from wicore.engine.tensorrt.matmuls import Choice, Matmuls, Way
-from wicore.engine.tensorrt.skinny import Product
+from wicore.engine.tensorrt.skinny import MAX_ROWS, Product
 from wicore.engine.tensorrt.weights import DeviceWeights
 from wicore.engine.tensorrt.workspace import Workspace
 from wicore.errors import EngineError
@@ -110,13 +110,19 @@ class Autotuner:
         self._fill()
         found = Choices()
         sizes = rows_to_measure(self._rows)
-        for measured in self._products():
-            of_head = measured.y == self._buffers.logits
-            found.products[measured.product] = [
-                choice
-                for rows in (rows_to_measure(self._samples) if of_head else sizes)
-                if (choice := self._best(measured, rows)) is not None
-            ]
+        products = [
+            (measured, rows_to_measure(self._samples) if measured.y == self._buffers.logits else sizes)
+            for measured in self._products()
+        ]
+        self._matmuls.compile(
+            (rows, measured.product, way)
+            for measured, each in products
+            for rows in each
+            for way in self._matmuls.candidates(rows, measured.product)
+        )
+        for measured, each in products:
+            choices = (self._best(measured, rows) for rows in each)
+            found.products[measured.product] = [choice for choice in choices if choice is not None]
         found.use(self._matmuls)
         if segments is not None:
             for rows in sizes:
@@ -149,7 +155,7 @@ class Autotuner:
                     matmuls.run(stream, rows, measured.x, weight, measured.y, product, way)
 
             try:
-                times.append((self._ms(work), len(times), way))
+                times.append((self._ms(work, overlapping=rows > MAX_ROWS), len(times), way))
             except EngineError as err:
                 # A candidate that the card cannot run; a device that was lost fails whatever comes next.
                 log.debug("%s, %d rows, %s: %s", product, rows, way, err)
@@ -168,10 +174,10 @@ class Autotuner:
 
         return self._ms(work) / max(1, len(layers))
 
-    def _ms(self, work: Callable[[], None]) -> float:
+    def _ms(self, work: Callable[[], None], *, overlapping: bool = True) -> float:
         """Milliseconds of a replay of what `work` enqueues."""
         work()
-        graph = self._device.capture(self._stream, work)
+        graph = self._device.capture(self._stream, work, overlapping)
         try:
             graph.launch(self._stream)
             times = []

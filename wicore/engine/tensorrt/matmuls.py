@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
@@ -87,6 +90,21 @@ class Matmuls:
             # By its model of the card the best is nearly always among these, and each must be compiled.
             found += tilings[: 4 if rows > MAX_ROWS else 2]
         return found
+
+    def compile(self, wanted: Iterable[tuple[int, Product, Way]]) -> None:
+        """Compile what `run` of these (rows, product, way) needs, on all cores. A way that the card cannot run
+        is left for `run` to complain of."""
+
+        def prepare(item: tuple[int, Product, Way]) -> None:
+            rows, product, way = item
+            with contextlib.suppress(EngineError):
+                if isinstance(way, Setting):
+                    self.skinny.prepare(rows, product, way)
+                elif self.hopper is not None:
+                    self.hopper.compile(way, _kind(product))
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(prepare, wanted))
 
     def choose(self, product: Product, choices: Iterable[Choice]) -> None:
         """Use what was measured: for a number of rows the choice of the next larger one, or of the largest."""

@@ -7,6 +7,7 @@ on to the head and the sampler. Else the rows that sample are gathered, and come
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from wicore.gemma3.config import Gemma3Config
 from wicore.sampling import SampledToken, SamplingState
 
 Float = NDArray[np.float32]
+
+log = logging.getLogger("wicore.engine")
 
 _OVERLAP_FROM = 32
 """Rows above which a decode step's kernels overlap, unless it was measured."""
@@ -121,6 +124,16 @@ class Runner:
                 self._decode(Pass((), decode=True), tables, bucket, head, measured=True)
         self.stream.synchronize()
 
+    def launches(self, sequences: Sequence[SequenceInput]) -> Callable[[], None]:
+        """What enqueues the kernels of a step of one pass, whose arrays are sent now: for profiles."""
+        tables = self._tables(sequences)
+        (work,) = self._cut(sequences)
+        bucket = self._limits.bucket(work.rows) if work.decode else work.rows
+        sent = self._send(work, tables, bucket, bucket if work.decode else len(work.pieces))
+        if work.decode:
+            return lambda: self._decode_launches(bucket, True, sent.tables)
+        return lambda: self._prompt_launches(work, sent)
+
     def forget_graphs(self) -> None:
         """Addresses have changed that graphs hold; no step may be under way."""
         for graph in self._graphs.values():
@@ -213,6 +226,7 @@ class Runner:
             return self._device.capture(self.stream, launches, overlapping=rows > _OVERLAP_FROM)
         graphs = [self._device.capture(self.stream, launches, overlapping=on) for on in (False, True)]
         times = [self._ms(graph) for graph in graphs]
+        log.debug("%d rows: %.3f ms, overlapping %.3f ms", rows, *times)
         graphs.pop(times.index(max(times))).close()
         return graphs[0]
 
@@ -244,9 +258,12 @@ class Runner:
             self._parts.sampler.launch(self.stream, rows, b.logits)
 
     def _prompt(self, work: Pass, tables: BlockTables) -> int:
-        rows = work.rows
-        sent = self._send(work, tables, rows, len(work.pieces))
-        attention, b, step = self._parts.attention, self._buffers, sent.tables
+        sent = self._send(work, tables, work.rows, len(work.pieces))
+        self._prompt_launches(work, sent)
+        return sent.sampling
+
+    def _prompt_launches(self, work: Pass, sent: _Sent) -> None:
+        attention, b, step, rows = self._parts.attention, self._buffers, sent.tables, work.rows
         indices, listed = sent.listed
         body = self._body(rows)
         attention.rope(self.stream, rows, step)
@@ -260,7 +277,6 @@ class Runner:
             attention.prefill(self.stream, *sent.tiles, pool, layer, b.q, b.attended, step)
             body.after(self.stream, rows, index)
         self._mass_at = attention.mass(self.stream, listed, step)
-        return sent.sampling
 
     def _append(self, rows: int, index: int, tables: StepTables) -> None:
         (pool, layer), weights, b = self._layers[index], self._weights.layers[index], self._buffers
