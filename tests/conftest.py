@@ -22,7 +22,12 @@ from wicore.errors import ConfigError
 from wicore.queue.connection import connect
 from wicore.queue.embedded import EmbeddedValkey
 
-pytest_plugins = ["tests.fixtures.plugin", "tests.fixtures.service", "tests.fixtures.block_files"]
+pytest_plugins = [
+    "tests.fixtures.plugin",
+    "tests.fixtures.service",
+    "tests.fixtures.block_files",
+    "tests.emulation.plugin",
+]
 
 # How long an example takes says nothing on a shared machine.
 hypothesis.settings.register_profile("wicore", deadline=None)

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.engines import FIXTURES, TINY, Row, cpu_engine, generate, rows
+from tests.gpu_engines import emulated_engine
 from wicore.engine.base import Engine, Pool, StepPlan
 from wicore.errors import EngineError
 from wicore.request import SamplingParams
@@ -23,6 +24,7 @@ ENGINES: dict[str, Callable[[], Engine]] = {
 }
 POOLS: tuple[Pool, Pool] = ("global", "window")
 ENGINES["cpu int8 tiny, int8 kv"] = lambda: cpu_engine(FIXTURES / "tiny", "int8", "int8")
+ENGINES["tensorrt emulated tiny"] = lambda: emulated_engine(FIXTURES / "tiny", invariant=True)
 PROMPT = np.random.default_rng(3).integers(5, 500, 210).astype(np.int32)
 
 

@@ -10,7 +10,7 @@ import pytest
 from tests.engines import FIXTURES
 from tests.workload import Server, folder_settings, mixed_jobs, settings_of
 from wicore.engine.cpu import CpuEngine
-from wicore.engine.sizing import kv_layout, tier_sizes
+from wicore.engine.sizing import kv_format, kv_layout, tier_sizes
 from wicore.gemma3.checkpoint import Checkpoint, open_checkpoint
 
 JOBS = mixed_jobs(200, 500, longest=560, output=8)
@@ -24,7 +24,7 @@ def server(checkpoint: Checkpoint, **overrides: object) -> Server:
     engine = CpuEngine(
         checkpoint,
         weights="float32",
-        kv=settings.engine.kv,
+        kv=kv_format(settings.engine),
         threads=1,
         block_tokens=16,
         global_blocks=device["global"],

@@ -32,6 +32,7 @@ COMMANDS = {
     "doctor": _Lazy("wicore.commands.doctor:doctor", "Check everything the service needs, and say the fix."),
     "config": _Lazy("wicore.commands.config:config", "Show the settings and where each came from."),
     "model": _Lazy("wicore.commands.model:model", "Fetch and inspect checkpoints."),
+    "plan": _Lazy("wicore.commands.plan:plan", "Build and list the GPU engine's TensorRT plans."),
     "kv": _Lazy("wicore.commands.kv:kv", "Replay request traces through the KV cache."),
     "bench": _Lazy("wicore.commands.bench:bench", "Measure the engine, the service and the cache."),
 }

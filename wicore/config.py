@@ -115,14 +115,22 @@ class ModelSettings(_Section):
 class EngineSettings(_Section):
     kind: Literal["cpu", "null", "tensorrt"] = "cpu"
     """cpu: ONNX Runtime; tensorrt: an NVIDIA GPU; null: computes nothing, to measure what is around it."""
-    weights: Literal["int8", "float32"] = "int8"
-    """Weight format of the CPU engine."""
-    kv: Literal["float32", "int8"] = "float32"
-    """KV format of the CPU engine; int8 holds about four times the positions in the same memory."""
+    weights: Literal["float32", "float16", "int8"] | None = None
+    """Weight format: int8 (unset) or float32 on the CPU, float16 with tensorrt."""
+    kv: Literal["float32", "float16", "int8"] | None = None
+    """KV format: float32 on the CPU or float16 with tensorrt (unset), or int8: smaller, on both."""
+    device_index: int = Field(0, ge=0)
+    """Which GPU, as CUDA counts them."""
+    device_memory_bytes: int | None = Field(None, ge=0)
+    """What weights, working memory and KV may take of a GPU's memory; unset: 92 % of what is free."""
+    invariant: bool = False
+    """tensorrt: text is bitwise independent of the batch and of how prompts are cut; prompts take longer."""
     threads: int = Field(0, ge=0)
     """CPU threads; 0: one a core."""
     null_step_ms: float = Field(5.0, ge=0)
     """Step time of the null engine, in milliseconds."""
+    plan_rows: str = Field("64,512,2048,8192", pattern=r"^[1-9][0-9]{0,5}(,[1-9][0-9]{0,5})*$")
+    """Rows that TensorRT plans are built for; a step uses the next larger, several if none is."""
 
     @field_validator("kind", mode="before")
     @classmethod
@@ -141,8 +149,8 @@ class SchedulerSettings(_Section):
 class HmtSettings(_Section):
     block_tokens: int = Field(32, ge=16, le=128)
     """Positions a KV block holds; 16, 32, 64 or 128."""
-    device_tokens: int = Field(16_384, ge=256)
-    """Positions the device pool holds, over all sequences and cached prefixes."""
+    device_tokens: int | None = Field(None, ge=256)
+    """Positions the device pool holds, cached prefixes too; unset: 16384, with tensorrt what memory allows."""
     prefix_cache: bool = True
     """Keep the KV of finished prompts, so that a request that begins alike starts from it."""
     host_bytes: int | None = Field(None, ge=0)
@@ -291,15 +299,18 @@ def _masked(field: FieldInfo, value: Any) -> Any:
 
 def allowed(field: FieldInfo) -> str:
     """What a setting may be, in words: "a whole number, 1 to 65535"."""
-    if get_origin(field.annotation) is Literal:
-        return "one of " + ", ".join(get_args(field.annotation))
-    kinds = get_args(field.annotation) or (field.annotation,)
-    words = next(_KINDS[kind] for kind in kinds if kind in _KINDS)
+    a_name = get_origin(field.annotation) is Literal
+    kinds = (field.annotation,) if a_name else get_args(field.annotation) or (field.annotation,)
+    words = next(_words(kind) for kind in kinds if kind is not type(None))
     for rule in field.metadata:
         for name, comparison in _BOUNDS.items():
             if getattr(rule, name, None) is not None:
                 words += f", {comparison} {getattr(rule, name)}"
     return words + (", or null" if type(None) in kinds else "")
+
+
+def _words(kind: Any) -> str:
+    return "one of " + ", ".join(get_args(kind)) if get_origin(kind) is Literal else _KINDS[kind]
 
 
 _KINDS: Mapping[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

@@ -21,7 +21,8 @@ class Model:
     tokenizer: Tokenizer
     context: int
     """Longest sequence served, in tokens: the least of what the checkpoint, `model.max_context` and the KV
-    cache (`hmt.device_tokens`, `hmt.host_bytes`) allow."""
+    cache (`hmt.device_tokens`, `hmt.host_bytes`) allow. A GPU's memory does not tell: an engine that has too
+    little for such a sequence does not start."""
     created_s: int
     """Unix time of the checkpoint."""
 

@@ -162,18 +162,25 @@ class SamplingState:
         self._ids[slot] = token
         return slot
 
+    def touched(
+        self,
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]:
+        """The ids with a bias and their biases, the ids under penalties and how often each was generated."""
+        seen = len(self._slots)
+        return self._bias_ids, self._bias_values, self._ids[:seen], self._counts[:seen]
+
     def adjust(self, row: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
         """Apply bias and penalties to `row` in place.
 
         Returns the ids changed and their raw logits, by which the caller restores the row; None when
         nothing applies.
         """
-        ids, counts = self._ids[: len(self._slots)], self._counts[: len(self._slots)]
-        touched = np.concatenate((self._bias_ids, ids))
+        bias_ids, biases, ids, counts = self.touched()
+        touched = np.concatenate((bias_ids, ids))
         if not len(touched):
             return None
         raw = row[touched]
-        row[self._bias_ids] += self._bias_values
+        row[bias_ids] += biases
         values = row[ids]
         penalty = np.float32(self.params.repetition_penalty)
         values = np.where(values > 0, values / penalty, values * penalty)
@@ -218,6 +225,14 @@ def sample(
     finally:
         tokens[1::2] = odd.result()
     return tokens
+
+
+def unusable_logits(index: int, peak: float) -> EngineError:
+    """What is raised for a row whose maximum is no number."""
+    return EngineError(
+        f"logits of row {index} are not usable: their maximum is {peak}; the engine computed"
+        " NaN or overflowed (half precision without scaling?)"
+    )
 
 
 def _sample_row(index: int, logits: NDArray[np.float32], state: SamplingState, random: float) -> SampledToken:
@@ -281,10 +296,7 @@ class _Row:
         self._sums: NDArray[np.float64] | None = None
         self._temperature = 0.0
         if not math.isfinite(self.peak):
-            raise EngineError(
-                f"logits of row {index} are not usable: their maximum is {self.peak}; the engine computed"
-                " NaN or overflowed (half precision without scaling?)"
-            )
+            raise unusable_logits(index, self.peak)
 
     def choose(self, params: SamplingParams, random: float) -> int:
         """The token that `random` in [0, 1) selects."""

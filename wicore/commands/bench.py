@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 from collections.abc import Mapping
+from typing import cast
 
 import click
 
@@ -99,12 +100,14 @@ def accuracy(config: tuple[str, ...], windows: int, subject: str) -> None:
     KV is compared with the weights that engine.weights names, also at the end of a text of 4,000 tokens.
     """
     from wicore.bench.accuracy import measure, measure_kv
+    from wicore.engine.cpu.weights import WeightFormat
+    from wicore.engine.sizing import weight_format
     from wicore.model import load_model
 
-    settings = load_settings(config or None)
-    model = load_model(settings)
+    settings = load_settings(config or None, overrides={"engine.kind": "cpu"})
+    model, weights = load_model(settings), cast(WeightFormat, weight_format(settings.engine))
     kv = subject == "kv"
-    for line in measure_kv(model, windows, settings.engine.weights) if kv else measure(model, windows):
+    for line in measure_kv(model, windows, weights) if kv else measure(model, windows):
         _print({"model": model.name, **line})
 
 

@@ -6,8 +6,8 @@ import dataclasses
 import json
 
 import click
-from tqdm import tqdm
 
+from wicore.commands.bars import Bars
 from wicore.errors import CheckpointError
 from wicore.gemma3.checkpoint import models_folder, open_checkpoint, resolve_model
 from wicore.gemma3.config import published
@@ -31,7 +31,7 @@ def fetch_command(name: str, quiet: bool) -> None:
       wicore model fetch gemma-3-270m
     """
     there = (models_folder() / name).is_dir()
-    with _Bars(disabled=quiet or there) as bars:
+    with Bars(disabled=quiet or there) as bars:
         path = fetch(name, bars.update)
     if not there:
         click.echo(REGISTRY[name].licence, err=True)
@@ -67,30 +67,3 @@ def inspect_command(name_or_path: str, as_json: bool) -> None:
             fingerprint=checkpoint.fingerprint,
         )
     click.echo(json.dumps(dataclasses.asdict(report)) if as_json else render(report))
-
-
-class _Bars:
-    """One progress bar a stage, on standard error."""
-
-    def __init__(self, *, disabled: bool) -> None:
-        self._disabled = disabled
-        self._stage = ""
-        self._bar: tqdm[None] | None = None
-
-    def __enter__(self) -> _Bars:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def update(self, stage: str, done: int, total: int) -> None:
-        if stage != self._stage:
-            self.__exit__()
-            self._stage = stage
-            unit = "weights" if stage == "convert" else "B"
-            self._bar = tqdm(
-                desc=f"{stage:<8}", total=total, unit=unit, unit_scale=True, disable=self._disabled
-            )
-        if self._bar is not None:
-            self._bar.update(done - self._bar.n)

@@ -70,6 +70,8 @@ class EngineInfo:
     """Longest sequence, in tokens."""
     fingerprint: str
     """Changes whenever KV computed before can no longer be used (weights, dtype, layout, RoPE)."""
+    memory: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of device memory by what they are for; empty where the device is main memory."""
 
 
 @dataclass(slots=True)

@@ -20,12 +20,14 @@ Copy = Callable[[int, Bytes], None]
 class HostMemory:
     """The host tier's memory by pool, as `Engine.host_memory` gives it."""
 
-    def __init__(self, layout: KVLayout) -> None:
+    def __init__(self, layout: KVLayout, memory: Callable[[int], Bytes] | None = None) -> None:
+        """`memory` gives so many bytes, page-aligned; without it they are pages that nothing has touched."""
         self._layout = layout
+        self._memory = memory or _untouched
         self._rows: dict[Pool, Bytes] = {}
 
     def allocate(self, pool: Pool, slots: int) -> Bytes:
-        """uint8 [slots, block_bytes], page-aligned; what is not touched takes none.
+        """uint8 [slots, block_bytes], page-aligned.
 
         Raises ValueError when the pool has its memory already, or for a negative number of slots.
         """
@@ -34,14 +36,17 @@ class HostMemory:
         if slots < 0:
             raise ValueError(f"host memory of the {pool} pool: {slots} slots")
         size = self._layout.block_bytes(pool)
-        memory = mmap.mmap(-1, max(1, slots * size))  # a mapping of no bytes is an error
-        rows = np.frombuffer(memory, np.uint8)[: slots * size].reshape(slots, size)
+        rows = self._memory(max(1, slots * size))[: slots * size].reshape(slots, size)
         self._rows[pool] = rows
         return rows
 
     def slots(self, pool: Pool) -> int | None:
         """How many the pool has; None before it was asked for."""
         return len(self._rows[pool]) if pool in self._rows else None
+
+
+def _untouched(size: int) -> Bytes:
+    return np.frombuffer(mmap.mmap(-1, size), np.uint8)
 
 
 class CopyTicket:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from wicore.config import Settings
 from wicore.engine.base import Engine
 from wicore.engine.null import NullEngine
-from wicore.engine.sizing import kv_layout, tier_sizes
-from wicore.errors import EngineError
+from wicore.engine.sizing import kv_format, kv_layout, tier_sizes, weight_format
 from wicore.model import Model
 
 
@@ -15,8 +16,13 @@ def create_engine(settings: Settings, model: Model) -> Engine:
 
     Raises EngineError when it cannot run here, CheckpointError for bad weights.
     """
-    blocks = tier_sizes(settings, kv_layout(settings, model.checkpoint.config)).device
     block = settings.hmt.block_tokens
+    if settings.engine.kind == "tensorrt":
+        # Imported here: only this engine needs a GPU's packages.
+        from wicore.engine.tensorrt.build import create_tensorrt_engine
+
+        return create_tensorrt_engine(settings, model)
+    blocks = tier_sizes(settings, kv_layout(settings, model.checkpoint.config)).device
     if settings.engine.kind == "null":
         return NullEngine(
             step_ms=settings.engine.null_step_ms,
@@ -27,21 +33,18 @@ def create_engine(settings: Settings, model: Model) -> Engine:
             vocab_size=model.checkpoint.config.vocab_size,
             max_context=model.context,
         )
-    if settings.engine.kind == "cpu":
-        # Imported here: ONNX Runtime takes a moment, and only this engine needs it.
-        from wicore.engine.cpu import CpuEngine
+    # Imported here: ONNX Runtime takes a moment, and only this engine needs it.
+    from wicore.engine.cpu import CpuEngine
+    from wicore.engine.cpu.pool import KVFormat
+    from wicore.engine.cpu.weights import WeightFormat
 
-        return CpuEngine(
-            model.checkpoint,
-            weights=settings.engine.weights,
-            kv=settings.engine.kv,
-            threads=settings.engine.threads,
-            block_tokens=block,
-            global_blocks=blocks["global"],
-            window_blocks=blocks["window"],
-            max_context=model.context,
-        )
-    raise EngineError(
-        f"engine.kind: {settings.engine.kind!r} is not available in this version; use cpu",
-        param="engine.kind",
+    return CpuEngine(
+        model.checkpoint,
+        weights=cast(WeightFormat, weight_format(settings.engine)),
+        kv=cast(KVFormat, kv_format(settings.engine)),
+        threads=settings.engine.threads,
+        block_tokens=block,
+        global_blocks=blocks["global"],
+        window_blocks=blocks["window"],
+        max_context=model.context,
     )

@@ -20,6 +20,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from wicore.cache import cache_folder
 from wicore.errors import CheckpointError
 from wicore.gemma3.config import Gemma3Config, published, read_json
 
@@ -178,11 +179,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def models_folder() -> Path:
-    """Where fetched models live: $WICORE_CACHE, else $XDG_CACHE_HOME/wicore, else ~/.cache/wicore."""
-    if own := os.environ.get("WICORE_CACHE"):
-        return Path(own).expanduser() / "models"
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "wicore" / "models"
+    """Where fetched models live: `models` in the cache folder."""
+    return cache_folder() / "models"
 
 
 def resolve_model(name_or_path: str) -> Path:

@@ -47,7 +47,8 @@ class TieredCache:
     def __init__(self, settings: Settings, engine: Engine, wake: Callable[[], None]) -> None:
         """Claims a folder and opens the files. Raises ConfigError, naming the setting, when that fails."""
         hmt, info = settings.hmt, engine.info
-        sizes = tier_sizes(settings, info.layout)
+        blocks: dict[Pool, int] = {"global": info.global_blocks, "window": info.window_blocks}
+        sizes = tier_sizes(settings, info.layout, blocks)
         check_sizes(info.layout, sizes)  # before any file is made
         # Whatever changes what equal tokens mean: KV of another model or another template is never found.
         fingerprint = f"{info.fingerprint} {TEMPLATE}"

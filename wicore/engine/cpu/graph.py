@@ -28,6 +28,7 @@ from wicore.engine.cpu.onnx_graph import MS, Graph
 from wicore.engine.cpu.pool import KVFormat
 from wicore.engine.cpu.storage import Storage
 from wicore.engine.cpu.weights import LayerWeights, Linear
+from wicore.engine.folding import fold_attention_norms
 from wicore.gemma3.config import Gemma3Config
 
 
@@ -64,16 +65,17 @@ def build_body(
     g.input("rows", i64, ["R"])
     g.input("positions", i64, ["N", 1])
     attention = {kind: _Attention(g, config, kind, form) for kind in dict.fromkeys(config.layer_kinds)}
-    scale = np.float32(config.query_pre_attn_scalar**-0.5)
     mass: list[str] = []
     normed = g.norm(x, layers[0].input_norm, eps)
     following = [*(layer.input_norm for layer in layers[1:]), final_norm]
     for i, (layer, next_norm) in enumerate(zip(layers, following, strict=True)):
         attend = attention[config.layer_kinds[i]]
         q, k, v = g.split(g.linear(normed, layer.qkv), (heads * hd, kv * hd, kv * hd))
-        level = _levels(layer.k_norm) if form == "int8" else np.float32(1)
-        q = attend.norm_and_rotate(q, heads, layer.q_norm * (scale * level))
-        k = attend.norm_and_rotate(k, kv, layer.k_norm / level)
+        q_norm, k_norm = fold_attention_norms(
+            layer.q_norm, layer.k_norm, config.query_pre_attn_scalar, int8_kv=form == "int8"
+        )
+        q = attend.norm_and_rotate(q, heads, q_norm)
+        k = attend.norm_and_rotate(k, kv, k_norm)
         out, layer_mass = attend(i, q, k, v)
         mass += [layer_mass] if attend.kind == "global" else []
         out = g.norm(g.linear(out, layer.out), layer.post_attention_norm, eps)
@@ -87,17 +89,6 @@ def build_body(
     g.op("Sum", mass, out="mass")
     g.output("mass", f32, ["B", "T_global"])
     return g
-
-
-def _levels(k_norm: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What 8-bit K is divided by and q multiplied with, [head_dim]: alike for a pair that RoPE turns.
-
-    A few elements of K have much larger norm weights than others, and would take most of the 8 bits. The
-    product of q and k stays the same.
-    """
-    pair = np.abs(k_norm).reshape(2, -1).max(0)
-    levels: NDArray[np.float32] = np.tile(np.where(pair > 0, pair, np.float32(1)), 2)
-    return levels
 
 
 def build_head(config: Gemma3Config, head: Linear) -> Graph:

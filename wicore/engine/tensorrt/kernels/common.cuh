@@ -7,6 +7,11 @@
 #else
 #include <cuda_fp16.h>
 
+// NVRTC before 13.1 has no <math.h> to take it from.
+#ifndef INFINITY
+#define INFINITY __int_as_float(0x7f800000)
+#endif
+
 typedef unsigned int uint32_t;
 typedef unsigned long long uint64_t;
 
@@ -74,6 +79,21 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
                : "memory");
 }
 
+// The same of memory that is read in order: L2 fetches BYTES (128 or 256) around it.
+template <int BYTES>
+__device__ __forceinline__ void copy_async_ahead(void* shared, const void* global, bool valid = true) {
+  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  if (BYTES == 256) {
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+  }
+}
+
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Until at most N of this thread's groups are still under way.
@@ -81,12 +101,53 @@ template <int N>
 __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
+
+// Ask for the 128 bytes around `address` to be in L2.
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
+// 2^x to two units in the last place; results below 2^-126 become 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// x, as if unknown until here: what is computed from it in a loop is not kept in registers between turns.
+__device__ __forceinline__ int fresh(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// Bytes FIRST and SECOND of four signed ones, as halves, exactly: 1024 + (byte + 128) is a bit pattern.
+template <int FIRST, int SECOND>
+__device__ __forceinline__ uint32_t bytes_to_half2(uint32_t bytes) {
+  uint32_t biased = __byte_perm(bytes ^ 0x80808080u, 0x64646464u, FIRST | 0x40 | SECOND << 8 | 0x4000);
+  uint32_t result;
+  asm("sub.f16x2 %0, %1, %2;" : "=r"(result) : "r"(biased), "r"(0x64806480u));
+  return result;
+}
 #endif
 
 __device__ __forceinline__ uint32_t pack_half2(float low, float high) {
   half2 h = __floats2half2_rn(low, high);
   return *reinterpret_cast<uint32_t*>(&h);
 }
+
+#ifdef WICORE_EMULATED
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y = exp2f(x);
+  return y < 1.17549435e-38f ? 0.0f : y;
+}
+
+__device__ __forceinline__ int fresh(int x) { return x; }
+
+template <int FIRST, int SECOND>
+__device__ __forceinline__ uint32_t bytes_to_half2(uint32_t bytes) {
+  return pack_half2(static_cast<signed char>(bytes >> 8 * FIRST), static_cast<signed char>(bytes >> 8 * SECOND));
+}
+#endif
 
 // Sum over the 32 lanes, the same in every lane and in a fixed order.
 __device__ __forceinline__ float warp_sum(float v) {

@@ -1,0 +1,50 @@
+"""The TensorRT engine on an emulated device, for small checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.emulation import EmulatedDevice
+from wicore.engine.tensorrt.autotune import Choices
+from wicore.engine.tensorrt.engine import TensorrtEngine
+from wicore.engine.tensorrt.hopper import Tiling
+from wicore.engine.tensorrt.matmuls import Choice
+from wicore.engine.tensorrt.skinny import Product
+from wicore.engine.tensorrt.weights import DeviceWeights
+from wicore.gemma3.checkpoint import Checkpoint, open_checkpoint
+from wicore.gemma3.config import Gemma3Config
+
+SMALL_TILE = Tiling(32, consumers=1, stages=3)
+"""Of Hopper's product, as the emulation is fastest at it."""
+
+
+def emulated_engine(
+    path: Path,
+    *,
+    kv: str = "float16",
+    device: EmulatedDevice | None = None,
+    checkpoint: Checkpoint | None = None,
+    **options: Any,
+) -> TensorrtEngine:
+    """On a card without Hopper's instructions, unless `device` is another."""
+    checkpoint = checkpoint or open_checkpoint(path)
+    device = device or EmulatedDevice(capability=(8, 0))
+    sizes = {"block_tokens": 16, "global_blocks": 256, "window_blocks": 256, "token_budget": 128}
+    return TensorrtEngine(
+        DeviceWeights(device, checkpoint, kv), checkpoint.config, device, kv=kv, **sizes | options
+    )
+
+
+def hopper_choices(config: Gemma3Config) -> Callable[[Callable[[], Choices]], Choices]:
+    """For `tune`: every product of more than 64 rows by Hopper's kernel, in small tiles."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    wide = config.heads * config.head_dim
+    products = [
+        Product(wide + 2 * config.kv_heads * config.head_dim, hidden, half_out=True),
+        Product(hidden, wide),
+        Product(inner, hidden, gated=True, half_out=True),
+        Product(hidden, inner),
+    ]
+    return lambda measure: Choices({product: [Choice(8192, SMALL_TILE)] for product in products})

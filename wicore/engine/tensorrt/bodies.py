@@ -1,0 +1,131 @@
+"""Everything of a layer but its attention, by our own kernels or by TensorRT's segments.
+
+A body takes the rows of a pass from their embedding to the first QKV product (`first`), and then from each
+layer's attention output to the next layer's QKV product, or after the last layer to the final norm (`after`).
+"""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+from typing import Protocol
+
+from wicore.engine.tensorrt.device import Stream
+from wicore.engine.tensorrt.networks import Kind
+from wicore.engine.tensorrt.norms import Norms
+from wicore.engine.tensorrt.segments import Segments
+from wicore.engine.tensorrt.weights import DeviceWeights
+from wicore.engine.tensorrt.work_buffers import WorkBuffers
+from wicore.gemma3.config import Gemma3Config
+
+DOWN_EXPONENT = -6
+"""The activation between gate and down is scaled by 2 to this power, lest it overflow 16 bits."""
+
+
+class Matmul(Protocol):
+    """Products with a weight matrix, half [out, in]; activations half, sums float32. Addresses are ints."""
+
+    def plain(
+        self, stream: Stream, rows: int, x: int, w: int, y: int, n: int, k: int, half_out: bool
+    ) -> None:
+        """y [rows, n] = x [rows, k] w', y half or float32."""
+
+    def glu(self, stream: Stream, rows: int, x: int, gate_up: int, y: int, inner: int, k: int) -> None:
+        """y [rows, inner] = gelu(x gate') * (x up') * 2 ** DOWN_EXPONENT, half."""
+
+
+class Body(Protocol):
+    """The layers without attention. Reads and writes `WorkBuffers`; only enqueues."""
+
+    def first(self, stream: Stream, rows: int, ids: int) -> None:
+        """Token ids to the residual stream and layer 0's qkv."""
+
+    def after(self, stream: Stream, rows: int, layer: int) -> None:
+        """`attended` of a layer to the next one's qkv; of the last one to the final `normed`."""
+
+
+class KernelBody:
+    """By our own kernels."""
+
+    def __init__(
+        self, config: Gemma3Config, weights: DeviceWeights, buffers: WorkBuffers, norms: Norms, matmul: Matmul
+    ) -> None:
+        self._weights, self._buffers, self._norms, self._matmul = weights, buffers, norms, matmul
+        self._hidden, self._inner = config.hidden_size, config.intermediate_size
+        self._wide = config.heads * config.head_dim
+        self._qkv = self._wide + 2 * config.kv_heads * config.head_dim
+
+    def first(self, stream: Stream, rows: int, ids: int) -> None:
+        b, weights = self._buffers, self._weights
+        layer = weights.layers[0]
+        self._norms.embed(stream, rows, ids, weights.embedding, layer.input_norm, b.residual, b.normed)
+        self._matmul.plain(stream, rows, b.normed, layer.qkv, b.qkv, self._qkv, self._hidden, True)
+
+    def after(self, stream: Stream, rows: int, layer: int) -> None:
+        b, layers, hidden = self._buffers, self._weights.layers, self._hidden
+        here, following = layers[layer], layers[layer + 1] if layer + 1 < len(layers) else None
+        self._matmul.plain(stream, rows, b.attended, here.out, b.delta, hidden, self._wide, False)
+        self._norms.add(
+            stream, rows, b.delta, here.post_attention_norm, b.residual, here.pre_mlp_norm, b.normed, 0
+        )
+        self._matmul.glu(stream, rows, b.normed, here.gate_up, b.act, self._inner, hidden)
+        self._matmul.plain(stream, rows, b.act, here.down, b.delta, hidden, self._inner, False)
+        norm = self._weights.final_norm if following is None else following.input_norm
+        self._norms.add(stream, rows, b.delta, here.post_mlp_norm, b.residual, norm, b.normed, DOWN_EXPONENT)
+        if following is not None:
+            self._matmul.plain(stream, rows, b.normed, following.qkv, b.qkv, self._qkv, hidden, True)
+
+
+class SegmentBody:
+    """By TensorRT's segments: one network from a layer's attention to the next layer's."""
+
+    def __init__(
+        self, config: Gemma3Config, weights: DeviceWeights, buffers: WorkBuffers, segments: Segments
+    ) -> None:
+        self._segments, self._buffers = segments, buffers
+        first = weights.layers[0]
+        self._first = {
+            "table": weights.embedding,
+            "norm": first.input_norm,
+            "qkv_weight": first.qkv,
+            "residual_out": buffers.residual,
+            "qkv": buffers.qkv,
+        }
+        gate_bytes = 2 * config.intermediate_size * config.hidden_size
+        self._layers: list[tuple[Kind, dict[str, int]]] = []
+        streams = buffers.residual, buffers.other_residual
+        for here, following in zip_longest(weights.layers, weights.layers[1:]):
+            bound = {
+                "attention": buffers.attended,
+                "residual": streams[0],
+                "o": here.out,
+                "post_attention": here.post_attention_norm,
+                "pre_mlp": here.pre_mlp_norm,
+                "gate": here.gate_up,
+                "up": here.gate_up + gate_bytes,
+                "down": here.down,
+                "post_mlp": here.post_mlp_norm,
+            }
+            # A segment writes the residual stream beside where it reads it.
+            streams = streams[1], streams[0]
+            if following is None:
+                bound |= {"norm": weights.final_norm, "hidden": buffers.normed}
+            else:
+                bound |= {
+                    "norm": following.input_norm,
+                    "qkv_weight": following.qkv,
+                    "residual_out": streams[0],
+                    "qkv": buffers.qkv,
+                }
+            self._layers.append(("last" if following is None else "middle", bound))
+
+    @property
+    def max_rows(self) -> int:
+        """Most rows that there are plans for."""
+        return min(self._segments.max_rows(kind) for kind in ("first", "middle", "last"))
+
+    def first(self, stream: Stream, rows: int, ids: int) -> None:
+        self._segments.run(stream, "first", rows, {"ids": ids, **self._first})
+
+    def after(self, stream: Stream, rows: int, layer: int) -> None:
+        kind, bound = self._layers[layer]
+        self._segments.run(stream, kind, rows, bound)

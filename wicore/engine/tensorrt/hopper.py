@@ -1,0 +1,331 @@
+"""Matrix products of many rows on Hopper (kernels/hopper.cu): y = x w^T, half operands, float32 sums.
+
+How a product is cut into tiles is chosen by a model of the card's limits, or measured with `tune`. The cut
+does not touch the numbers: every sum runs over k in ascending order, so a row's result is the same whatever
+the tile and the number of rows.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from wicore.engine.tensorrt.device import Device, Function, TensorMap
+from wicore.errors import EngineError
+
+Kind = Literal["half", "float", "glu"]
+"""What is stored: half, float32, or half of the gated activation."""
+
+_SHARED_BYTES = 227 << 10
+_ALIGNMENT = 1024
+_HEADER = 1024
+_STEP = 64
+_MAX_STAGES = 16
+_WIDTHS = (48, 64, 88, 96, 112, 128, 144, 160, 168, 176, 192, 208, 224, 240, 256)
+
+# Of the model that orders the candidates: multiples of a multiprocessor's clock, and bytes a clock.
+_STEP_OVERHEAD = 40
+_TILE_OVERHEAD = 1500
+_SHARED_RATE = 128.0
+_CACHE_RATE = 44.0
+_MEMORY_RATE = 16.0
+_MAPS = 4096
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a product is cut. A tile has 64 * consumers rows and `columns` rows of w."""
+
+    columns: int
+    """8 to 256, a multiple of 8; for glu a multiple of 16: half of them are gate and half are up columns."""
+    consumers: int = 2
+    """Warpgroups that multiply, 1 to 3."""
+    cluster_rows: int = 1
+    """Blocks of a cluster below each other, which share the tile of w."""
+    cluster_columns: int = 1
+    """Blocks of a cluster side by side, which share the tile of x."""
+    stages: int = 0
+    """Tiles in the ring; 0: as many as fit."""
+    stagger: int = 0
+    """Steps of k by which the second consumer starts later."""
+    group: int = 0
+    """Rows of clusters gone through together; 0: such that what runs at one time is about square."""
+
+    @property
+    def rows(self) -> int:
+        return 64 * self.consumers
+
+    @property
+    def cluster(self) -> int:
+        return self.cluster_rows * self.cluster_columns
+
+    @property
+    def threads(self) -> int:
+        return 128 * (1 + self.consumers)
+
+    @property
+    def stage_bytes(self) -> int:
+        return (self.rows + self.columns) * _STEP * 2
+
+    @property
+    def ring(self) -> int:
+        """Tiles in the ring."""
+        fit = (_SHARED_BYTES - _ALIGNMENT - _HEADER) // self.stage_bytes
+        return self.stages or min(fit, _MAX_STAGES)
+
+    @property
+    def shared_bytes(self) -> int:
+        return _HEADER + self.ring * self.stage_bytes
+
+    def out_columns(self, kind: Kind) -> int:
+        """Columns of y in a tile."""
+        return self.columns // 2 if kind == "glu" else self.columns
+
+    def box(self, kind: Kind) -> int:
+        """Rows of w in one copy: each block of a cluster makes one where up to four copies allow it."""
+        least = 2 if kind == "glu" else 1
+        for pieces in range(max(self.cluster_rows, least), 5):
+            if self.columns % (8 * pieces) == 0 and pieces % least == 0:
+                return self.columns // pieces
+        if self.columns % (8 * least):
+            raise EngineError(f"{self}: columns must be a multiple of {8 * least}")
+        return self.columns // least
+
+    def defines(self, kind: Kind) -> dict[str, int | str]:
+        """The kernel's macros."""
+        return {
+            "TILE_N": self.columns,
+            "CONSUMERS": self.consumers,
+            "CLUSTER_M": self.cluster_rows,
+            "CLUSTER_N": self.cluster_columns,
+            "B_BOX": self.box(kind),
+            "STAGES": self.ring,
+            "STAGGER": self.stagger,
+            "GLU": int(kind == "glu"),
+            "HALF_OUT": int(kind != "float"),
+        }
+
+    def clusters(self, rows: int, n: int, kind: Kind) -> tuple[int, int]:
+        """Clusters of tiles below each other and side by side."""
+        down = -(-rows // (self.rows * self.cluster_rows))
+        return down, -(-n // (self.out_columns(kind) * self.cluster_columns))
+
+    def slots(self, sms: int) -> int:
+        """Clusters that run at one time; those of more than two blocks do not fill every part of the chip."""
+        return max(1, sms // self.cluster - (1 if self.cluster > 2 and sms > 16 else 0))
+
+    def height(self, sms: int) -> int:
+        """`group`, or the height at which the rows and columns that run at one time are the fewest."""
+        if self.group:
+            return self.group
+        slots, rows, columns = (
+            self.slots(sms),
+            self.rows * self.cluster_rows,
+            self.columns * self.cluster_columns,
+        )
+        return min(range(1, slots + 1), key=lambda g: g * rows + -(-slots // g) * columns)
+
+    def cost(self, rows: int, n: int, k: int, kind: Kind, sms: int) -> float:
+        """Clocks that the product takes by the model: the slowest of tensor cores, shared memory, cache and
+        device memory."""
+        down, across = self.clusters(rows, n, kind)
+        slots = self.slots(sms)
+        waves, rest = divmod(down * across, slots)
+        steps = -(-k // _STEP)
+        products = self.consumers * 4 * max(self.columns / 2, 32 if self.consumers > 1 else 64)
+        shared = self.consumers * 4 * (2048 + self.columns * 32) + self.stage_bytes
+        cached = self.rows * 128 / self.cluster_columns + self.columns * 128 / self.cluster_rows
+        step = max(products, shared / _SHARED_RATE, cached / _CACHE_RATE) + _STEP_OVERHEAD
+        # Tiles below each other read the same part of w from memory once.
+        read = self.columns * self.cluster_columns * 128 / min(down, self.height(sms)) / (_MEMORY_RATE * sms)
+        tile = _TILE_OVERHEAD * self.columns * self.consumers / 512
+        busy = waves * (steps * max(step, slots * read) + tile)
+        if rest:
+            busy += steps * max(step, rest * read) + tile
+        width = 2 * n if kind == "glu" else n
+        moved = 2 * width * k + 2 * rows * k + (4 if kind == "float" else 2) * rows * n
+        return max(busy, moved / (_MEMORY_RATE * sms)) + steps * 8
+
+
+class HopperMatmul:
+    """Products of `rows` rows on a device of compute capability 9.0. Methods only enqueue on the stream.
+
+    x is [rows][k] and w [n][k], both half; n and k multiples of 8; addresses aligned to 16 bytes.
+    """
+
+    def __init__(self, device: Device) -> None:
+        if device.capability[0] != 9:
+            major, minor = device.capability
+            raise EngineError(f"{device.name}: compute capability {major}.{minor}; these products need 9.0")
+        self._device = device
+        # The emulation runs a cluster as one block (hopper.cuh).
+        self._joined = device.name == "emulation"
+        self._functions: dict[tuple[Tiling, Kind], Function] = {}
+        self._chosen: dict[tuple[Kind, int, int, int], Tiling] = {}
+        self._maps: dict[tuple[int, int, int, int], TensorMap] = {}
+
+    def plain(
+        self,
+        stream: Any,
+        rows: int,
+        x: int,
+        w: int,
+        y: int,
+        n: int,
+        k: int,
+        half_out: bool,
+        tiling: Tiling | None = None,
+    ) -> None:
+        """y[rows][n] = x w^T, half or float32."""
+        self._run(stream, "half" if half_out else "float", rows, x, w, y, n, k, tiling)
+
+    def glu(
+        self,
+        stream: Any,
+        rows: int,
+        x: int,
+        gate_up: int,
+        y: int,
+        inner: int,
+        k: int,
+        tiling: Tiling | None = None,
+    ) -> None:
+        """y[rows][inner] = half(gelu_tanh(x gate^T) * (x up^T) / 64), saturated; gate_up is [2 * inner][k],
+        gate rows first."""
+        self._run(stream, "glu", rows, x, gate_up, y, inner, k, tiling)
+
+    def candidates(self, rows: int, n: int, k: int, kind: Kind) -> list[Tiling]:
+        """Tilings worth measuring for a product, the one with the lowest modelled cost first."""
+        sms = self._device.sms
+        largest = 1 if self._joined else sms  # one block has not the shared memory of several
+        found = [tiling for tiling in _tilings(kind) if tiling.cluster <= largest]
+        # Several blocks below each other are idle work where there is one row of tiles.
+        useful = [t for t in found if t.cluster_rows == 1 or rows > t.rows * (t.cluster_rows - 1)]
+        return sorted(useful, key=lambda t: (t.cost(rows, n, k, kind, sms), -t.columns))
+
+    def choose(self, rows: int, n: int, k: int, kind: Kind) -> Tiling:
+        """The tiling for a product: the measured one, else the first candidate. All numbers of rows that need
+        as many 64-row tiles get the same."""
+        key = (kind, n, k, -(-rows // 64))
+        if key not in self._chosen:
+            self._chosen[key] = self.candidates(key[3] * 64, n, k, kind)[0]
+        return self._chosen[key]
+
+    def use(self, rows: int, n: int, k: int, kind: Kind, tiling: Tiling) -> None:
+        """Take this tiling for such products from now on."""
+        self._chosen[kind, n, k, -(-rows // 64)] = tiling
+
+    def prepare(self, rows: Iterable[int], products: Iterable[tuple[int, int, Kind]]) -> None:
+        """Compile, on all cores, what products (n, k, kind) of these numbers of rows need.
+
+        Nothing can be compiled during a capture, and what is not in the cache takes a second or two a tiling.
+        All multiples of 64 up to the longest prompt chunk cover every number of rows up to it.
+        """
+        shapes = list(products)
+        needed = {(self.choose(count, n, k, kind), kind) for count in rows for n, k, kind in shapes}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda pair: self._function(*pair), needed))
+
+    def compile(self, tiling: Tiling, kind: Kind) -> None:
+        """Compile what products of this kind in this tiling need."""
+        self._function(tiling, kind)
+
+    def tune(
+        self,
+        stream: Any,
+        rows: int,
+        x: int,
+        w: int,
+        y: int,
+        n: int,
+        k: int,
+        kind: Kind,
+        tilings: Sequence[Tiling] | None = None,
+        repeat: int = 5,
+    ) -> list[tuple[float, Tiling]]:
+        """Measure tilings (the first eight candidates unless given) and `use` the fastest.
+
+        Returns milliseconds and tiling, the fastest first. y is overwritten.
+        """
+        measured = []
+        for tiling in tilings or self.candidates(rows, n, k, kind)[:8]:
+            times = []
+            for _ in range(repeat + 1):
+                begin, end = self._device.event(timing=True), self._device.event(timing=True)
+                begin.record(stream)
+                self._run(stream, kind, rows, x, w, y, n, k, tiling)
+                end.record(stream)
+                end.wait()
+                times.append(end.elapsed_ms(begin))
+            measured.append((float(np.median(times[1:])), tiling))
+        measured.sort(key=lambda pair: pair[0])
+        self.use(rows, n, k, kind, measured[0][1])
+        return measured
+
+    def _run(
+        self,
+        stream: Any,
+        kind: Kind,
+        rows: int,
+        x: int,
+        w: int,
+        y: int,
+        n: int,
+        k: int,
+        tiling: Tiling | None,
+    ) -> None:
+        if rows < 1 or n < 8 or k < 8 or n % 8 or k % 8:
+            raise EngineError(f"product of {rows} rows, n {n}, k {k}: n and k must be multiples of 8")
+        tiling = tiling or self.choose(rows, n, k, kind)
+        function = self._function(tiling, kind)
+        x_map = self._map(x, rows, k, tiling.rows // tiling.cluster_columns)
+        w_map = self._map(w, 2 * n if kind == "glu" else n, k, tiling.box(kind))
+        down, across = tiling.clusters(rows, n, kind)
+        sms = self._device.sms
+        clusters = min(down * across, tiling.slots(sms))
+        joined = tiling.cluster if self._joined else 1
+        function(
+            stream,
+            clusters * tiling.cluster // joined,
+            tiling.threads * joined,
+            (x_map, w_map, y, np.int32(rows), np.int32(n), np.int32(k), np.int32(tiling.height(sms))),
+            dynamic_shared=_ALIGNMENT + tiling.shared_bytes * joined,
+        )
+
+    def _function(self, tiling: Tiling, kind: Kind) -> Function:
+        # The order of tiles is an argument, not a part of the kernel.
+        key = (replace(tiling, group=0), kind)
+        if key not in self._functions:
+            shared = _ALIGNMENT + tiling.shared_bytes * (tiling.cluster if self._joined else 1)
+            module = self._device.compile("hopper.cu", tiling.defines(kind))
+            self._functions[key] = module.function("hopper_matmul", shared)
+        return self._functions[key]
+
+    def _map(self, address: int, rows: int, k: int, box: int) -> TensorMap:
+        # Made with the true number of rows: the copy engine reads zeros beyond it.
+        key = (address, rows, k, box)
+        if key not in self._maps:
+            if len(self._maps) >= _MAPS:
+                self._maps.clear()
+            self._maps[key] = self._device.tensor_map_2d(address, rows, k, 2 * k, box, _STEP)
+        return self._maps[key]
+
+
+def _tilings(kind: Kind) -> Iterable[Tiling]:
+    for columns in _WIDTHS:
+        if kind == "glu" and columns % 16:
+            continue
+        yield Tiling(columns)
+        yield Tiling(columns, cluster_rows=2)
+        if columns <= 176:
+            yield Tiling(columns, cluster_columns=2)
+        if columns <= 128:
+            yield Tiling(columns, cluster_columns=4)
+        if columns <= 192:
+            yield Tiling(columns, consumers=3)
+            yield Tiling(columns, consumers=3, cluster_rows=2)

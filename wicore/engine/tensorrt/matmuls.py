@@ -1,0 +1,123 @@
+"""Which kernel makes which matrix product: by rule, or as measured on the card."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
+
+from wicore.engine.tensorrt.device import Device, Stream
+from wicore.engine.tensorrt.hopper import HopperMatmul, Kind, Tiling
+from wicore.engine.tensorrt.skinny import MAX_ROWS, Product, Setting, SkinnyMatmul
+from wicore.errors import EngineError
+
+Way: TypeAlias = "Setting | Tiling"
+"""How a product is made: by `SkinnyMatmul` with this setting, or by `HopperMatmul` with this tiling."""
+
+_HOPPER_FROM = 17
+"""Rows below which the wide kernel's tiles of 64 are mostly idle: never worth measuring."""
+_SKINNY_TO = 256
+"""Rows above which reading the matrix again for every 64 is never worth measuring."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The fastest way found for a product of up to so many rows."""
+
+    rows: int
+    way: Way
+
+    def as_json(self) -> dict[str, Any]:
+        kernel = "skinny" if isinstance(self.way, Setting) else "hopper"
+        return {"rows": self.rows, "kernel": kernel, **asdict(self.way)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Choice:
+        """Raises EngineError for what `as_json` did not write."""
+        fields = dict(value)
+        try:
+            rows, kernel = int(fields.pop("rows")), fields.pop("kernel")
+            return cls(rows, {"skinny": Setting, "hopper": Tiling}[kernel](**fields))
+        except (KeyError, TypeError, ValueError) as err:
+            raise EngineError(f"measured choices: entry {value!r} is damaged: {err}") from err
+
+
+class Matmuls:
+    """`Matmul` by whichever kernel is the fastest known; by rule the skinny one up to 64 rows and Hopper's
+    above, where there is one.
+
+    The bits of a result depend on which of the two kernels made it, and on nothing else: with
+    `invariant` it is always the skinny one.
+    """
+
+    def __init__(self, device: Device, *, invariant: bool = False) -> None:
+        self.skinny = SkinnyMatmul(device)
+        wide = device.capability[0] == 9 and not invariant
+        self.hopper = HopperMatmul(device) if wide else None
+        self._choices: dict[Product, list[Choice]] = {}
+
+    def plain(
+        self, stream: Stream, rows: int, x: int, w: int, y: int, n: int, k: int, half_out: bool
+    ) -> None:
+        self.run(stream, rows, x, w, y, Product(n, k, half_out=half_out))
+
+    def glu(self, stream: Stream, rows: int, x: int, gate_up: int, y: int, inner: int, k: int) -> None:
+        self.run(stream, rows, x, gate_up, y, Product(inner, k, gated=True, half_out=True))
+
+    def run(
+        self, stream: Stream, rows: int, x: int, w: int, y: int, product: Product, way: Way | None = None
+    ) -> None:
+        """Either of the two, in a given way, else in the one chosen."""
+        way = way or self._chosen(rows, product)
+        if self.hopper is None or isinstance(way, Setting) or (way is None and rows <= MAX_ROWS):
+            setting = way if isinstance(way, Setting) else None
+            self.skinny.run(stream, rows, x, w, y, product, setting)
+        elif product.gated:
+            self.hopper.glu(stream, rows, x, w, y, product.n, product.k, way)
+        else:
+            self.hopper.plain(stream, rows, x, w, y, product.n, product.k, product.half_out, way)
+
+    def candidates(self, rows: int, product: Product) -> list[Way]:
+        """Ways worth measuring."""
+        found: list[Way] = []
+        if rows <= _SKINNY_TO:
+            found += self.skinny.candidates(min(rows, MAX_ROWS), product)
+        if self.hopper is not None and rows >= _HOPPER_FROM:
+            tilings = self.hopper.candidates(rows, product.n, product.k, _kind(product))
+            # By its model of the card the best is nearly always among these, and each must be compiled.
+            found += tilings[: 4 if rows > MAX_ROWS else 2]
+        return found
+
+    def compile(self, wanted: Iterable[tuple[int, Product, Way]]) -> None:
+        """Compile what `run` of these (rows, product, way) needs, on all cores. A way that the card cannot run
+        is left for `run` to complain of."""
+
+        def prepare(item: tuple[int, Product, Way]) -> None:
+            rows, product, way = item
+            with contextlib.suppress(EngineError):
+                if isinstance(way, Setting):
+                    self.skinny.prepare(rows, product, way)
+                elif self.hopper is not None:
+                    self.hopper.compile(way, _kind(product))
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(prepare, wanted))
+
+    def choose(self, product: Product, choices: Iterable[Choice]) -> None:
+        """Use what was measured: for a number of rows the choice of the next larger one, or of the largest."""
+        self._choices[product] = sorted(choices, key=lambda choice: choice.rows)
+
+    def _chosen(self, rows: int, product: Product) -> Way | None:
+        choices: Sequence[Choice] = self._choices.get(product, ())
+        chosen = next((c for c in choices if c.rows >= rows), choices[-1] if choices else None)
+        if chosen is None:
+            return None
+        fits = isinstance(chosen.way, Setting) or self.hopper is not None
+        return chosen.way if fits else None
+
+
+def _kind(product: Product) -> Kind:
+    return "glu" if product.gated else "half" if product.half_out else "float"

@@ -1,0 +1,68 @@
+"""RMS norms along the residual stream, and what begins and ends it. The kernels are in kernels/norms.cu."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from wicore.engine.tensorrt.device import Device
+from wicore.errors import EngineError
+
+if TYPE_CHECKING:
+    from wicore.gemma3.config import Gemma3Config
+
+
+class Norms:
+    """Enqueues the kernels; rows are of the model's hidden size H, a multiple of 8.
+
+    Norm factors are float32 [H], 1 + the checkpoint's weight.
+    """
+
+    def __init__(self, device: Device, config: Gemma3Config) -> None:
+        hidden = config.hidden_size
+        if hidden <= 0 or hidden % 8:
+            raise EngineError(f"hidden size {hidden}: expected a positive multiple of 8")
+        self._eps = config.rms_norm_eps
+        self._embedding_scale = np.float32(hidden**0.5)
+        # Two vectors of four values a thread.
+        self._threads = min(1024, -(-hidden // 8 // 32) * 32)
+        module = device.compile("norms.cu", {"HIDDEN": hidden, "THREADS": self._threads})
+        self._embed = module.function("embed")
+        self._add = {True: module.function("add_norm_half"), False: module.function("add_norm_float")}
+        self._gather = module.function("gather")
+
+    def embed(
+        self, stream: Any, rows: int, ids: int, table: int, weight: int, residual: int, normed: int
+    ) -> None:
+        """residual float32 [rows][H] = table half [vocab][H] at ids int32 [rows], times sqrt(H); normed half
+        [rows][H] = its RMS norm times weight. Ids must be below the table's rows; negative ones read row 0.
+        """
+        args = (ids, table, weight, residual, normed, self._embedding_scale, np.float32(self._eps))
+        self._embed(stream, rows, self._threads, args)
+
+    def add(
+        self,
+        stream: Any,
+        rows: int,
+        delta: int,
+        post: int,
+        residual: int,
+        next_weight: int,
+        normed: int,
+        delta_exponent: int = 0,
+        half_delta: bool = False,
+        dependent: bool = True,
+    ) -> None:
+        """residual += the RMS norm of delta times post; normed half = its RMS norm times next_weight.
+
+        delta, float32 or half [rows][H], is the true one times 2 ** delta_exponent, which the norm undoes
+        when its eps is scaled alike.
+        """
+        delta_eps = np.float32(self._eps * 4.0**delta_exponent)
+        args = (delta, post, residual, next_weight, normed, delta_eps, np.float32(self._eps))
+        self._add[half_delta](stream, rows, self._threads, args, 0, dependent)
+
+    def gather(self, stream: Any, count: int, rows_address: int, source: int, target: int) -> None:
+        """target half [count][H] = source [*][H] at rows int32 [count]; zeros for negative rows."""
+        self._gather(stream, count, self._threads, (rows_address, source, target))

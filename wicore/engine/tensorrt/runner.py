@@ -1,0 +1,434 @@
+"""Runs steps on the device: cuts them into passes, sends what they need, and launches their kernels.
+
+A decode pass is padded to a bucket of rows and replayed as a CUDA graph, which is captured after the bucket's
+first use; other passes are launched kernel by kernel. Where one decode pass is the whole step, its graph goes
+on to the head and the sampler. Else the rows that sample are gathered, and come last.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wicore.engine.base import KVLayout, Pool, SequenceInput, SequenceOutput, StepResult
+from wicore.engine.tensorrt.attention import MASS_ONLY, TILE_POSITIONS, Attention, StepTables
+from wicore.engine.tensorrt.bodies import Body
+from wicore.engine.tensorrt.device import Device, Graph
+from wicore.engine.tensorrt.limits import Limits
+from wicore.engine.tensorrt.passes import Pass, Piece, cut
+from wicore.engine.tensorrt.step_arrays import BlockTables, Upload, pass_arrays
+from wicore.engine.tensorrt.weights import DeviceWeights
+from wicore.engine.tensorrt.workspace import Workspace
+from wicore.gemma3.config import Gemma3Config
+from wicore.sampling import SampledToken, SamplingState
+
+Float = NDArray[np.float32]
+
+log = logging.getLogger("wicore.engine")
+
+_OVERLAP_FROM = 32
+"""Rows above which a decode step's kernels overlap, unless it was measured."""
+
+
+class Runner:
+    """Enqueues one step at a time on one stream. Nothing here waits but `wait`, and `logits`."""
+
+    def __init__(
+        self,
+        device: Device,
+        config: Gemma3Config,
+        layout: KVLayout,
+        weights: DeviceWeights,
+        workspace: Workspace,
+        body: Callable[[int], Body],
+        *,
+        graphs: bool = True,
+    ) -> None:
+        """`body` says what computes the layers, by the number of rows."""
+        self._device, self._config, self._layout, self._weights = device, config, layout, weights
+        self._parts, self._buffers, self._limits = workspace, workspace.buffers, workspace.limits
+        self._body, self._graphs_wanted = body, graphs
+        self.stream = device.stream()
+        self._mass_at = 0
+        self._upload = Upload(device, 4 * _words(self._limits))
+        self._mass = device.allocate_host(4 * self._limits.entries)
+        self._done = device.event()
+        self._graphs: dict[tuple[int, bool], Graph] = {}
+        self._layers = _pool_layers(config)
+
+    # --- one step -----------------------------------------------------------------------------------
+
+    def start(self, sequences: Sequence[SequenceInput]) -> Running:
+        """Enqueue a step. Raises ValueError for one too large for the buffers."""
+        passes = list(self._cut(sequences))
+        tables = self._tables(sequences)
+        samples = [piece for work in passes for piece in work.pieces if piece.samples]
+        if len(samples) > self._limits.samples:
+            raise ValueError(
+                f"plan: {len(samples)} sequences sample, and scheduler.max_batch is {self._limits.samples}"
+            )
+        self._parts.attention.clear_mass(self.stream)
+        if len(passes) == 1 and passes[0].decode:
+            rows = self._single(passes[0], tables)
+        else:
+            rows = self._several(passes, tables, samples)
+        self._fetch_mass(tables)
+        self._done.record(self.stream)
+        return Running(self, sequences, tables, samples, rows)
+
+    def wait(self) -> None:
+        """Block until the step that was started is computed."""
+        self._done.wait()
+
+    def tokens(self, rows: Sequence[int]) -> list[SampledToken]:
+        """What was sampled in these rows of the step computed."""
+        drawn = self._parts.sampler.read(max(rows) + 1) if rows else []
+        return [token for row in rows if (token := drawn[row]) is not None]
+
+    def mass(self, tables: BlockTables) -> Float:
+        """Attention mass by entry of the step's global tables, in units of the caller's choosing."""
+        found: Float = self._mass.array[: 4 * tables.global_entries].view(np.float32).copy()
+        return found
+
+    def logits(self, sequences: Sequence[SequenceInput]) -> dict[int, Float]:
+        """Logits after every new token, float32 [n, vocab] by key. Waits; for tests and scoring."""
+        found: dict[int, list[Float]] = {s.key: [] for s in sequences}
+        tables = self._tables(sequences)
+        most = self._limits.samples
+        self._parts.attention.clear_mass(self.stream)
+        for work in self._cut(sequences):
+            self._run_pass(work, tables)
+            at = 0
+            for piece in work.pieces:
+                for first in range(at, at + piece.count, most):
+                    count = min(most, at + piece.count - first)
+                    found[piece.sequence.key].append(self._project(first, count))
+                at += piece.count
+        return {key: np.concatenate(parts) for key, parts in found.items()}
+
+    # --- passes -------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Run and capture decode steps of every bucket, on padding: no step then has to."""
+        tables = BlockTables((), self._layout)
+        self._parts.sampler.pack([])
+        self._parts.sampler.upload(self.stream)
+        for bucket in self._limits.decode_rows:
+            # A step of several passes has none with a head; without `invariant` such steps are rare.
+            for head in (True, False) if self._parts.invariant else (True,):
+                self._decode(Pass((), decode=True), tables, bucket, head, measured=True)
+        self.stream.synchronize()
+
+    def launches(self, sequences: Sequence[SequenceInput]) -> Callable[[], None]:
+        """What enqueues the kernels of a step of one pass, whose arrays are sent now: for profiles."""
+        tables = self._tables(sequences)
+        (work,) = self._cut(sequences)
+        bucket = self._limits.bucket(work.rows) if work.decode else work.rows
+        sent = self._send(work, tables, bucket, bucket if work.decode else len(work.pieces))
+        if work.decode:
+            return lambda: self._decode_launches(bucket, True, sent.tables)
+        return lambda: self._prompt_launches(work, sent)
+
+    def forget_graphs(self) -> None:
+        """Addresses have changed that graphs hold; no step may be under way."""
+        for graph in self._graphs.values():
+            graph.close()
+        self._graphs.clear()
+
+    def _cut(self, sequences: Sequence[SequenceInput]) -> Sequence[Pass]:
+        limits = self._limits
+        return list(
+            cut(
+                sequences,
+                capacity=limits.rows,
+                decode_capacity=limits.samples,
+                invariant=self._parts.invariant,
+            )
+        )
+
+    def _tables(self, sequences: Sequence[SequenceInput]) -> BlockTables:
+        tables = BlockTables(sequences, self._layout)
+        if len(tables.entries) > self._limits.entries:
+            raise ValueError(
+                f"plan: {len(tables.entries)} table entries, and there is room for {self._limits.entries}"
+            )
+        return tables
+
+    def _single(self, work: Pass, tables: BlockTables) -> list[int]:
+        """A step that is one decode pass; the rows that sample, in the order of its pieces."""
+        bucket = self._limits.bucket(work.rows)
+        states: list[SamplingState | None] = [None] * work.rows
+        rows, at = [], 0
+        for piece in work.pieces:
+            at += piece.count
+            if piece.samples:
+                states[at - 1] = piece.sequence.sampling
+                rows.append(at - 1)
+        if rows:
+            self._parts.sampler.pack(states)
+            self._parts.sampler.upload(self.stream)
+        self._decode(work, tables, bucket, bool(rows))
+        return rows
+
+    def _several(self, passes: Sequence[Pass], tables: BlockTables, samples: Sequence[Piece]) -> list[int]:
+        """Passes, then the head for all rows that sample."""
+        if samples:
+            self._parts.sampler.pack([piece.sequence.sampling for piece in samples])
+            self._parts.sampler.upload(self.stream)
+        done = 0
+        for work in passes:
+            gather = self._run_pass(work, tables)
+            count = sum(piece.samples for piece in work.pieces)
+            if count:
+                self._parts.norms.gather(
+                    self.stream, count, gather, self._buffers.normed, self._gathered(done)
+                )
+            done += count
+        if samples:
+            self._head(done, self._buffers.gathered)
+            self._parts.sampler.launch(self.stream, done, self._buffers.logits)
+        return list(range(done))
+
+    def _run_pass(self, work: Pass, tables: BlockTables) -> int:
+        """The address of the indices of its rows that sample."""
+        if work.decode:
+            return self._decode(work, tables, self._limits.bucket(work.rows), False)
+        return self._prompt(work, tables)
+
+    def _decode(
+        self, work: Pass, tables: BlockTables, bucket: int, head: bool, *, measured: bool = False
+    ) -> int:
+        sent = self._send(work, tables, bucket, bucket)
+        key = (bucket, head)
+        if key in self._graphs:
+            self._graphs[key].launch(self.stream)
+            return sent.sampling
+
+        def launches() -> None:
+            self._decode_launches(bucket, head, sent.tables)
+
+        # The first time eagerly: what a kernel compiles or allocates then may not happen in a capture.
+        launches()
+        if self._graphs_wanted:
+            self._graphs[key] = self._capture(bucket, launches, measured)
+        return sent.sampling
+
+    def _capture(self, rows: int, launches: Callable[[], None], measured: bool) -> Graph:
+        """As a graph whose kernels overlap, or one whose kernels do not: the faster one where it is to be
+        `measured`, which replays it, else by what is usual on a Hopper card. Reading ahead of the weights
+        disturbs the kernel that runs more than it helps the next, while few rows leave it nothing to hide."""
+        if not measured:
+            return self._device.capture(self.stream, launches, overlapping=rows > _OVERLAP_FROM)
+        graphs = [self._device.capture(self.stream, launches, overlapping=on) for on in (False, True)]
+        times = [self._ms(graph) for graph in graphs]
+        log.debug("%d rows: %.3f ms, overlapping %.3f ms", rows, *times)
+        graphs.pop(times.index(max(times))).close()
+        return graphs[0]
+
+    def _ms(self, graph: Graph) -> float:
+        graph.launch(self.stream)
+        times = []
+        for _ in range(3):
+            begin, end = self._device.event(timing=True), self._device.event(timing=True)
+            begin.record(self.stream)
+            graph.launch(self.stream)
+            end.record(self.stream)
+            end.wait()
+            times.append(end.elapsed_ms(begin))
+        return statistics.median(times)
+
+    def _decode_launches(self, rows: int, head: bool, tables: StepTables) -> None:
+        attention, b = self._parts.attention, self._buffers
+        body = self._body(rows)
+        attention.rope(self.stream, rows, tables)
+        attention.schedule(self.stream, rows, tables)
+        body.first(self.stream, rows, tables.ids)
+        for index, (pool, layer) in enumerate(self._layers):
+            self._append(rows, index, tables)
+            attention.decode(self.stream, rows, pool, layer, b.q, b.attended, tables)
+            body.after(self.stream, rows, index)
+        self._mass_at = attention.mass(self.stream, rows, tables)
+        if head:
+            self._head(rows, b.normed)
+            self._parts.sampler.launch(self.stream, rows, b.logits)
+
+    def _prompt(self, work: Pass, tables: BlockTables) -> int:
+        sent = self._send(work, tables, work.rows, len(work.pieces))
+        self._prompt_launches(work, sent)
+        return sent.sampling
+
+    def _prompt_launches(self, work: Pass, sent: _Sent) -> None:
+        attention, b, step, rows = self._parts.attention, self._buffers, sent.tables, work.rows
+        indices, listed = sent.listed
+        body = self._body(rows)
+        attention.rope(self.stream, rows, step)
+        attention.schedule(self.stream, listed, step, indices)
+        body.first(self.stream, rows, step.ids)
+        for index, (pool, layer) in enumerate(self._layers):
+            self._append(rows, index, step)
+            # Chunks are listed for their mass, which window layers have none of.
+            if pool == "global" or work.singles:
+                attention.decode(self.stream, listed, pool, layer, b.q, b.attended, step)
+            attention.prefill(self.stream, *sent.tiles, pool, layer, b.q, b.attended, step)
+            body.after(self.stream, rows, index)
+        self._mass_at = attention.mass(self.stream, listed, step)
+
+    def _append(self, rows: int, index: int, tables: StepTables) -> None:
+        (pool, layer), weights, b = self._layers[index], self._weights.layers[index], self._buffers
+        self._parts.attention.append(
+            self.stream, rows, pool, layer, b.qkv, weights.q_norm, weights.k_norm, b.q, tables
+        )
+
+    def _head(self, rows: int, normed: int) -> None:
+        c, b = self._config, self._buffers
+        self._parts.matmuls.plain(
+            self.stream, rows, normed, self._weights.embedding, b.logits, c.vocab_size, c.hidden_size, False
+        )
+
+    def _project(self, first: int, count: int) -> Float:
+        """Logits of rows `first .. first + count - 1` of the pass just run, on the host."""
+        self._head(count, self._buffers.normed + 2 * first * self._config.hidden_size)
+        logits = np.empty((count, self._config.vocab_size), np.float32)
+        self._device.copy(logits.ctypes.data, self._buffers.logits, logits.nbytes, self.stream)
+        self.stream.synchronize()
+        return logits
+
+    def _gathered(self, row: int) -> int:
+        return self._buffers.gathered + 2 * row * self._config.hidden_size
+
+    def _send(self, work: Pass, tables: BlockTables, rows: int, sequences: int) -> _Sent:
+        """Send what a pass needs, padded to so many rows and sequences."""
+        arrays = pass_arrays(work, tables.by_key, rows, sequences)
+        tiles, listed = _tiles(work), _listed(work)
+        sent = self._upload.send(
+            self.stream,
+            [
+                *(arrays.ids, arrays.positions, arrays.row_sequence, *arrays.sequences),
+                *(_sampling_rows(work, sequences), listed, tiles, tables.entries),
+            ],
+        )
+        ids, positions, row_sequence, global_offset, window_offset, window_first, streamed, *rest = sent
+        sampling, listed_at, tiles_at, entries = rest
+        step = StepTables(
+            ids=ids,
+            positions=positions,
+            row_seq=row_sequence,
+            global_offset=global_offset,
+            window_offset=window_offset,
+            window_first=window_first,
+            streamed=streamed,
+            # One array: the offsets of windows are counted from its beginning too.
+            global_tables=entries,
+            window_tables=entries,
+        )
+        return _Sent(step, sampling, (tiles_at, len(tiles)), (listed_at, len(listed)))
+
+    def _fetch_mass(self, tables: BlockTables) -> None:
+        if tables.global_entries:
+            size = 4 * tables.global_entries
+            self._device.copy(self._mass.array.ctypes.data, self._mass_at, size, self.stream)
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """Where on the device the arrays of a pass are."""
+
+    tables: StepTables
+    sampling: int
+    """The rows that sample."""
+    tiles: tuple[int, int]
+    """The chunks' tiles, and how many."""
+    listed: tuple[int, int]
+    """The rows that go through the kernels for single rows, and how many."""
+
+
+class Running:
+    """A step under way."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        sequences: Sequence[SequenceInput],
+        tables: BlockTables,
+        samples: Sequence[Piece],
+        rows: Sequence[int],
+    ) -> None:
+        self._runner, self._sequences, self._tables = runner, sequences, tables
+        self._samples, self._rows = samples, rows
+
+    def result(self) -> StepResult:
+        self._runner.wait()
+        drawn = self._runner.tokens(self._rows)
+        tokens = {piece.sequence.key: token for piece, token in zip(self._samples, drawn, strict=True)}
+        mass = self._runner.mass(self._tables)
+        return StepResult(
+            {s.key: SequenceOutput(tokens.get(s.key), _share(mass, s, self._tables)) for s in self._sequences}
+        )
+
+
+def _share(mass: Float, sequence: SequenceInput, tables: BlockTables) -> Float:
+    """The sequence's mass by block of its whole table, summing to 1."""
+    entries = tables.by_key[sequence.key]
+    found = mass[entries.global_offset : entries.global_offset + entries.blocks]
+    share = np.zeros(len(sequence.global_table), np.float32)
+    share[: entries.blocks] = found / found.sum(dtype=np.float64)
+    return share
+
+
+def _sampling_rows(work: Pass, room: int) -> NDArray[np.int32]:
+    """Rows of the pass that sample, int32 [room]; the rest is -1."""
+    rows = np.full(room, -1, np.int32)
+    ends = np.cumsum([piece.count for piece in work.pieces]) - 1
+    found = [end for end, piece in zip(ends.tolist(), work.pieces, strict=True) if piece.samples]
+    rows[: len(found)] = found
+    return rows
+
+
+def _chunks(work: Pass) -> Iterator[tuple[int, int, int, int]]:
+    """(first row, rows, sequence, position of the first) of every chunk of a prompt pass."""
+    at = work.singles
+    for index, piece in enumerate(work.pieces[work.singles :], work.singles):
+        yield at, piece.count, index, piece.start
+        at += piece.count
+
+
+def _tiles(work: Pass) -> NDArray[np.int32]:
+    return Attention.tiles([] if work.decode else _chunks(work))
+
+
+def _listed(work: Pass) -> NDArray[np.int32]:
+    """Rows of a prompt pass that go through the kernels for single rows: single tokens, and a few of each chunk
+    for their attention mass."""
+    if work.decode:
+        return np.empty(0, np.int32)
+    rows = [np.arange(work.singles)]
+    for first, count, _, _ in _chunks(work):
+        ends = np.arange(1, _MASS_ROWS + 1) * count // _MASS_ROWS
+        rows.append(first + np.unique(ends[ends > 0]) - 1 + MASS_ONLY)
+    return np.concatenate(rows).astype(np.int32)
+
+
+_MASS_ROWS = 4
+"""Rows of a chunk whose attention mass stands for all of it, the last among them."""
+
+
+def _words(limits: Limits) -> int:
+    """Most int32 that a pass sends."""
+    sequences = limits.samples
+    tiles = limits.rows // TILE_POSITIONS + 2 * sequences
+    return 3 * limits.rows + 5 * sequences + _MASS_ROWS * sequences + 4 * tiles + limits.entries
+
+
+def _pool_layers(config: Gemma3Config) -> list[tuple[Pool, int]]:
+    """By layer: its pool, and which of the pool's layers it is."""
+    counts: dict[Pool, int] = {"global": 0, "window": 0}
+    found: list[tuple[Pool, int]] = []
+    for kind in config.layer_kinds:
+        found.append((kind, counts[kind]))
+        counts[kind] += 1
+    return found
