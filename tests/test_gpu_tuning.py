@@ -29,7 +29,7 @@ class Measured(Autotuner):
         super().__init__(*args)  # type: ignore[arg-type]
         self.turn = 0
 
-    def _ms(self, work) -> float:
+    def _ms(self, work, *, overlapping=True) -> float:
         work()
         self.turn += 1
         return 1 / self.turn

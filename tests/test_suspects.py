@@ -117,3 +117,27 @@ def test_an_acquitted_suspect_is_one_of_many_again(site: Site) -> None:
     worker.pop(1, held=[third], suspects=False)
     site.lose_workers()
     assert site.producer.record("beside").attempts == 1
+
+
+def test_a_worker_that_gives_up_leaves_its_jobs_as_its_death_would(site: Site) -> None:
+    jobs = [site.submit(job_id=f"j{i}").id for i in range(120)]
+    worker, other = site.worker("w1"), site.worker("w2")
+    mine, [kept] = worker.pop(119), other.pop(1)
+    site.start(mine[0])
+    assert worker.give_up() == 119
+    assert site.producer.suspects() == 119
+    assert {site.producer.record(job).attempts for job in jobs} == {1}
+    assert site.start(mine[1]) == [0], "what the worker still wants to write is refused"
+    assert site.finish(kept) == 1, "another worker's leases are its own"
+    assert worker.give_up() == 0
+
+
+def test_a_worker_that_gives_up_beside_a_suspect_blames_that_one_alone(site: Site) -> None:
+    site.submit(job_id="poison")
+    site.worker("w1").pop(1)
+    site.lose_workers()
+    site.submit(job_id="beside")
+    worker = site.worker("w2")
+    assert ids(worker.pop(2)) == ["poison", "beside"]
+    worker.give_up()
+    assert [site.producer.record(job).attempts for job in ("poison", "beside")] == [2, 0]

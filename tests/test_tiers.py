@@ -11,10 +11,12 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from errno import EIO, ENOSPC
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.checking_engine import VOCABULARY, CheckingEngine, checking_layout
+from tests.waiting import until
 from tests.workload import Job, Server, folder_settings, mixed_jobs, settings_of
 from wicore.engine.sizing import tier_sizes
 from wicore.hmt.moves import Fault, Move, Outcome
@@ -209,3 +211,34 @@ def test_two_workers_never_share_a_file(few, tmp_path: Path) -> None:
     assert {path.parent.name for path in tmp_path.glob("*/global.blocks")} == {"0", "1"}
     assert run(one, FEW) == few
     assert run(other, FEW) == few
+
+
+@pytest.mark.parametrize("blocked", [False, True], ids=["while nothing is written", "amid a write"])
+def test_what_is_abandoned_is_not_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocked: bool
+) -> None:
+    """After a failure of the engine neither what waits to be saved nor what is being written may count."""
+    begun, go_on = threading.Event(), threading.Event()
+    write = BlockFile.write
+
+    def slow(*arguments: Any) -> Mapping[int, Fault]:
+        begun.set()
+        assert go_on.wait(30)
+        return write(*arguments)
+
+    monkeypatch.setattr(BlockFile, "write", slow)
+    service = small(tmp_path)
+    service.serve(FEW[:20])
+    if blocked:
+        service.cache.tend()
+        assert begun.wait(30), "no block was on its way to the file"
+    abandoned = threading.Thread(target=service.cache.abandon)
+    abandoned.start()
+    until(lambda: service.cache._mover._abandoned, "the cache is abandoned")  # type: ignore[union-attr]
+    go_on.set()
+    abandoned.join(30)
+    service.engine.close()
+    monkeypatch.undo()
+    again = small(tmp_path)
+    assert [pool.cached for pool in again.cache.manager.stats.pools["nvme"].values()] == [0, 0]
+    again.close()

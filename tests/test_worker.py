@@ -7,6 +7,8 @@ import subprocess
 
 import pytest
 
+import workers.worker
+from tests.failing_engine import POISON, FailingEngine
 from tests.services import follow, running_worker, settings_for, worker_process
 from wicore.engine.factory import create_engine
 from wicore.errors import EngineError
@@ -14,7 +16,9 @@ from wicore.exit_codes import ExitCode
 from wicore.model import load_model
 from wicore.queue.connection import connect
 from wicore.queue.producer import Producer
+from wicore.queue.registry import alive_workers
 from wicore.request import Priority, parse_job
+from wicore.tiers.cache import TieredCache
 from workers.worker import Worker
 
 pytestmark = pytest.mark.valkey
@@ -119,26 +123,77 @@ def test_a_plain_redis_client_gets_its_answer(worker, redis_client) -> None:
     assert stored["status"] == "SUCCESS"
 
 
-def test_an_engine_that_fails_ends_the_worker_and_keeps_the_job(redis_client, valkey_url) -> None:
-    class Broken:
-        def __init__(self, engine) -> None:
-            self.info, self.close, self.host_memory = engine.info, engine.close, engine.host_memory
-            self.copy_in, self.copy_out = engine.copy_in, engine.copy_out
+# --- an engine that fails -----------------------------------------------------------------------
 
-        def start(self, plan):
-            raise EngineError("the device is gone")
 
-    settings = settings_for(valkey_url, queue__lease_s=0.5)
+def fail(settings, owner: str) -> FailingEngine:
+    """Run a worker until its engine fails; returns that engine."""
     model = load_model(settings)
-    client = connect(valkey_url)
-    job = submit(redis_client, max_tokens=4)
-    worker = Worker(settings, model, Broken(create_engine(settings, model)), client, "broken")
+    engine = FailingEngine(create_engine(settings, model))
+    client = connect(settings.redis.url)
     with pytest.raises(EngineError, match="device is gone"):
-        worker.run()
+        Worker(settings, model, engine, client, owner).run()
     client.close()
+    return engine
+
+
+def test_the_jobs_of_a_failed_engine_go_on_at_once_in_another_worker(redis_client, valkey_url) -> None:
+    # Leases so long that they cannot be what frees the jobs.
+    settings = settings_for(valkey_url, queue__lease_s=600.0)
+    jobs = [submit(redis_client, max_tokens=12, ignore_eos=True, seed=seed) for seed in (1, POISON)]
+    assert fail(settings, "broken").closed
+    producer = Producer(redis_client)
+    assert [producer.record(job).status for job in jobs] == ["queued", "queued"]
+    assert producer.suspects() == 2
     with running_worker(settings, "healthy"):
-        assert ending(redis_client, job)["type"] == "done"
-    assert Producer(redis_client).record(job).attempts == 2
+        for job in jobs:
+            events = list(follow(redis_client, job))
+            assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
+            kinds = [event["type"] for event in events if event["type"] != "token"]
+            assert kinds == ["started", "resumed", "done"]
+            assert sum(event["type"] == "token" for event in events) == 12
+    assert [producer.record(job).attempts for job in jobs] == [2, 2]
+
+
+def test_a_job_that_fails_engines_does_so_a_bounded_number_of_times(redis_client, valkey_url) -> None:
+    settings = settings_for(valkey_url, queue__lease_s=600.0)
+    good = submit(redis_client, max_tokens=40, ignore_eos=True)
+    bad = submit(redis_client, max_tokens=40, ignore_eos=True, seed=POISON)
+    for attempt in range(settings.queue.max_attempts):
+        fail(settings, f"broken{attempt}")
+    with running_worker(settings, "healthy"):
+        assert ending(redis_client, good)["type"] == "done"
+    event = ending(redis_client, bad)
+    assert (event["type"], event["error"]["code"]) == ("failed", "worker_lost")
+    assert Producer(redis_client).record(bad).attempts == settings.queue.max_attempts
+
+
+def test_nothing_of_a_failed_engine_is_saved(redis_client, valkey_url, monkeypatch) -> None:
+    ends = []
+
+    class Watched(TieredCache):
+        def __getattribute__(self, name: str):
+            ends.extend({name} & {"flush", "close", "abandon"})
+            return super().__getattribute__(name)
+
+    monkeypatch.setattr(workers.worker, "TieredCache", Watched)
+    submit(redis_client, max_tokens=12, ignore_eos=True, seed=POISON)
+    fail(settings_for(valkey_url), "broken")
+    assert ends == ["abandon"]
+
+
+def test_a_worker_process_whose_engine_fails_ends_with_a_code_of_its_own(redis_client, valkey_url) -> None:
+    settings = settings_for(valkey_url, queue__lease_s=600.0)
+    job = submit(redis_client, max_tokens=12, ignore_eos=True, seed=POISON)
+    process = worker_process(settings, "tests.failing_engine", stderr=subprocess.PIPE)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == ExitCode.DEVICE
+    assert "the engine failed, and this process ends: the device is gone" in told.decode()
+    assert Producer(redis_client).record(job).status == "queued"
+    assert not alive_workers(redis_client)
+
+
+# ------------------------------------------------------------------------------------------------
 
 
 def test_a_worker_without_a_model_ends_with_what_it_misses(valkey_url, tmp_path) -> None:

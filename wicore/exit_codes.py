@@ -19,6 +19,8 @@ class ExitCode(IntEnum):
     """The service, Redis or a worker is away or busy; trying again may help."""
     INTERNAL = 70
     """A fault inside WiCore."""
+    DEVICE = 71
+    """A worker whose engine failed in a step; a new process may do better."""
     STALLED = 75
     """A worker whose engine hung; a new process may do better."""
     CONFIG = 78

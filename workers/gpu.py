@@ -1,11 +1,12 @@
 """The worker process: `python -m workers.gpu`. One process a device; the engine is a setting.
 
 SIGTERM or SIGINT: stop taking jobs, finish for `queue.drain_s`, hand back the rest, exit 0.
-A hanging engine: exit with ExitCode.STALLED (watchdog.py).
+A failing engine: give the jobs up, exit with ExitCode.DEVICE. A hanging one: ExitCode.STALLED (watchdog.py).
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -15,7 +16,7 @@ import threading
 
 from wicore.config import Settings, load_settings
 from wicore.engine.factory import create_engine
-from wicore.errors import ConfigError, WicoreError
+from wicore.errors import ConfigError, EngineError, WicoreError
 from wicore.exit_codes import ExitCode, exit_code
 from wicore.model import load_model
 from wicore.queue.connection import connect
@@ -24,6 +25,10 @@ from workers.watchdog import watch
 from workers.worker import Worker
 
 log = logging.getLogger("wicore.worker")
+
+_SWITCH_S = 0.0005
+"""How long a thread may keep the interpreter from others. When a step ends the engine thread wants it, and
+until then the device idles."""
 
 
 def main() -> int:
@@ -35,9 +40,17 @@ def main() -> int:
     except WicoreError as err:
         print(f"error: {err.message}", file=sys.stderr)
         return exit_code(err)
+    sys.setswitchinterval(_SWITCH_S)
+    gc.collect()
+    gc.freeze()  # model and tokenizer stay: walking them takes longer than a step
     serving.append(worker)
     watch(worker, settings.queue)
-    worker.run()
+    try:
+        worker.run()
+    except EngineError as err:
+        log.critical("the engine failed, and this process ends: %s", err.message)
+        logging.shutdown()
+        os._exit(ExitCode.DEVICE)  # an orderly end might wait for the device
     return 0
 
 

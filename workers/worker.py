@@ -32,7 +32,7 @@ from redis import Redis
 from wicore.admission import admit
 from wicore.config import Settings
 from wicore.engine.base import Engine, PendingStep, StepPlan
-from wicore.errors import Cancelled, Expired, Unavailable, WicoreError
+from wicore.errors import Cancelled, EngineError, Expired, Unavailable, WicoreError
 from wicore.generation import Generation
 from wicore.model import Model
 from wicore.queue.consumer import Delivery, LeaseConsumer, LeaseKeeper
@@ -382,28 +382,38 @@ class Worker:
     def _leave(self, *, healthy: bool) -> None:
         """Flush, hand back what is unfinished, stop the threads.
 
-        After a failure of the engine nothing is handed back: the leases run out and the attempt counts,
-        so that a job that brings engines down does so a bounded number of times.
+        After a failure the jobs that the engine had come back at once as those of a dead worker do: the
+        attempt counts, so that a job that brings engines down does so a bounded number of times. Nothing is
+        saved of the device's blocks then.
         """
         self._celery.stop()
         self._cancels.stop()
         if healthy:  # so that the slots of jobs popped amid the stop are accounted for
             self._empty_inbox(None, block=False)
-            self._tell()
+        self._tell()
         self._publisher.stop(_FLUSH_S)
         self._keeper.stop()
-        left = list(self._held.values()) if healthy else []
+        # What never got to the engine is to be blamed for nothing.
+        left = [delivery for tag, delivery in list(self._held.items()) if healthy or tag not in self._jobs]
         try:
             self._consumer.hand_back(left)
             log.info("stopped; %d jobs handed back", len(left))
+            if not healthy:
+                log.error("%d jobs given up to other workers", self._consumer.give_up())
         except Unavailable as err:
-            log.warning("stopped; the leases of %d jobs run out, for %s", len(left), err.message)
+            log.warning("stopped; the leases of %d jobs run out, for %s", len(self._held), err.message)
         self._heartbeat.stop()
         self._consumer.close()
         if healthy:
             self._cache.flush(_FLUSH_S, self._wait)
-        self._cache.close()
-        self._engine.close()
+            self._cache.close()
+            self._engine.close()
+            return
+        self._cache.abandon()
+        try:
+            self._engine.close()
+        except EngineError as err:
+            log.error("the engine did not close: %s", err.message)
 
     def _wait(self, seconds: float) -> None:
         """Until the inbox rings, but no longer."""

@@ -1,6 +1,6 @@
 """The worker process of the chaos suite: `python -m tests.chaos.worker OWNER [BREAK]`.
 
-As `workers.gpu`, save that its owner is given, its accounts are checked when it ends (exit code 1 if they are
+As `workers.gpu`, save that its owner is given, its accounts are checked when it ends (it fails if they are
 wrong), and a sequence marked as poison kills the process as a fault in a kernel would.
 """
 

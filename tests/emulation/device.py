@@ -331,7 +331,9 @@ class EmulatedDevice:
         narrow = np.array([box_rows, box_columns, size, swizzle], np.uint32)
         return EmulatedTensorMap((wide.tobytes() + narrow.tobytes()).ljust(128, b"\0"))
 
-    def capture(self, stream: EmulatedStream, work: Callable[[], None]) -> EmulatedGraph:
+    def capture(
+        self, stream: EmulatedStream, work: Callable[[], None], overlapping: bool = True
+    ) -> EmulatedGraph:
         if stream.captured is not None:
             raise EmulationError("stream: is being captured")
         stream.captured = []

@@ -28,6 +28,8 @@ from wicore.request import JobBody, Priority
 log = logging.getLogger(__name__)
 
 _EVERY_LEVEL = max(Priority) + 1
+_REAPED_AT_ONCE = 100
+"""Leases that one sweep takes: BATCH in reap.lua."""
 _SWEEP_S = 1.0
 """How often the sweep runs at most: how late a dead worker or a passed deadline may be noticed."""
 
@@ -66,8 +68,8 @@ class Peeked:
 
 
 class LeaseConsumer:
-    """What a worker pulls from. One thread calls `pop`, `wait` and `hand_back`; `interrupt` and `peek` are
-    for any.
+    """What a worker pulls from. One thread calls `pop`, `wait`, `hand_back` and `give_up`; `interrupt` and
+    `peek` are for any.
 
     Every method raises Unavailable when Redis is away; calling it again later is safe.
     """
@@ -213,6 +215,16 @@ class LeaseConsumer:
         if triples:
             with unavailable_on_failure(self._client):
                 self._scripts.call("hand_back", *triples)
+
+    def give_up(self) -> int:
+        """End all leases of this worker, known to it or not, as if it had died: the attempts count, and the
+        jobs are suspects. How many there were. The writes of their deliveries are refused from here on.
+        """
+        with unavailable_on_failure(self._client):
+            count = int(self._scripts.call("abandon", self._owner, ""))
+            for _ in range(0, count, _REAPED_AT_ONCE):
+                self._scripts.call("reap")
+        return count
 
     def acquit(self, suspect: Delivery) -> None:
         """End the suspect's trial: it went on past where its last worker died, and another may be taken.

@@ -111,7 +111,15 @@ class TieredCache:
 
     def close(self) -> None:
         """Let what is under way finish, and close the files. Call it before the engine's `close`."""
-        if self._mover is not None and not self._mover.close(_CLOSE_S):
+        self._close_files(self._mover is None or self._mover.close(_CLOSE_S))
+
+    def abandon(self) -> None:
+        """As `close`, after the engine failed: its pool is undefined, so nothing more is saved, nor what is
+        on its way to the files."""
+        self._close_files(self._mover is None or self._mover.abandon(_CLOSE_S))
+
+    def _close_files(self, unused: bool) -> None:
+        if not unused:
             log.warning("the disk of hmt.nvme_path hangs; leaving its files to the end of the process")
             return
         for file in self._files.values():

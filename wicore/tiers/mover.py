@@ -45,7 +45,7 @@ class TierMover:
     ) -> None:
         self._engine, self._host, self._files, self._wake = engine, host, files, wake
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        self._complained = False
+        self._complained = self._abandoned = False
         self._queues: dict[str, queue.SimpleQueue[_Job | None]] = {
             name: queue.SimpleQueue() for name in (("copies", "reads", "writes") if files else ("copies",))
         }
@@ -95,9 +95,17 @@ class TierMover:
             thread.join(max(0.0, end - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
+    def abandon(self, seconds: float) -> bool:
+        """As `close`, but nothing more gets into the files: what waits is dropped, and what is being written
+        is not to be found."""
+        self._abandoned = True
+        return self.close(seconds)
+
     def _serve(self, name: str) -> None:
         jobs, ended = self._queues[name], 0.0
         while (job := jobs.get()) is not None:
+            if self._abandoned:
+                continue
             faults = job.run()
             # A copy runs from when it was given, or from when the one before it was done: waiting for its
             # ticket may have begun later.
@@ -121,8 +129,11 @@ class TierMover:
         return [memory[slot] for slot in slots]
 
     def _write(self, move: Move) -> Mapping[int, Fault]:
-        rows = self._rows(move.pool, move.sources)
-        return self._files[move.pool].write(move.targets, move.contents, move.parents, rows)
+        rows, file = self._rows(move.pool, move.sources), self._files[move.pool]
+        faults = file.write(move.targets, move.contents, move.parents, rows)
+        if self._abandoned:
+            file.discard(move.targets)
+        return faults
 
     def _read(self, move: Move) -> Mapping[int, Fault]:
         rows = self._rows(move.pool, move.targets)

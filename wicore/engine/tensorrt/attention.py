@@ -102,7 +102,7 @@ class DecodeSetting:
 
     @classmethod
     def of(cls, config: Gemma3Config, layout: KVLayout, capability: tuple[int, int]) -> DecodeSetting:
-        tiles = 1 if layout.vector_bytes > 256 else 2
+        tiles = 1 if layout.vector_bytes >= 256 else 2
         columns = config.heads // config.kv_heads * config.head_dim // 4
         parts = 1
         while parts * config.kv_heads < 8 and columns % (2 * parts) == 0 and columns // (2 * parts) >= 32:

@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ import numpy as np
 from wicore.engine.tensorrt.bodies import Body, SegmentBody
 from wicore.engine.tensorrt.device import Device
 from wicore.engine.tensorrt.matmuls import Choice, Matmuls, Way, layer_products
-from wicore.engine.tensorrt.skinny import Product
+from wicore.engine.tensorrt.skinny import MAX_ROWS, Product
 from wicore.engine.tensorrt.weights import DeviceWeights
 from wicore.engine.tensorrt.workspace import Workspace
 from wicore.errors import EngineError
@@ -111,18 +110,19 @@ class Autotuner:
         self._fill()
         found = Choices()
         sizes = rows_to_measure(self._rows)
-        wanted = [
-            (measured, rows, way)
+        products = [
+            (measured, rows_to_measure(self._samples) if measured.y == self._buffers.logits else sizes)
             for measured in self._products()
-            for rows in (rows_to_measure(self._samples) if measured.y == self._buffers.logits else sizes)
-            for way in self._matmuls.candidates(rows, measured.product)
         ]
-        self._matmuls.compile((rows, measured.product, way) for measured, rows, way in wanted)
-        for measured, all_rows in groupby(wanted, lambda one: one[0]):
-            for rows, ways in groupby(all_rows, lambda one: one[1]):
-                choice = self._best(measured, rows, [way for _, _, way in ways])
-                if choice is not None:
-                    found.products.setdefault(measured.product, []).append(choice)
+        self._matmuls.compile(
+            (rows, measured.product, way)
+            for measured, each in products
+            for rows in each
+            for way in self._matmuls.candidates(rows, measured.product)
+        )
+        for measured, each in products:
+            choices = (self._best(measured, rows) for rows in each)
+            found.products[measured.product] = [choice for choice in choices if choice is not None]
         found.use(self._matmuls)
         if segments is not None:
             for rows in sizes:
@@ -143,17 +143,17 @@ class Autotuner:
         head = Product(self._config.vocab_size, self._config.hidden_size)
         yield _Measured(head, b.normed, [self._weights.embedding], b.logits)
 
-    def _best(self, measured: _Measured, rows: int, ways: Sequence[Way]) -> Choice | None:
+    def _best(self, measured: _Measured, rows: int) -> Choice | None:
         times: list[tuple[float, int, Way]] = []
         stream, product, matmuls = self._stream, measured.product, self._matmuls
-        for way in ways:
+        for way in matmuls.candidates(rows, product):
 
             def work(way: Way = way) -> None:
                 for weight in measured.weights:
                     matmuls.run(stream, rows, measured.x, weight, measured.y, product, way)
 
             try:
-                times.append((self._ms(work), len(times), way))
+                times.append((self._ms(work, overlapping=rows > MAX_ROWS), len(times), way))
             except EngineError as err:
                 # A candidate that the card cannot run; a device that was lost fails whatever comes next.
                 log.debug("%s, %d rows, %s: %s", product, rows, way, err)
@@ -172,10 +172,10 @@ class Autotuner:
 
         return self._ms(work) / max(1, len(layers))
 
-    def _ms(self, work: Callable[[], None]) -> float:
+    def _ms(self, work: Callable[[], None], *, overlapping: bool = True) -> float:
         """Milliseconds of a replay of what `work` enqueues."""
         work()
-        graph = self._device.capture(self._stream, work)
+        graph = self._device.capture(self._stream, work, overlapping)
         try:
             graph.launch(self._stream)
             times = []

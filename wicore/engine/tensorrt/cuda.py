@@ -11,6 +11,7 @@ import struct
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,11 @@ class CudaEvent:
             "cuEventCreate", flags.CU_EVENT_DEFAULT if timing else flags.CU_EVENT_DISABLE_TIMING
         )
 
+    def record_in_graph(self, stream: CudaStream) -> None:
+        """Record at each replay of the graph that is being captured."""
+        external = self._device.driver.CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL
+        self._device.call("cuEventRecordWithFlags", self.native, stream.native, external)
+
     def record(self, stream: CudaStream) -> None:
         self._device.call("cuEventRecord", self.native, stream.native)
 
@@ -194,6 +200,37 @@ def _format(name: str, i: int, arg: Argument) -> tuple[str, int, int]:
     raise EngineError(f"{name}: argument {i}: expected int, a numpy scalar or a tensor map; found {arg!r}")
 
 
+@dataclass(frozen=True)
+class TimedLaunch:
+    """A launch of a traced graph, with the events around it."""
+
+    kernel: str
+    integers: tuple[int, ...]
+    """Its int32 arguments."""
+    start: CudaEvent
+    end: CudaEvent
+
+    @property
+    def ms(self) -> float:
+        """Of the graph's last replay, which must be done."""
+        return self.end.elapsed_ms(self.start)
+
+
+class _Trace:
+    """What is launched while a graph is captured for `CudaDevice.traced`."""
+
+    def __init__(self, device: CudaDevice) -> None:
+        self._device = device
+        self.launches: list[TimedLaunch] = []
+
+    def begin(self, kernel: str, stream: CudaStream, args: Sequence[Argument]) -> TimedLaunch:
+        integers = tuple(int(arg) for arg in args if isinstance(arg, np.int32))
+        events = CudaEvent(self._device, True), CudaEvent(self._device, True)
+        self.launches.append(TimedLaunch(kernel, integers, *events))
+        events[0].record_in_graph(stream)
+        return self.launches[-1]
+
+
 class CudaFunction:
     """A kernel; launches of a known shape cost a few microseconds of this thread."""
 
@@ -215,6 +252,7 @@ class CudaFunction:
     ) -> None:
         device = self._device
         device.enter()
+        dependent = dependent and device.overlapping
         types = tuple(map(type, args))
         with self._lock:  # the arguments' memory is the function's; the driver copies it in the call
             layout = self._layouts.get(types)
@@ -235,7 +273,10 @@ class CudaFunction:
                 layout.pack(args)
             except struct.error as err:
                 raise EngineError(f"{self._name}: arguments {args!r}: {err}") from err
+            timed = None if device.trace is None else device.trace.begin(self._name, stream, args)
             answer = self._launch(config, self._native, layout.address, 0)
+            if timed is not None:
+                timed.end.record_in_graph(stream)
         if answer[0]:
             device.check(answer, f"launching {self._name}, grid {grid}, block {block}")
 
@@ -343,6 +384,9 @@ class CudaDevice:
         self.sms = self._attribute(attributes.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
         self.max_shared = self._attribute(attributes.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
         self.dependent_launches = self.capability >= (9, 0) and self.driver_version >= _DEPENDENT_FROM
+        self.trace: _Trace | None = None
+        self.overlapping = True
+        """Whether launches that may are taken as dependent now."""
         self.loads_functions = self.driver_version >= 12040 and hasattr(self.driver, "cuFuncLoad")
         self.knows_parameters = self.driver_version >= 12040 and hasattr(self.driver, "cuFuncGetParamInfo")
         self._context = self.call("cuDevicePrimaryCtxRetain", self._native)
@@ -598,9 +642,10 @@ class CudaDevice:
     def fill(self, dst: int, byte: int, size: int, stream: CudaStream) -> None:
         self.call("cuMemsetD8Async", dst, byte, size, stream.native)
 
-    def capture(self, stream: CudaStream, work: Callable[[], None]) -> CudaGraph:
+    def capture(self, stream: CudaStream, work: Callable[[], None], overlapping: bool = True) -> CudaGraph:
         mode = self.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self.call("cuStreamBeginCapture", stream.native, mode)
+        before, self.overlapping = self.overlapping, overlapping
         try:
             work()
         except BaseException:
@@ -609,12 +654,22 @@ class CudaDevice:
             except EngineError:
                 pass  # what went wrong in the capture says more
             raise
+        finally:
+            self.overlapping = before
         graph = self.call("cuStreamEndCapture", stream.native)
         try:
             executable = self.call("cuGraphInstantiate", graph, 0)
         finally:
             self.discard("cuGraphDestroy", graph)
         return CudaGraph(self, executable)
+
+    def traced(self, stream: Any, work: Callable[[], None]) -> tuple[CudaGraph, list[TimedLaunch]]:
+        """As `capture`, of kernels that do not overlap, with the means to time each of them."""
+        trace = self.trace = _Trace(self)
+        try:
+            return self.capture(stream, work, overlapping=False), trace.launches
+        finally:
+            self.trace = None
 
     def synchronize(self) -> None:
         self.call("cuCtxSynchronize")

@@ -183,8 +183,12 @@ class Device(Protocol):
         box's row.
         """
 
-    def capture(self, stream: Any, work: Callable[[], None]) -> Graph:
-        """What `work` enqueues on `stream`, as a graph; nothing of it runs now."""
+    def capture(self, stream: Any, work: Callable[[], None], overlapping: bool = True) -> Graph:
+        """What `work` enqueues on `stream`, as a graph; nothing of it runs now.
+
+        overlapping: False takes no launch as dependent, whatever it says: each then starts when the one
+        ahead has ended.
+        """
 
     def synchronize(self) -> None:
         """Block this thread until all work of all streams is done; raises what went wrong in it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from wicore.engine.tensorrt.device import Device
 from wicore.engine.tensorrt.limits import Limits
 from wicore.engine.tensorrt.matmuls import layer_products
 from wicore.engine.tensorrt.passes import SLICE
+from wicore.engine.tensorrt.profile import KernelTime, kv_bytes, summary
 from wicore.engine.tensorrt.runner import Runner, Running
 from wicore.engine.tensorrt.segments import Segments
 from wicore.engine.tensorrt.weights import DeviceWeights
@@ -79,7 +80,7 @@ class TensorrtEngine:
 
         Raises EngineError for shapes that the kernels cannot do, and when memory does not suffice.
         """
-        self._device = device
+        self._device, self._config = device, config
         layout = layout_of(config, block_tokens, kv)
         context = min(max_context or config.max_context, config.max_context)
         if workspace is None:
@@ -91,7 +92,7 @@ class TensorrtEngine:
                 invariant=invariant,
             )
             workspace = Workspace(device, config, layout, limits, invariant=invariant)
-        self._config, self._most_rows = config, workspace.limits.rows
+        self._most_rows = workspace.limits.rows
         self._attention, self._matmuls = workspace.attention, workspace.matmuls
         matmuls = self._matmuls
         kernels = KernelBody(config, weights, workspace.buffers, workspace.norms, matmuls)
@@ -157,6 +158,27 @@ class TensorrtEngine:
         """Logits after every new token of every sequence, [n, vocab]: for parity tests and scoring."""
         check_plan(plan, self._info, self._copies.slots("global"))
         return self._guarded(lambda: self._runner.logits(plan.sequences))
+
+    def profile(self, plan: StepPlan, replays: int = 5) -> list[KernelTime]:
+        """Where the time of a step of one pass goes: its kernels one after the other, as a graph.
+
+        The step is run, `replays` times and once more: its KV is written, and nothing is returned of it. Only
+        on a real card. Raises ValueError for a plan of several passes.
+        """
+        check_plan(plan, self._info, self._copies.slots("global"))
+        device: Any = self._device
+        stream = self._runner.stream
+        work = self._runner.launches(plan.sequences)
+        graph, launches = device.traced(stream, work)
+        times = []
+        for _ in range(replays + 1):
+            graph.launch(stream)
+            stream.synchronize()
+            times.append([launch.ms for launch in launches])
+        graph.close()
+        single = all(len(s.tokens) == 1 for s in plan.sequences)
+        seen = kv_bytes(plan.sequences, self._info.layout, self._config) if single else 0
+        return summary(launches, times[1:], self._config, seen)
 
     def host_memory(self, pool: Pool, slots: int) -> NDArray[np.uint8]:
         rows = self._guarded(lambda: self._copies.host_memory(pool, slots))

@@ -231,6 +231,10 @@ class HopperMatmul:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda pair: self._function(*pair), needed))
 
+    def compile(self, tiling: Tiling, kind: Kind) -> None:
+        """Compile what products of this kind in this tiling need."""
+        self._function(tiling, kind)
+
     def tune(
         self,
         stream: Any,

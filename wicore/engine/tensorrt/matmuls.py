@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -94,23 +95,19 @@ class Matmuls:
         return found
 
     def compile(self, wanted: Iterable[tuple[int, Product, Way]]) -> None:
-        """Compile what `run` of these needs, on all cores."""
-        skinny: list[tuple[int, Product, Setting]] = []
-        rounds: dict[tuple[int, Product], list[Tiling]] = {}
-        for rows, product, way in wanted:
-            if isinstance(way, Setting):
-                skinny.append((rows, product, way))
-            else:
-                rounds.setdefault((rows, product), []).append(way)
+        """Compile what `run` of these (rows, product, way) needs, on all cores. A way that the card cannot run
+        is left for `run` to complain of."""
+
+        def prepare(item: tuple[int, Product, Way]) -> None:
+            rows, product, way = item
+            with contextlib.suppress(EngineError):
+                if isinstance(way, Setting):
+                    self.skinny.prepare(rows, product, way)
+                elif self.hopper is not None:
+                    self.hopper.compile(way, _kind(product))
+
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda one: self.skinny.prepare(*one), skinny))
-        for turn in range(max(map(len, rounds.values()), default=0)):
-            for (rows, product), tilings in rounds.items():
-                if self.hopper is not None and turn < len(tilings):
-                    self.hopper.use(rows, product.n, product.k, _kind(product), tilings[turn])
-            if self.hopper is not None:
-                products = {(product.n, product.k, _kind(product)) for _, product in rounds}
-                self.hopper.prepare({rows for rows, _ in rounds}, products)
+            list(pool.map(prepare, wanted))
 
     def choose(self, product: Product, choices: Iterable[Choice]) -> None:
         """Use what was measured: for a number of rows the choice of the next larger, else of the largest."""

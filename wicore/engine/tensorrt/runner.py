@@ -7,6 +7,8 @@ on to the head and the sampler. Else the rows that sample are gathered, and come
 
 from __future__ import annotations
 
+import logging
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +28,11 @@ from wicore.gemma3.config import Gemma3Config
 from wicore.sampling import SampledToken, SamplingState
 
 Float = NDArray[np.float32]
+
+log = logging.getLogger("wicore.engine")
+
+_OVERLAP_FROM = 32
+"""Rows above which a decode step's kernels overlap, unless it was measured."""
 
 
 class Runner:
@@ -114,8 +121,18 @@ class Runner:
         for bucket in self._limits.decode_rows:
             # A step of several passes has none with a head; without `invariant` such steps are rare.
             for head in (True, False) if self._parts.invariant else (True,):
-                self._decode(Pass((), decode=True), tables, bucket, head)
+                self._decode(Pass((), decode=True), tables, bucket, head, measured=True)
         self.stream.synchronize()
+
+    def launches(self, sequences: Sequence[SequenceInput]) -> Callable[[], None]:
+        """What enqueues the kernels of a step of one pass, whose arrays are sent now: for profiles."""
+        tables = self._tables(sequences)
+        (work,) = self._cut(sequences)
+        bucket = self._limits.bucket(work.rows) if work.decode else work.rows
+        sent = self._send(work, tables, bucket, bucket if work.decode else len(work.pieces))
+        if work.decode:
+            return lambda: self._decode_launches(bucket, True, sent.tables)
+        return lambda: self._prompt_launches(work, sent)
 
     def forget_graphs(self) -> None:
         """Addresses have changed that graphs hold; no step may be under way."""
@@ -183,7 +200,9 @@ class Runner:
             return self._decode(work, tables, self._limits.bucket(work.rows), False)
         return self._prompt(work, tables)
 
-    def _decode(self, work: Pass, tables: BlockTables, bucket: int, head: bool) -> int:
+    def _decode(
+        self, work: Pass, tables: BlockTables, bucket: int, head: bool, *, measured: bool = False
+    ) -> int:
         sent = self._send(work, tables, bucket, bucket)
         key = (bucket, head)
         if key in self._graphs:
@@ -196,8 +215,32 @@ class Runner:
         # The first time eagerly: what a kernel compiles or allocates then may not happen in a capture.
         launches()
         if self._graphs_wanted:
-            self._graphs[key] = self._device.capture(self.stream, launches)
+            self._graphs[key] = self._capture(bucket, launches, measured)
         return sent.sampling
+
+    def _capture(self, rows: int, launches: Callable[[], None], measured: bool) -> Graph:
+        """As a graph whose kernels overlap, or one whose kernels do not: the faster one where it is to be
+        `measured`, which replays it, else by what is usual on a Hopper card. Reading ahead of the weights
+        disturbs the kernel that runs more than it helps the next, while few rows leave it nothing to hide."""
+        if not measured:
+            return self._device.capture(self.stream, launches, overlapping=rows > _OVERLAP_FROM)
+        graphs = [self._device.capture(self.stream, launches, overlapping=on) for on in (False, True)]
+        times = [self._ms(graph) for graph in graphs]
+        log.debug("%d rows: %.3f ms, overlapping %.3f ms", rows, *times)
+        graphs.pop(times.index(max(times))).close()
+        return graphs[0]
+
+    def _ms(self, graph: Graph) -> float:
+        graph.launch(self.stream)
+        times = []
+        for _ in range(3):
+            begin, end = self._device.event(timing=True), self._device.event(timing=True)
+            begin.record(self.stream)
+            graph.launch(self.stream)
+            end.record(self.stream)
+            end.wait()
+            times.append(end.elapsed_ms(begin))
+        return statistics.median(times)
 
     def _decode_launches(self, rows: int, head: bool, tables: StepTables) -> None:
         attention, b = self._parts.attention, self._buffers
@@ -215,9 +258,12 @@ class Runner:
             self._parts.sampler.launch(self.stream, rows, b.logits)
 
     def _prompt(self, work: Pass, tables: BlockTables) -> int:
-        rows = work.rows
-        sent = self._send(work, tables, rows, len(work.pieces))
-        attention, b, step = self._parts.attention, self._buffers, sent.tables
+        sent = self._send(work, tables, work.rows, len(work.pieces))
+        self._prompt_launches(work, sent)
+        return sent.sampling
+
+    def _prompt_launches(self, work: Pass, sent: _Sent) -> None:
+        attention, b, step, rows = self._parts.attention, self._buffers, sent.tables, work.rows
         indices, listed = sent.listed
         body = self._body(rows)
         attention.rope(self.stream, rows, step)
@@ -231,7 +277,6 @@ class Runner:
             attention.prefill(self.stream, *sent.tiles, pool, layer, b.q, b.attended, step)
             body.after(self.stream, rows, index)
         self._mass_at = attention.mass(self.stream, listed, step)
-        return sent.sampling
 
     def _append(self, rows: int, index: int, tables: StepTables) -> None:
         (pool, layer), weights, b = self._layers[index], self._weights.layers[index], self._buffers

@@ -209,7 +209,6 @@ class SkinnyMatmul:
         for setting in ruled[:2]:
             for changed in (
                 replace(setting, ahead=0),
-                replace(setting, ahead=12),
                 replace(setting, fetch=128),
                 replace(setting, blocks=2 if setting.blocks == 1 else 1),
             ):

@@ -1,13 +1,15 @@
--- Let the leases of a dead worker expire now, and take its heartbeat away; reap.lua does the rest.
+-- Let the leases of a dead or dying worker expire now, and take its heartbeat away; reap.lua does the rest.
 -- keys: workers, unacked, leases
--- args: owner, the lifeline (lifeline.py) that was seen to be gone
+-- args: owner, the lifeline (lifeline.py) that was seen to be gone; '' when the owner itself gives up
 -- returns: how many leases | nil, the worker has announced another lifeline or signed off: nothing is done
 -- safe: a repeat finds no such heartbeat. Should the worker live after all, its next write or renewal finds
 --       the lease taken or renews it. Reads all of `unacked`, which is fine for something this rare.
 local owner, lifeline, count = ARGV[1], ARGV[2], 0
-local entry = redis.call('HGET', K.workers, owner)
-if not entry or cjson.decode(entry).lifeline ~= lifeline then
-  return nil
+if lifeline ~= '' then
+  local entry = redis.call('HGET', K.workers, owner)
+  if not entry or cjson.decode(entry).lifeline ~= lifeline then
+    return nil
+  end
 end
 local all = redis.call('HGETALL', K.unacked)
 for i = 1, #all, 2 do

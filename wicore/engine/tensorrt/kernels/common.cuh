@@ -7,14 +7,15 @@
 #else
 #include <cuda_fp16.h>
 
+// NVRTC before 13.1 has no <math.h> to take it from.
+#ifndef INFINITY
+#define INFINITY __int_as_float(0x7f800000)
+#endif
+
 typedef unsigned int uint32_t;
 typedef unsigned long long uint64_t;
 #ifndef INFINITY  // NVRTC has no math.h
 #define INFINITY __int_as_float(0x7f800000)
-#endif
-
-#ifndef INFINITY  // NVRTC has no math.h
-#define INFINITY __int_as_float(0x7F800000)
 #endif
 
 // Dynamic shared memory as an array of T.
