@@ -146,7 +146,7 @@ class Step:
             window_tables=ints(self.order["window"]),
         )
         self.attention = Attention(
-            bench.device, config, layout, self.rows, sequences, sequences * counts["global"], **settings
+            bench.device, config, layout, self.rows, self.rows, sequences * counts["global"], **settings
         )
         self.pools: dict[str, torch.Tensor] = {}
         for pool in ("global", "window"):
@@ -194,9 +194,8 @@ class Step:
 
     def append(self, pool: Pool, layer: int) -> None:
         norm = self.norm.data_ptr()
-        self.attention.append(
-            self.bench.stream, self.rows, pool, layer, self.qkv.data_ptr(), norm, norm, self.q.data_ptr(), self.tables
-        )  # fmt: skip
+        addresses = self.qkv.data_ptr(), norm, norm, self.q.data_ptr()
+        self.attention.append(self.bench.stream, self.rows, pool, layer, *addresses, self.tables)
 
     def append_and_decode(self) -> None:
         a, stream, address = self.attention, self.bench.stream, (self.q.data_ptr(), self.out.data_ptr())
@@ -398,7 +397,7 @@ def tune(bench: Bench) -> None:
                 raise
     for pack, m_tiles, keys, blocks in (
         (2, 2, 64, 2), (2, 2, 32, 2), (2, 1, 64, 1), (2, 1, 32, 1), (2, 1, 32, 2), (1, 1, 64, 2),
-        (1, 1, 64, 3), (1, 2, 64, 3), (1, 2, 64, 4), (2, 2, 128, 1), (2, 4, 64, 1),
+        (1, 1, 64, 3), (1, 2, 64, 3), (1, 2, 64, 4), (2, 2, 128, 1),
     ):  # fmt: skip
         prefill_setting = PrefillSetting(pack, m_tiles, keys, blocks)
         if prefill_setting.shared_bytes(bench.config, bench.layout) > 227 << 10:

@@ -196,7 +196,7 @@ class Step:
         self.out = self.memory.allocate(self.q.nbytes)
         settings = {"mass_blocks": self.rows * len(self.global_table)} | settings
         self.attention = Attention(
-            device, config, layout, self.rows, len(sequences), len(self.global_table), **settings
+            device, config, layout, self.rows, self.rows, len(self.global_table), **settings
         )
         self.device_address = {pool: upload(self.blocks[pool].data) for pool in self.blocks}
         self.host = device.allocate_host(max(1, self.host_blocks.data.nbytes))

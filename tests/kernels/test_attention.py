@@ -340,6 +340,24 @@ def test_a_graph_follows_the_contents_of_its_arrays(device: Device) -> None:
     step.close()
 
 
+def test_what_a_step_writes_is_never_read_early(device: Device) -> None:
+    """Each item says below which position nothing is new; a chunk too long to look through says 0."""
+    config = model(4, 2, 16)
+    texts = [Text(range(40, 43)), Text([0]), Text(range(100, 165)), Text([7, 8])]
+    step = Step(device, config, layout_of(config), texts)
+    step.attention.schedule(step.memory.stream, step.rows, step.tables)
+    scratch, group_bytes = step.attention._items, step.attention._group_items * 48
+    rows: dict[int, int] = {}
+    for group, listed in ((0, 64), (1, step.rows - 64)):
+        counts = step.memory.read(step.attention._counts, [2, 2], np.int32)[0]
+        items = step.memory.read(scratch + group * group_bytes, [int(counts[group]), 12], np.int32)
+        rows |= {int(item[0]): int(item[10]) for item in items}
+        assert len(items) >= listed
+    expected = [40] * 3 + [0] + [100] * 64 + [0] + [7] * 2
+    assert [rows[row] for row in range(step.rows)] == expected
+    step.close()
+
+
 @pytest.mark.parametrize(
     ("shape", "block_tokens", "dtype"),
     [

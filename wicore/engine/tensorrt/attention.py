@@ -166,13 +166,12 @@ class PrefillSetting:
 
 
 class Attention:
-    """The attention of all layers of one model, for steps of at most `max_rows` rows and `max_sequences`
-    sequences whose global tables have at most `max_table` entries together.
+    """The attention of all layers of one model, for steps of at most `max_rows` rows, of which `schedule` is
+    given at most `listed_rows`, and whose global tables have at most `max_table` entries together.
 
     A layer is named by its pool and its index among that pool's layers. Per step: `rope` and `schedule`; then
     for each layer `append`, and `decode`, `prefill` or both; at the end `mass`.
 
-    listed_rows: most rows that `schedule` is given; None: max_rows.
     mass_blocks: blocks of context, summed over listed rows, that attention mass can be counted for in a step.
     The last listed row of each sequence comes first; rows that no longer fit are left out.
     """
@@ -183,10 +182,9 @@ class Attention:
         config: Gemma3Config,
         layout: KVLayout,
         max_rows: int,
-        max_sequences: int,
+        listed_rows: int,
         max_table: int,
         *,
-        listed_rows: int | None = None,
         mass_blocks: int | None = None,
         decode_setting: DecodeSetting | None = None,
         prefill_setting: PrefillSetting | None = None,
@@ -195,7 +193,7 @@ class Attention:
         _check(config, layout)
         self._device, self._config, self._layout = device, config, layout
         self._max_rows, self._max_table = max_rows, max_table
-        self._listed_rows = max_rows if listed_rows is None else listed_rows
+        self._listed_rows = listed_rows
         self._mass_blocks = min(max_table, 1 << 17) if mass_blocks is None else mass_blocks
         self._decode_setting = decode_setting or DecodeSetting.of(config, layout, device.capability)
         self._prefill_setting = prefill_setting or PrefillSetting.of(config, layout, device.capability)

@@ -218,9 +218,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
         }
       }
     }
-#if INT8
-    __syncthreads();
-#endif
   }
 
   int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
