@@ -12,7 +12,7 @@ from wicore.engine.tensorrt.engine import TensorrtEngine
 from wicore.engine.tensorrt.hopper import Tiling
 from wicore.engine.tensorrt.matmuls import Choice
 from wicore.engine.tensorrt.skinny import Product
-from wicore.engine.tensorrt.weights import DeviceWeights
+from wicore.engine.tensorrt.weights import load_weights
 from wicore.gemma3.checkpoint import Checkpoint, open_checkpoint
 from wicore.gemma3.config import Gemma3Config
 
@@ -32,9 +32,8 @@ def emulated_engine(
     checkpoint = checkpoint or open_checkpoint(path)
     device = device or EmulatedDevice(capability=(8, 0))
     sizes = {"block_tokens": 16, "global_blocks": 256, "window_blocks": 256, "token_budget": 128}
-    return TensorrtEngine(
-        DeviceWeights(device, checkpoint, kv), checkpoint.config, device, kv=kv, **sizes | options
-    )
+    weights = load_weights(device, checkpoint, int8_kv=kv == "int8")
+    return TensorrtEngine(weights, checkpoint.config, device, kv=kv, **sizes | options)
 
 
 def hopper_choices(config: Gemma3Config) -> Callable[[Callable[[], Choices]], Choices]:

@@ -150,7 +150,7 @@ class HmtSettings(_Section):
     block_tokens: int = Field(32, ge=16, le=128)
     """Positions a KV block holds; 16, 32, 64 or 128."""
     device_tokens: int | None = Field(None, ge=256)
-    """Positions the device pool holds, cached prefixes too; unset: 16384, with tensorrt what memory allows."""
+    """Positions the device pool holds, cached ones too; unset: 16384, with tensorrt what memory allows."""
     prefix_cache: bool = True
     """Keep the KV of finished prompts, so that a request that begins alike starts from it."""
     host_bytes: int | None = Field(None, ge=0)

@@ -69,7 +69,7 @@ def kv_layout(settings: Settings, config: Gemma3Config) -> KVLayout:
 
 
 def tier_sizes(settings: Settings, layout: KVLayout, device: Mapping[Pool, int] | None = None) -> TierSizes:
-    """Blocks of every tier, of an engine with this layout; `device` as the engine has them, where there is one.
+    """Blocks of every tier, of an engine with this layout; `device`: as the engine has them, if there is one.
 
     Host memory and the file are shared out by `hmt.window_share`.
     """

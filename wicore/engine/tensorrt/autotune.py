@@ -105,7 +105,7 @@ class Autotuner:
         self._rows, self._samples = workspace.limits.rows, workspace.limits.samples
 
     def run(self, kernels: Body, segments: SegmentBody | None) -> Choices:
-        """Measure every product at every number of rows, and use what is found; then segments against kernels."""
+        """Measure every product at every number of rows and use what is found; then segments against kernels."""
         started = time.monotonic()
         self._fill()
         found = Choices()

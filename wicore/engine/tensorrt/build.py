@@ -40,13 +40,13 @@ from wicore.model import Model
 log = logging.getLogger("wicore.engine")
 
 _SHARE_OF_FREE = 0.92
-"""Of the card's free memory, unless a setting says how much; the rest is for kernels, graphs and the driver."""
+"""Of the card's free memory, unless a setting says how much; kernels, graphs and the driver need some, too."""
 
 
 def create_tensorrt_engine(settings: Settings, model: Model) -> TensorrtEngine:
     """The engine for a checkpoint, ready to step.
 
-    Raises EngineError, with what to install, set or free, where it cannot run; CheckpointError for bad weights.
+    Raises EngineError, with what to install, set or free, where it cannot run, CheckpointError for bad weights.
     """
     checkpoint = model.checkpoint
     source = _Source(checkpoint.config, checkpoint, model.context, lambda: checkpoint.content_digest)
@@ -126,15 +126,14 @@ def build_engine(
     budget = Budget.of(settings, device)
     workspace = Workspace(device, config, layout, limits, invariant=invariant)
     segments = None if invariant else open_segments(limits)
-    blocks = budget.blocks(settings, layout, weight_bytes(config), context)
+    budget.blocks(settings, layout, weight_bytes(config), context)
     loaded = load_weights(device, weights, int8_kv=kv == "int8", on_progress=_Progress())
     engine = TensorrtEngine(
         loaded,
         config,
         device,
         block_tokens=layout.block_tokens,
-        global_blocks=blocks["global"],
-        window_blocks=blocks["window"],
+        fit_blocks=lambda: budget.blocks(settings, layout, 0, context),
         max_context=context,
         kv=kv,
         max_batch=scheduler.max_batch,
@@ -145,15 +144,16 @@ def build_engine(
         workspace=workspace,
         content=content,
     )
+    info = engine.info
+    pools = pool_bytes(layout, {"global": info.global_blocks, "window": info.window_blocks})
     log.info(
-        "%s: weights %.1f GB, KV %.1f GB for %d positions of all and %d of window layers, %s %.1f GB; %.1f s",
+        "%s: weights %.1f GB, KV %.1f GB (%d positions of all layers, %d of windows), else %.1f GB; %.1f s",
         device.name,
         loaded.total_bytes / 1e9,
-        pool_bytes(layout, blocks) / 1e9,
-        blocks["global"] * layout.block_tokens,
-        blocks["window"] * layout.block_tokens,
-        "else",
-        (budget.used(device) - loaded.total_bytes - pool_bytes(layout, blocks)) / 1e9,
+        pools / 1e9,
+        info.global_blocks * layout.block_tokens,
+        info.window_blocks * layout.block_tokens,
+        (budget.used(device) - loaded.total_bytes - pools) / 1e9,
         time.monotonic() - started,
     )
     return engine
@@ -211,10 +211,8 @@ class Budget:
             if pool_bytes(layout, blocks) > room:
                 fit = largest["global"] * layout.block_tokens
                 help_ = f"set hmt.device_tokens to {fit} or less" if fit >= 256 else self._help(layout)
-                raise EngineError(
-                    f"{self._need(weights, work, pool_bytes(layout, blocks), f'KV of {tokens:,} tokens')}; {help_}",
-                    param="hmt.device_tokens",
-                )
+                need = self._need(weights, work, pool_bytes(layout, blocks), f"KV of {tokens:,} tokens")
+                raise EngineError(f"{need}; {help_}", param="hmt.device_tokens")
             return blocks
         longest = layout.block_tokens * longest_sequence(tier_sizes(settings, layout, largest))
         if longest >= context:
@@ -224,10 +222,8 @@ class Budget:
             help_ = f"set model.max_context to {longest} or less, or {self._help(layout)}"
         else:
             help_ = self._help(layout)
-        raise EngineError(
-            f"{self._need(weights, work, one, f'KV of one sequence of {context:,} tokens')}; {help_}",
-            param="model.max_context",
-        )
+        need = self._need(weights, work, one, f"KV of one sequence of {context:,} tokens")
+        raise EngineError(f"{need}; {help_}", param="model.max_context")
 
     def _need(self, weights: int, work: int, kv: int, what: str) -> str:
         return (
@@ -239,8 +235,8 @@ class Budget:
     def _help(self, layout: KVLayout) -> str:
         kv = "" if layout.dtype == "int8" else "engine.kv: int8 halves the KV, "
         return (
-            f"{kv}a smaller scheduler.token_budget or scheduler.max_batch the rest; or use a smaller model or "
-            "a larger GPU"
+            f"{kv}a smaller scheduler.token_budget or scheduler.max_batch the working memory; or use a smaller "
+            "model or a larger GPU"
         )
 
 

@@ -1,7 +1,7 @@
 """The engine on an NVIDIA GPU.
 
-Weights are half, sums and the residual stream float32, KV half or 8-bit. Steps run on one stream, KV copies on
-two others. What crosses the bus in a step is what it is told, the tokens drawn, and the attention mass.
+Weights are half, sums and the residual stream float32, KV half or 8-bit. Steps run on one stream, KV copies
+on two others. What crosses the bus in a step is what it is told, the tokens drawn, and the attention mass.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class TensorrtEngine:
         block_tokens: int = 32,
         global_blocks: int = 0,
         window_blocks: int = 0,
-        fit_blocks: Callable[[int], Mapping[Pool, int]] | None = None,
+        fit_blocks: Callable[[], Mapping[Pool, int]] | None = None,
         max_context: int | None = None,
         kv: Literal["float16", "int8"] = "float16",
         max_batch: int = 16,
@@ -65,8 +65,7 @@ class TensorrtEngine:
         """Compile the kernels and allocate what steps work with, then the KV pools.
 
         weights: on the device already, made for this `kv`.
-        fit_blocks: instead of the two numbers of blocks: how many there are to be in so many bytes, those
-            that the device has left when all else is allocated.
+        fit_blocks: instead of the two numbers of blocks: asked for them when all else is allocated.
         max_batch, token_budget: sequences and new tokens of a step, as the scheduler makes them. A prompt
             chunk may be longer; more sequences raise ValueError.
         invariant: every row goes through the kernels made for single rows, so that text does not depend on
@@ -112,7 +111,7 @@ class TensorrtEngine:
         self._runner = Runner(device, config, layout, weights, workspace, body, graphs=graphs)
         blocks: Mapping[Pool, int] = {"global": global_blocks, "window": window_blocks}
         if fit_blocks is not None:
-            blocks = fit_blocks(device.memory_free)
+            blocks = fit_blocks()
         self._pools = self._allocate_pools(layout, blocks)
         self._health = Health()
         self._copies = KVCopies(device, layout, self._pools, self._health)

@@ -107,7 +107,7 @@ class Matmuls:
             list(pool.map(prepare, wanted))
 
     def choose(self, product: Product, choices: Iterable[Choice]) -> None:
-        """Use what was measured: for a number of rows the choice of the next larger one, or of the largest."""
+        """Use what was measured: for a number of rows the choice of the next larger one, else of the largest."""
         self._choices[product] = sorted(choices, key=lambda choice: choice.rows)
 
     def _chosen(self, rows: int, product: Product) -> Way | None:

@@ -13,7 +13,7 @@ from itertools import takewhile
 from wicore.engine.base import SequenceInput
 
 SLICE = 64
-"""Rows of one sequence that go through the decode kernels together, at most: one tile of the matrix product."""
+"""Most rows of one sequence that go through the decode kernels together: a tile of the matrix product."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def cut(
         yield Pass(tuple(singles[:decode_capacity]), decode=True)
         del singles[:decode_capacity]
     for pieces in _filled(singles, chunks, capacity, decode_capacity):
-        yield Pass(pieces, decode=False)
+        yield Pass(pieces, decode=all(piece.count == 1 for piece in pieces))
 
 
 def _packed(pieces: Sequence[Piece], capacity: int) -> Iterator[tuple[Piece, ...]]:

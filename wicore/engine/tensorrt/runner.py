@@ -402,8 +402,8 @@ def _tiles(work: Pass) -> NDArray[np.int32]:
 
 
 def _listed(work: Pass) -> NDArray[np.int32]:
-    """Rows of a prompt pass that go through the kernels for single rows: single tokens, and a few of each chunk
-    for their attention mass."""
+    """Rows of a prompt pass that go through the kernels for single rows: single tokens, and a few rows of each
+    chunk for their attention mass."""
     if work.decode:
         return np.empty(0, np.int32)
     rows = [np.arange(work.singles)]
