@@ -226,7 +226,6 @@ __launch_bounds__(kThreads, BLOCKS) skinny(const half* x, const half* w, void* y
     int at = (CLUSTER ? (later * LINES + l) * PARTS + part : later * kLines + l) * kLine;
     if (column < n && at < k) prefetch_l2(w + static_cast<long long>(r < kOut ? column : n + column) * k + at);
   }
-  pdl_launch();
   pdl_wait();
   {
     Copier first(x, w, first_tile, part, k);
@@ -253,6 +252,10 @@ __launch_bounds__(kThreads, BLOCKS) skinny(const half* x, const half* w, void* y
         copier.copy_x(stage, rows, k);
         copier.advance();
         if (!SINGLE && ++group == groups) group = 0, copier.next_tile(gridDim.x, groups, k);
+      } else {
+        // Nothing is left to ask of memory: the next kernel may begin to. Earlier it would only take its share
+        // from this one.
+        pdl_launch();
       }
       copy_commit();
     }
