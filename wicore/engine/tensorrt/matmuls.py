@@ -95,8 +95,10 @@ class Matmuls:
         return found
 
     def compile(self, wanted: Iterable[tuple[int, Product, Way]]) -> None:
-        """Compile what `run` of these (rows, product, way) needs, on all cores. A way that the card cannot run
-        is left for `run` to complain of."""
+        """Compile what `run` of these (rows, product, way) needs, on all cores.
+
+        A way that the card cannot run is left for `run` to complain of.
+        """
 
         def prepare(item: tuple[int, Product, Way]) -> None:
             rows, product, way = item
