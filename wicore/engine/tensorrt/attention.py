@@ -33,7 +33,7 @@ _LIST_ROWS = 64
 
 _SCHEDULE_THREADS = 1024
 _MERGE_THREADS = 128
-_ITEM_BYTES, _ENTRY_BYTES = 48, 32
+_ITEM_BYTES, _ENTRY_BYTES, _WORK_BYTES = 48, 32, 128
 _EVERYTHING = 1 << 30
 """The window of layers that have none."""
 
@@ -147,6 +147,8 @@ class PrefillSetting:
         wide = config.head_dim > 128
         _, most = _SHARED_KIB.get(capability, (100, 99))
         for pack, keys in ((2, 64), (1, 64), (2, 32), (1, 32), (1, 16)):
+            if layout.dtype == "int8" and not wide:
+                keys = min(keys, 32)  # for want of registers
             setting = cls(pack, 2 if pack == 2 and not wide else 1, keys, 1 if wide and pack == 2 else 2)
             if (even or pack == 1) and setting.shared_bytes(config, layout) <= most << 10:
                 return setting
@@ -162,7 +164,8 @@ class PrefillSetting:
         stage = decoded
         if layout.dtype == "int8":
             stage = 2 * self.tile_keys * (_row_bytes(config.head_dim) + 4)
-        return queries + 2 * stage + (decoded if layout.dtype == "int8" else 0) + 4 * TILE_POSITIONS
+        work = 4 * TILE_POSITIONS + _WORK_BYTES
+        return queries + 2 * stage + (decoded if layout.dtype == "int8" else 0) + work
 
 
 class Attention:

@@ -20,6 +20,10 @@ struct Tile {
   static __device__ __forceinline__ int at(int row, int piece) {
     return row * STRIDE + (SWIZZLED ? piece ^ (row & 7) : piece) * 16;
   }
+  // at(row, piece + 2 k) from at(row, piece), where piece is 0 or 1: few registers serve all k.
+  static __device__ __forceinline__ int pairs_on(int at, int k) {
+    return SWIZZLED ? (at ^ k % 4 * 32) + k / 4 * 128 : at + k * 32;
+  }
 };
 
 // One pool as a layer sees it: `device` and `host` hold blocks of `block_bytes`; a table's first `streamed`

@@ -14,6 +14,9 @@
 
 typedef unsigned int uint32_t;
 typedef unsigned long long uint64_t;
+#ifndef INFINITY  // NVRTC has no math.h
+#define INFINITY __int_as_float(0x7f800000)
+#endif
 
 // Dynamic shared memory as an array of T.
 #define SHARED_MEMORY(T, name)                      \

@@ -18,6 +18,11 @@
 // Macros beyond attention.cuh's: WARPS, TILES (16-key tiles a warp a step), MIN_BLOCKS (a multiprocessor),
 // SPAN (positions, a multiple of STEP), ROWS (list entries that share
 // scratch), MAX_SPANS (a row; spans double until they suffice), MERGE_PARTS.
+//
+// variant: HEADS=32 KV_HEADS=16 HEAD_DIM=128 BLOCK_TOKENS=16 INT8=0 WARPS=4 TILES=2 MIN_BLOCKS=3 SPAN=256 ROWS=64 MAX_SPANS=64 MERGE_PARTS=1
+// variant: HEADS=32 KV_HEADS=16 HEAD_DIM=128 BLOCK_TOKENS=16 INT8=1 WARPS=4 TILES=2 MIN_BLOCKS=3 SPAN=256 ROWS=64 MAX_SPANS=64 MERGE_PARTS=1
+// variant: HEADS=8 KV_HEADS=4 HEAD_DIM=256 BLOCK_TOKENS=16 INT8=0 WARPS=4 TILES=1 MIN_BLOCKS=2 SPAN=128 ROWS=64 MAX_SPANS=256 MERGE_PARTS=2
+// variant: HEADS=4 KV_HEADS=1 HEAD_DIM=256 BLOCK_TOKENS=32 INT8=1 WARPS=4 TILES=1 MIN_BLOCKS=2 SPAN=128 ROWS=64 MAX_SPANS=256 MERGE_PARTS=8
 #include "attention.cuh"
 
 constexpr int STEP = WARPS * TILES * 16;  // positions
@@ -84,7 +89,7 @@ __device__ __forceinline__ int first_position(int row, const int* positions, con
 }
 
 // One block. List entry i is row indices[i] (null: i), plus MASS_ONLY where no output is wanted, or -1. Writes
-// entries [rows], items [2 kinds][groups][ROWS * MAX_SPANS] and counts [2 kinds][groups], the items a group has.
+// entries [rows], items [2 kinds][groups][ROWS * MAX_SPANS] and counts [2 kinds][groups], of a group's items.
 //
 // A row's visible positions end with its own or, inside an image, with the image's (`image_end`, may be null).
 // Stretches of mass: the last row of each sequence first, then whichever others still fit in `mass_blocks`.
@@ -219,7 +224,7 @@ struct Step {
   }
 };
 
-// Start copying K (or V, `value`) of this warp's keys of `step` to `buffer`; keys that must not be seen become 0.
+// Start copying K (or V, `value`) of this warp's keys of `step` to `buffer`; keys out of sight become 0.
 __device__ __forceinline__ void fetch(const Step& step, Pool pool, bool value, char* buffer) {
   int lane = threadIdx.x % 32;
   if (step.any && !(value && step.item.mass_only)) {
@@ -252,6 +257,14 @@ __device__ __forceinline__ void fetch(const Step& step, Pool pool, bool value, c
 __device__ __forceinline__ int dim_of(int k, int t, int high) {
   return k * 16 + (INT8 ? 4 * t + 2 * high : 2 * t + 8 * high);
 }
+
+#if INT8
+// Where this lane's row is of the four matrices that hold the codes of pieces k and k + 1 (k even) of a tile.
+__device__ __forceinline__ int two_pieces(int tile, int k) {
+  int row = tile * 16 + threadIdx.x % 16, piece = threadIdx.x % 32 / 16;
+  return K16 % 2 ? Keys::at(row, min(k + piece, CHUNKS - 1)) : Keys::pairs_on(Keys::at(row, piece), k / 2);
+}
+#endif
 
 // One layer: for every item of the list and KV head the sums over its span,
 //     acc [slots][HEADS][HEAD_DIM], of exp2(s - m) V;  ml [slots][HEADS], m and the sum of exp2(s - m)
@@ -313,13 +326,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
       if (!now.sees(tile)) continue;
-      int key = tile * 16 + lane % 8 + lane / 16 * 8, piece = lane / 8 % 2;
 #if INT8
-      key = tile * 16 + lane % 16, piece = lane / 16;
 #pragma unroll
       for (int k = 0; k < K16; k += 2) {
         uint32_t codes[4];
-        ldmatrix_x4(codes, keys + Keys::at(key, min(k + piece, CHUNKS - 1)));
+        ldmatrix_x4(codes, keys + two_pieces(tile, k));
 #pragma unroll
         for (int j = 0; j < 2 && k + j < K16; j++) {
           uint32_t a[4] = {query[k + j][0], 0, query[k + j][1], 0};
@@ -337,7 +348,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 #pragma unroll
       for (int k = 0; k < K16; k++) {
         uint32_t b[4], a[4] = {query[k][0], 0, query[k][1], 0};
-        ldmatrix_x4(b, keys + Keys::at(key, 2 * k + piece));
+        ldmatrix_x4(b, keys + Keys::pairs_on(Keys::at(tile * 16 + lane % 8 + lane / 16 * 8, lane / 8 % 2), k));
         mma_16816(s[tile][0], a, {b[0], b[1]});
         mma_16816(s[tile][1], a, {b[2], b[3]});
       }
@@ -375,7 +386,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
       l += sum;
       if (tile_mass && item.mass >= 0 && now.sees(tile) && t == 0 && g < GROUP) {
-        long long index = static_cast<long long>(item.mass) * (BLOCK_TOKENS / 16) + (now.position() / 16 + tile);
+        long long index = static_cast<long long>(item.mass) * (BLOCK_TOKENS / 16) + now.position() / 16 + tile;
         tile_mass[(now.kv_head * mass_tiles + index) * GROUP + g] = log2f(sum) + base;
       }
     }
@@ -413,11 +424,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
         if (!now.sees(tile)) continue;
         uint32_t p[2] = {pack_half2(s[tile][0][0], s[tile][0][1]), pack_half2(s[tile][1][0], s[tile][1][1])};
 #if INT8
-        int key = tile * 16 + lane % 16, piece = lane / 16;
 #pragma unroll
         for (int k = 0; k < K16; k += 2) {
           uint32_t codes[4];
-          ldmatrix_x4_trans(codes, values + Keys::at(key, min(k + piece, CHUNKS - 1)));
+          ldmatrix_x4_trans(codes, values + two_pieces(tile, k));
 #pragma unroll
           for (int j = 0; j < 2 && k + j < K16; j++) {
             uint32_t low = codes[2 * j], top = codes[2 * j + 1];
@@ -427,11 +437,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
           }
         }
 #else
-        int key = tile * 16 + lane % 8 + lane / 16 * 8, piece = lane / 8 % 2;
 #pragma unroll
         for (int k = 0; k < K16; k++) {
           uint32_t a[4];
-          ldmatrix_x4_trans(a, values + Keys::at(key, 2 * k + piece));
+          ldmatrix_x4_trans(
+              a, values + Keys::pairs_on(Keys::at(tile * 16 + lane % 8 + lane / 16 * 8, lane / 8 % 2), k));
           mma_16816(o[k], a, p);
         }
 #endif
@@ -522,10 +532,11 @@ extern "C" __global__ void __launch_bounds__(128)
 
   for (int head = warp; head < GROUP; head += 4) {
     float most = -INFINITY, sum = 0.0f;
-    for (int i = lane; i < spans; i += 32) most = fmaxf(most, ml[from + static_cast<long long>(i) * HEADS + head].x);
+    const float2* of_span = ml + from + head;
+    for (int i = lane; i < spans; i += 32) most = fmaxf(most, of_span[i * HEADS].x);
     most = warp_max(most);
     for (int i = lane; i < spans; i += 32) {
-      float2 v = ml[from + static_cast<long long>(i) * HEADS + head];
+      float2 v = of_span[i * HEADS];
       float weight = exp2_approx(v.x - most);
       weights[head * MAX_SPANS + i] = weight;
       sum = fmaf(weight, v.y, sum);
@@ -568,7 +579,8 @@ extern "C" __global__ void __launch_bounds__(128)
     for (int i = 0; i < TILES_A_BLOCK; i++) {
       if (block * TILES_A_BLOCK + i > e.last / 16) break;
 #pragma unroll
-      for (int head = 0; head < GROUP; head++) sum += exp2_approx(tile_mass[tile + i * GROUP + head] - norm[head]);
+      for (int head = 0; head < GROUP; head++)
+        sum += exp2_approx(tile_mass[tile + i * GROUP + head] - norm[head]);
     }
     float* to = mass + kv_head * mass_blocks + e.mass + block;
     *to = first ? sum : *to + sum;
@@ -576,8 +588,8 @@ extern "C" __global__ void __launch_bounds__(128)
 }
 
 // mass [KV_HEADS][mass_blocks], summed over layers, is added to `out`, float32 by entry of the global tables:
-// the mean over heads and layers of each listed row, summed over the rows of a sequence, which follow each other
-// in the list. Grid: (parts, entries).
+// the mean over heads and layers of each listed row, summed over the rows of a sequence, which follow each
+// other in the list. Grid: (parts, entries).
 extern "C" __global__ void mass_of_sequences(int rows, const Entry* entries, const int* row_seq,
                                              const int* global_offset, const float* mass, long long mass_blocks,
                                              int layers, float* out) {

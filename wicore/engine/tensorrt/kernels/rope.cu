@@ -1,5 +1,8 @@
 // RoPE tables, and what happens to a row's q, k and v before attention: RMSNorm and RoPE of the heads of q
 // and k, q to half, k and v into the row's block of the pool. RoPE: Su et al., 2021 (arXiv:2104.09864).
+//
+// variant: HEADS=32 KV_HEADS=16 HEAD_DIM=128 BLOCK_TOKENS=16 INT8=0
+// variant: HEADS=4 KV_HEADS=1 HEAD_DIM=256 BLOCK_TOKENS=32 INT8=1
 #include "attention.cuh"
 
 constexpr int HALF_DIM = HEAD_DIM / 2;
@@ -42,8 +45,10 @@ __device__ __forceinline__ void load_floats(float (&x)[8], const float* from) {
 }
 
 __device__ __forceinline__ void store_halves(void* to, const float (&x)[8]) {
-  *static_cast<uint4*>(to) =
-      make_uint4(pack_half2(x[0], x[1]), pack_half2(x[2], x[3]), pack_half2(x[4], x[5]), pack_half2(x[6], x[7]));
+  uint4 v;
+  v.x = pack_half2(x[0], x[1]), v.y = pack_half2(x[2], x[3]);
+  v.z = pack_half2(x[4], x[5]), v.w = pack_half2(x[6], x[7]);
+  *static_cast<uint4*>(to) = v;
 }
 
 __device__ __forceinline__ uint32_t code(float x, float scale) {
