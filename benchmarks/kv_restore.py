@@ -10,73 +10,34 @@ from __future__ import annotations
 
 import argparse
 import json
-import mmap
-import os
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from wicore.bench.hardware import describe
+from wicore.bench.restore import TieredServer, disk_read_rate, kv_bytes
 from wicore.config import Settings, load_settings
 from wicore.engine.factory import create_engine
 from wicore.model import load_model
-from wicore.request import Priority, SamplingParams
-from wicore.sampling import SamplingState
-from wicore.scheduler import Limits, Scheduler, SequenceRequest
-from wicore.tiers.cache import TieredCache
 
 Line = dict[str, Any]
 GIB = 2**30
 
 
-class Server:
-    """An engine with all its tiers, served in this thread."""
+class Server(TieredServer):
+    """A server of the model's own engine."""
 
     def __init__(self, settings: Settings) -> None:
-        self.moved = threading.Event()
         self.model = load_model(settings)
         self.engine = create_engine(settings, self.model)
-        self.cache = TieredCache(settings, self.engine, self.moved.set)
-        limits = Limits(settings.scheduler.max_batch, settings.scheduler.token_budget)
-        self.scheduler = Scheduler(limits, self.cache.manager)
-        self.keys = 0
-
-    def first_token(self, prompt: list[int]) -> tuple[float, int]:
-        """(seconds from the request to its first token, the token)."""
-        self.keys += 1
-        state = SamplingState(SamplingParams(temperature=0.0), self.keys)
-        started = time.perf_counter()
-        self.scheduler.add(SequenceRequest(self.keys, prompt, [], 4, state, Priority.NORMAL))
-        while True:
-            self.moved.clear()
-            plan = self.scheduler.plan()
-            if plan is None:
-                self.moved.wait(60)
-                continue
-            begun = time.monotonic()
-            result = self.engine.step(plan)
-            self.cache.observe(plan, time.monotonic() - begun)
-            out = self.scheduler.apply(result)
-            if out:
-                seconds = time.perf_counter() - started
-                self.scheduler.remove(self.keys)
-                return seconds, out[0].token.id
-
-    def flush(self) -> None:
-        def wait(seconds: float) -> None:
-            self.moved.wait(seconds)
-            self.moved.clear()
-
-        self.cache.flush(600, wait)
+        super().__init__(settings, self.engine)
 
     def close(self) -> None:
-        self.cache.close()
+        super().close()
         self.engine.close()
 
 
@@ -130,11 +91,8 @@ def measure(folder: Path, tokens: int) -> list[Line]:
     restarted = json.loads(output.splitlines()[-1])
     if not token == host_token == restarted["token"]:
         raise SystemExit(f"first tokens differ: {token}, {host_token}, {restarted['token']}")
-    window = -(-(layout.window - 1) // layout.block_tokens) + 1
-    size = tokens // layout.block_tokens * layout.block_bytes("global") + window * layout.block_bytes(
-        "window"
-    )
-    common = {"model": "gemma-3-270m", "prompt": tokens, "kv": layout.dtype, "kv_mb": round(size / 1e6)}
+    size = round(kv_bytes(layout, tokens) / 1e6)
+    common = {"model": "gemma-3-270m", "prompt": tokens, "kv": layout.dtype, "kv_mb": size}
     common |= {"engine": server.engine.info.device, **describe()}
     return [
         {"measurement": "first token, computed", "seconds": round(computed, 3), **common},
@@ -156,18 +114,6 @@ def measure(folder: Path, tokens: int) -> list[Line]:
             **common,
         },
     ]
-
-
-def disk_read_rate(folder: Path) -> float:
-    """GB/s of plain reads past the page cache, 4 MiB each, of the file that was written."""
-    [path] = folder.glob("*/global.blocks")
-    buffer = np.frombuffer(memoryview(mmap.mmap(-1, 4 << 20)), np.uint8)
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-    started, read = time.perf_counter(), 0
-    while read < 200 << 20 and (count := os.preadv(descriptor, [buffer], read)):
-        read += count
-    os.close(descriptor)
-    return read / (time.perf_counter() - started) / 1e9
 
 
 def main() -> None:

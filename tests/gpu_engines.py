@@ -10,8 +10,7 @@ from tests.emulation import EmulatedDevice
 from wicore.engine.tensorrt.autotune import Choices
 from wicore.engine.tensorrt.engine import TensorrtEngine
 from wicore.engine.tensorrt.hopper import Tiling
-from wicore.engine.tensorrt.matmuls import Choice
-from wicore.engine.tensorrt.skinny import Product
+from wicore.engine.tensorrt.matmuls import Choice, layer_products
 from wicore.engine.tensorrt.weights import load_weights
 from wicore.gemma3.checkpoint import Checkpoint, open_checkpoint
 from wicore.gemma3.config import Gemma3Config
@@ -38,12 +37,5 @@ def emulated_engine(
 
 def hopper_choices(config: Gemma3Config) -> Callable[[Callable[[], Choices]], Choices]:
     """For `tune`: every product of more than 64 rows by Hopper's kernel, in small tiles."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    wide = config.heads * config.head_dim
-    products = [
-        Product(wide + 2 * config.kv_heads * config.head_dim, hidden, half_out=True),
-        Product(hidden, wide),
-        Product(inner, hidden, gated=True, half_out=True),
-        Product(hidden, inner),
-    ]
+    products = layer_products(config)
     return lambda measure: Choices({product: [Choice(8192, SMALL_TILE)] for product in products})

@@ -1,5 +1,5 @@
-"""The TensorRT engine beyond what every engine owes, on an emulated device: parity in each mode, graphs, memory,
-and a device that fails."""
+"""The TensorRT engine beyond what every engine owes, on an emulated device: parity in each mode, graphs,
+memory, and a device that fails."""
 
 from __future__ import annotations
 

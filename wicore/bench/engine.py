@@ -14,16 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
-import numpy as np
-
+from wicore.bench.driver import Driver
 from wicore.bench.hardware import Ceiling, describe
 from wicore.engine.base import Engine, KVLayout
 from wicore.gemma3.config import Gemma3Config
-from wicore.hmt import CacheManager, TierSizes
 from wicore.hmt.tiers import POOLS
-from wicore.request import Priority, SamplingParams
-from wicore.sampling import SamplingState
-from wicore.scheduler import Limits, Scheduler, SequenceRequest
+from wicore.request import SamplingParams
+from wicore.scheduler import Limits
 
 WARM = SamplingParams(temperature=0.7, top_k=40, top_p=0.9)
 """What both sides sample with: llama.cpp's default top-k, and the field's usual temperature."""
@@ -55,41 +52,22 @@ class Ours:
         self.name = f"wicore {engine.info.name} {engine.info.weights}, {engine.info.device}"
 
     def prefill(self, tokens: int) -> float:
-        scheduler = self._scheduler()
-        self._add(scheduler, 0, tokens, 1, WARM)
-        start = time.perf_counter()
-        while not self._step(scheduler):
-            pass
-        return time.perf_counter() - start
+        driver = Driver(self._engine, self._limits)
+        driver.add(0, tokens, 1, WARM)
+        return driver.run().first_token_s
 
     def decode(self, batch: int, context: int, steps: int, params: SamplingParams) -> list[float]:
-        scheduler = self._scheduler()
+        driver = Driver(self._engine, self._limits)
         for key in range(batch):
-            self._add(scheduler, key, context, context + 10 * steps, params)
-        while self._step(scheduler) < batch:
+            driver.add(key, context, context + 10 * steps, params)
+        while len(driver.step()) < batch:
             pass
         times = []
         for _ in range(steps):
             start = time.perf_counter()
-            self._step(scheduler)
+            driver.step()
             times.append(time.perf_counter() - start)
         return times
-
-    def _scheduler(self) -> Scheduler:
-        info = self._engine.info
-        sizes = TierSizes({"global": info.global_blocks, "window": info.window_blocks})
-        cache = CacheManager(info.layout, sizes, info.fingerprint, prefix_cache=False)
-        return Scheduler(self._limits, cache)
-
-    def _add(self, scheduler: Scheduler, key: int, prompt: int, output: int, params: SamplingParams) -> None:
-        tokens = np.random.default_rng(key).integers(1000, self._engine.info.vocab_size - 1000, prompt)
-        state = SamplingState(params, key, tokens.tolist())
-        scheduler.add(SequenceRequest(key, tokens.tolist(), [], output, state, Priority.NORMAL))
-
-    def _step(self, scheduler: Scheduler) -> int:
-        """One step; how many tokens it gave."""
-        plan = scheduler.plan()
-        return len(scheduler.apply(self._engine.step(plan))) if plan else 0
 
 
 def measure(

@@ -13,6 +13,8 @@ from functools import cache
 
 import numpy as np
 
+from wicore.engine.base import Engine
+
 _MIB = 2**20
 
 
@@ -83,3 +85,26 @@ def _timed(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a device could do at best, whichever it is; None where nobody knows."""
+
+    bytes_s: float | None = None
+    """Bytes a second moved through its memory."""
+    flop_s: float | None = None
+    """Operations a second of a large matrix product in the format that the engine computes in."""
+
+
+def measure_bounds(engine: Engine, threads: int) -> Bounds:
+    """From the engine's `ceilings()` ({"copy_bytes_s", "matmul_flop_s"}) where it has that, or of
+    this machine's processor; none for an engine that computes nothing."""
+    ceilings = getattr(engine, "ceilings", None)
+    if ceilings is not None:
+        found = ceilings()
+        return Bounds(found["copy_bytes_s"], found["matmul_flop_s"])
+    if engine.info.name != "cpu":
+        return Bounds()
+    ceiling = measure_ceiling(threads)
+    return Bounds(ceiling.read_gb_s * 1e9, ceiling.int8_gflop_s * 1e9)

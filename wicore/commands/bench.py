@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import resource
 from collections.abc import Mapping
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import click
 
@@ -22,72 +23,81 @@ def bench() -> None:
     """
 
 
+_MEASUREMENTS = ("decode", "prefill", "ready", "stream", "first-token", "throughput", "restore")
+_USUAL = {"cpu": _MEASUREMENTS[:2], "tensorrt": _MEASUREMENTS[2:], "null": _MEASUREMENTS[2:]}
+"""What is measured of an engine unless it is said."""
+
+
 @bench.command()
 @config_option
-@click.option("--engine", "kind", type=click.Choice(["cpu"]), default="cpu", show_default=True)
-@click.option("--peer", type=click.Choice(["llama.cpp"]), help="Measure it in the same run.")
+@click.option("--engine", "kind", type=click.Choice(list(_USUAL)), default="cpu", show_default=True)
+@click.option("--random", metavar="NAME", help="Made-up weights in the shape of this published model.")
+@click.option(
+    "--measure", "wanted", multiple=True, type=click.Choice(_MEASUREMENTS), help="[default: by engine]"
+)
+@click.option(
+    "--peer", type=click.Choice(["llama.cpp"]), help="Measure it in the same run (decode, prefill)."
+)
+@click.option(
+    "--peer-results",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Figures of a peer on the same card, to be printed beside ours (ready to throughput).",
+)
 @click.option(
     "--batch", "batches", multiple=True, type=click.IntRange(1), default=(1, 8, 16), show_default=True
 )
-@click.option("--context", default=128, show_default=True, help="Prompt tokens before decoding.")
-@click.option("--prompt", "prompts", multiple=True, type=click.IntRange(1), default=(512,), show_default=True)
+@click.option("--context", default=None, type=click.IntRange(1), help="Prompt tokens before decoding.")
+@click.option(
+    "--prompt", "prompts", multiple=True, type=click.IntRange(1), help="Tokens, of prefill, first-token."
+)
+@click.option(
+    "--streams",
+    multiple=True,
+    type=click.IntRange(1),
+    default=(16, 64),
+    show_default=True,
+    help="Of throughput, each 512 tokens in.",
+)
+@click.option(
+    "--output", default=256, show_default=True, type=click.IntRange(2), help="Tokens, of stream, throughput."
+)
+@click.option(
+    "--restored", default=32_000, show_default=True, type=click.IntRange(64), help="Tokens, of restore."
+)
+@click.option("--folder", type=click.Path(path_type=Path, file_okay=False), help="Of restore's file.")
+@click.option("--sampling", type=click.Choice(["greedy", "warm", "both"]), default="both", show_default=True)
 @click.option("--steps", default=32, show_default=True, help="Decode steps a round.")
-@click.option("--rounds", default=5, show_default=True)
-def engine(
-    config: tuple[str, ...],
-    kind: str,
-    peer: str | None,
-    batches: tuple[int, ...],
-    context: int,
-    prompts: tuple[int, ...],
-    steps: int,
-    rounds: int,
-) -> None:
-    """Decode and prefill rates of an engine, sampling included, beside a peer's."""
-    import os
+@click.option("--rounds", default=None, type=click.IntRange(1), help="[default: 5; 3 from ready to restore]")
+@click.option("--profile", is_flag=True, help="Also where the time of a step goes, kernel by kernel.")
+def engine(config: tuple[str, ...], **given: Any) -> None:
+    """Decode and prefill rates of an engine, sampling included, beside a peer's.
 
-    from wicore.bench.engine import Ours, measure
-    from wicore.bench.hardware import measure_ceiling
-    from wicore.bench.peer_llama import LlamaCpp
-    from wicore.engine.factory import create_engine
-    from wicore.gemma3.checkpoint import models_folder
-    from wicore.model import load_model
+    \b
+    decode       a step of --batch sequences of --context tokens (128)
+    prefill      the first token of one prompt (--prompt 512)
+    ready        from nothing to an engine that can step
+    stream       one sequence's rate after its first token (--context 1024, --output)
+    first-token  of one prompt (--prompt 1024 and 8192)
+    throughput   --streams sequences at once, 512 tokens in and --output out, from first to last
+    restore      the first token of --restored tokens, computed, from host memory and from a file
 
-    overrides = {"engine.kind": kind, "scheduler.max_batch": max(*batches, 1)}
-    settings = load_settings(config or None, overrides=overrides)
-    model = load_model(settings)
-    threads = settings.engine.threads or os.cpu_count() or 1
-    ceiling = measure_ceiling(threads)
-    built = create_engine(settings, model)
-    ours = Ours(built, settings.scheduler.max_batch, max(settings.scheduler.token_budget, *prompts))
-    other = None
-    if peer:
-        longest = max(context + steps + 8, *prompts)
-        models_folder().mkdir(parents=True, exist_ok=True)
-        other = LlamaCpp(model.checkpoint, models_folder(), threads, max(batches), longest)
-    _print(
-        {
-            "measurement": "ceiling",
-            "read_gb_s": round(ceiling.read_gb_s, 1),
-            "int8_gflop_s": round(ceiling.int8_gflop_s),
-        }
-    )
-    for line in measure(
-        ours,
-        other,
-        model.checkpoint.config,
-        built.info.layout,
-        ceiling,
-        batches=batches,
-        context=context,
-        prompts=prompts,
-        steps=steps,
-        rounds=rounds,
-    ):
-        _print({"model": model.name, **line})
-    _print(
-        {"measurement": "memory", "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
-    )
+    Prompts are random tokens; warm sampling is temperature 0.7, top-k 40, top-p 0.9.
+    """
+    from wicore.bench.run import EngineRun
+
+    def progress(text: str) -> None:
+        click.echo(text, err=True)
+
+    if given["random"] and given["kind"] != "tensorrt":
+        raise click.UsageError("--random: made-up weights are for --engine tensorrt")
+    wanted = given.pop("wanted") or _USUAL[given["kind"]]
+    if given["peer"] and not {"decode", "prefill"} & set(wanted):
+        raise click.UsageError("--peer: is measured beside decode and prefill, and neither is wanted")
+    with EngineRun(config, wanted=frozenset(wanted), progress=progress, **given) as run:
+        for line in run.lines():
+            _print(line)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    _print({"measurement": "memory", "peak_rss_mb": peak})
 
 
 @bench.command()

@@ -18,7 +18,7 @@ import numpy as np
 
 from wicore.engine.tensorrt.bodies import Body, SegmentBody
 from wicore.engine.tensorrt.device import Device
-from wicore.engine.tensorrt.matmuls import Choice, Matmuls, Way
+from wicore.engine.tensorrt.matmuls import Choice, Matmuls, Way, layer_products
 from wicore.engine.tensorrt.skinny import MAX_ROWS, Product
 from wicore.engine.tensorrt.weights import DeviceWeights
 from wicore.engine.tensorrt.workspace import Workspace
@@ -105,7 +105,7 @@ class Autotuner:
         self._rows, self._samples = workspace.limits.rows, workspace.limits.samples
 
     def run(self, kernels: Body, segments: SegmentBody | None) -> Choices:
-        """Measure every product at every number of rows and use what is found; then segments against kernels."""
+        """Measure every product at every number of rows, use what is found, then try segments against it."""
         started = time.monotonic()
         self._fill()
         found = Choices()
@@ -134,16 +134,14 @@ class Autotuner:
         return found
 
     def _products(self) -> Iterable[_Measured]:
-        c, b, layers = self._config, self._buffers, self._weights.layers[:_LAYERS]
-        wide = c.heads * c.head_dim
-        qkv = wide + 2 * c.kv_heads * c.head_dim
-        hidden, inner = c.hidden_size, c.intermediate_size
-        yield _Measured(Product(qkv, hidden, half_out=True), b.normed, [w.qkv for w in layers], b.qkv)
-        yield _Measured(Product(hidden, wide), b.attended, [w.out for w in layers], b.delta)
-        gated = Product(inner, hidden, gated=True, half_out=True)
+        b, layers = self._buffers, self._weights.layers[:_LAYERS]
+        qkv, out, gated, down = layer_products(self._config)
+        yield _Measured(qkv, b.normed, [w.qkv for w in layers], b.qkv)
+        yield _Measured(out, b.attended, [w.out for w in layers], b.delta)
         yield _Measured(gated, b.normed, [w.gate_up for w in layers], b.act)
-        yield _Measured(Product(hidden, inner), b.act, [w.down for w in layers], b.delta)
-        yield _Measured(Product(c.vocab_size, hidden), b.normed, [self._weights.embedding], b.logits)
+        yield _Measured(down, b.act, [w.down for w in layers], b.delta)
+        head = Product(self._config.vocab_size, self._config.hidden_size)
+        yield _Measured(head, b.normed, [self._weights.embedding], b.logits)
 
     def _best(self, measured: _Measured, rows: int) -> Choice | None:
         times: list[tuple[float, int, Way]] = []

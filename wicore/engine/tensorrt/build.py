@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from wicore.config import Settings
 from wicore.engine.base import KVLayout, Pool
@@ -35,18 +35,21 @@ from wicore.errors import EngineError
 from wicore.gemma3.checkpoint import Checkpoint
 from wicore.gemma3.config import Gemma3Config, published
 from wicore.hmt.tiers import longest_sequence
-from wicore.model import Model
+
+if TYPE_CHECKING:
+    from wicore.model import Model
 
 log = logging.getLogger("wicore.engine")
 
 _SHARE_OF_FREE = 0.92
-"""Of the card's free memory, unless a setting says how much; kernels, graphs and the driver need some, too."""
+"""Of the card's free memory, unless a setting says how much; graphs and the driver need some, too."""
 
 
 def create_tensorrt_engine(settings: Settings, model: Model) -> TensorrtEngine:
     """The engine for a checkpoint, ready to step.
 
-    Raises EngineError, with what to install, set or free, where it cannot run, CheckpointError for bad weights.
+    Raises EngineError, with what to install, set or free, where it cannot run; CheckpointError for bad
+    weights.
     """
     checkpoint = model.checkpoint
     source = _Source(checkpoint.config, checkpoint, model.context, lambda: checkpoint.content_digest)
@@ -235,8 +238,8 @@ class Budget:
     def _help(self, layout: KVLayout) -> str:
         kv = "" if layout.dtype == "int8" else "engine.kv: int8 halves the KV, "
         return (
-            f"{kv}a smaller scheduler.token_budget or scheduler.max_batch the working memory; or use a smaller "
-            "model or a larger GPU"
+            f"{kv}a smaller scheduler.token_budget or scheduler.max_batch the working memory; or use a "
+            "smaller model or a larger GPU"
         )
 
 

@@ -22,6 +22,7 @@ from wicore.engine.tensorrt.bodies import Body, KernelBody, SegmentBody
 from wicore.engine.tensorrt.copies import Health, KVCopies, PoolBlocks
 from wicore.engine.tensorrt.device import Device
 from wicore.engine.tensorrt.limits import Limits
+from wicore.engine.tensorrt.matmuls import layer_products
 from wicore.engine.tensorrt.passes import SLICE
 from wicore.engine.tensorrt.profile import KernelTime, kv_bytes, summary
 from wicore.engine.tensorrt.runner import Runner, Running
@@ -91,7 +92,9 @@ class TensorrtEngine:
                 invariant=invariant,
             )
             workspace = Workspace(device, config, layout, limits, invariant=invariant)
-        self._attention, matmuls = workspace.attention, workspace.matmuls
+        self._most_rows = workspace.limits.rows
+        self._attention, self._matmuls = workspace.attention, workspace.matmuls
+        matmuls = self._matmuls
         kernels = KernelBody(config, weights, workspace.buffers, workspace.norms, matmuls)
         plans = None
         if segments is not None and not invariant:
@@ -133,8 +136,11 @@ class TensorrtEngine:
         self._closed = False
 
     def prepare(self) -> None:
-        """Capture all graphs, so that no step has to. Takes seconds."""
-        self._guarded(self._runner.prepare)
+        """Compile what prompts of any length need and capture all graphs, so that no step has to.
+
+        Takes seconds, and the first time on a card a minute.
+        """
+        self._guarded(self._prepare)
 
     @property
     def info(self) -> EngineInfo:
@@ -191,6 +197,10 @@ class TensorrtEngine:
             self._copies.close()
             self._runner.forget_graphs()
             self._device.close()
+
+    def _prepare(self) -> None:
+        self._matmuls.prepare(self._most_rows, layer_products(self._config))
+        self._runner.prepare()
 
     def _allocate_pools(self, layout: KVLayout, blocks: Mapping[Pool, int]) -> dict[Pool, PoolBlocks]:
         stream, pools = self._runner.stream, {}

@@ -13,6 +13,7 @@ from wicore.engine.tensorrt.device import Device, Stream
 from wicore.engine.tensorrt.hopper import HopperMatmul, Kind, Tiling
 from wicore.engine.tensorrt.skinny import MAX_ROWS, Product, Setting, SkinnyMatmul
 from wicore.errors import EngineError
+from wicore.gemma3.config import Gemma3Config
 
 Way: TypeAlias = "Setting | Tiling"
 """How a product is made: by `SkinnyMatmul` with this setting, or by `HopperMatmul` with this tiling."""
@@ -21,6 +22,9 @@ _HOPPER_FROM = 17
 """Rows below which the wide kernel's tiles of 64 are mostly idle: never worth measuring."""
 _SKINNY_TO = 256
 """Rows above which reading the matrix again for every 64 is never worth measuring."""
+
+_SKINNY_CANDIDATES, _HOPPER_CANDIDATES = 6, 4
+"""The kernels' own models of the card put the best nearly always among so many; each must be compiled."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +88,10 @@ class Matmuls:
         """Ways worth measuring."""
         found: list[Way] = []
         if rows <= _SKINNY_TO:
-            found += self.skinny.candidates(min(rows, MAX_ROWS), product)
+            found += self.skinny.candidates(min(rows, MAX_ROWS), product)[:_SKINNY_CANDIDATES]
         if self.hopper is not None and rows >= _HOPPER_FROM:
             tilings = self.hopper.candidates(rows, product.n, product.k, _kind(product))
-            # By its model of the card the best is nearly always among these, and each must be compiled.
-            found += tilings[: 4 if rows > MAX_ROWS else 2]
+            found += tilings[: _HOPPER_CANDIDATES if rows > MAX_ROWS else 2]
         return found
 
     def compile(self, wanted: Iterable[tuple[int, Product, Way]]) -> None:
@@ -107,8 +110,25 @@ class Matmuls:
             list(pool.map(prepare, wanted))
 
     def choose(self, product: Product, choices: Iterable[Choice]) -> None:
-        """Use what was measured: for a number of rows the choice of the next larger one, else of the largest."""
+        """Use what was measured: for a number of rows the choice of the next larger, else of the largest."""
         self._choices[product] = sorted(choices, key=lambda choice: choice.rows)
+
+    def prepare(self, most_rows: int, products: Iterable[Product]) -> None:
+        """Compile, on all cores, what products of more than 64 rows need, of up to `most_rows`."""
+        wide: list[tuple[int, int, Kind]] = []
+        sizes = range(MAX_ROWS, most_rows + MAX_ROWS, MAX_ROWS)
+        for product in products:
+            ways = {rows: self._chosen(rows, product) for rows in sizes if rows > MAX_ROWS}
+            for way in {way for way in ways.values() if self.hopper is None or isinstance(way, Setting)}:
+                self.skinny.prepare(MAX_ROWS, product, way if isinstance(way, Setting) else None)
+            if self.hopper is not None:
+                shape = (product.n, product.k, _kind(product))
+                wide.append(shape)
+                for rows, way in ways.items():
+                    if isinstance(way, Tiling):
+                        self.hopper.use(rows, *shape, way)
+        if self.hopper is not None and len(sizes) > 1:
+            self.hopper.prepare(sizes[1:], wide)
 
     def _chosen(self, rows: int, product: Product) -> Way | None:
         choices: Sequence[Choice] = self._choices.get(product, ())
@@ -117,6 +137,17 @@ class Matmuls:
             return None
         fits = isinstance(chosen.way, Setting) or self.hopper is not None
         return chosen.way if fits else None
+
+
+def layer_products(config: Gemma3Config) -> tuple[Product, Product, Product, Product]:
+    """The products of a layer: qkv, o, gate and up, down."""
+    hidden, inner, wide = config.hidden_size, config.intermediate_size, config.heads * config.head_dim
+    return (
+        Product(wide + 2 * config.kv_heads * config.head_dim, hidden, half_out=True),
+        Product(hidden, wide),
+        Product(inner, hidden, gated=True, half_out=True),
+        Product(hidden, inner),
+    )
 
 
 def _kind(product: Product) -> Kind:

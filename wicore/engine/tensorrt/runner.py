@@ -365,19 +365,24 @@ class Running:
         self._runner.wait()
         drawn = self._runner.tokens(self._rows)
         tokens = {piece.sequence.key: token for piece, token in zip(self._samples, drawn, strict=True)}
-        mass = self._runner.mass(self._tables)
-        return StepResult(
-            {s.key: SequenceOutput(tokens.get(s.key), _share(mass, s, self._tables)) for s in self._sequences}
-        )
+        shares = self._shares()
+        return StepResult({s.key: SequenceOutput(tokens.get(s.key), shares[s.key]) for s in self._sequences})
 
-
-def _share(mass: Float, sequence: SequenceInput, tables: BlockTables) -> Float:
-    """The sequence's mass by block of its whole table, summing to 1."""
-    entries = tables.by_key[sequence.key]
-    found = mass[entries.global_offset : entries.global_offset + entries.blocks]
-    share = np.zeros(len(sequence.global_table), np.float32)
-    share[: entries.blocks] = found / found.sum(dtype=np.float64)
-    return share
+    def _shares(self) -> dict[int, Float]:
+        """Each sequence's mass by block of its whole table, summing to 1."""
+        mass, by_key = self._runner.mass(self._tables), self._tables.by_key
+        starts = [by_key[s.key].global_offset for s in self._sequences]
+        sums = np.add.reduceat(mass, starts, dtype=np.float64).tolist() if starts else []
+        shares = {}
+        for sequence, start, total in zip(self._sequences, starts, sums, strict=True):
+            share = np.zeros(len(sequence.global_table), np.float32)
+            blocks = by_key[sequence.key].blocks
+            if total > 0:
+                np.multiply(mass[start : start + blocks], np.float32(1 / total), out=share[:blocks])
+            else:  # more context in this step than mass is counted for
+                share[:blocks] = 1 / blocks
+            shares[sequence.key] = share
+        return shares
 
 
 def _sampling_rows(work: Pass, room: int) -> NDArray[np.int32]:
@@ -402,8 +407,8 @@ def _tiles(work: Pass) -> NDArray[np.int32]:
 
 
 def _listed(work: Pass) -> NDArray[np.int32]:
-    """Rows of a prompt pass that go through the kernels for single rows: single tokens, and a few rows of each
-    chunk for their attention mass."""
+    """Rows of a prompt pass that go through the kernels for single rows: single tokens, and a few rows of
+    each chunk for their attention mass."""
     if work.decode:
         return np.empty(0, np.int32)
     rows = [np.arange(work.singles)]
