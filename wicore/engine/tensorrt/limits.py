@@ -11,6 +11,9 @@ from wicore.engine.tensorrt.step_arrays import entry_capacity
 _MOST_ROWS = 8192
 """A longer prompt's products are no faster for more rows, and their memory is better used for KV."""
 
+MASS_ROWS = 4
+"""Rows of a prompt chunk whose attention mass stands for all of it, the last among them."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -27,6 +30,11 @@ class Limits:
     def samples(self) -> int:
         """Rows of a step that sample."""
         return self.decode_rows[-1]
+
+    @property
+    def listed(self) -> int:
+        """Rows of a prompt pass that go through the kernels for single rows."""
+        return MASS_ROWS * self.samples
 
     def bucket(self, rows: int) -> int:
         """What a decode pass of so many rows is padded to."""

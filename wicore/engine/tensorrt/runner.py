@@ -19,7 +19,7 @@ from wicore.engine.base import KVLayout, Pool, SequenceInput, SequenceOutput, St
 from wicore.engine.tensorrt.attention import MASS_ONLY, TILE_POSITIONS, Attention, StepTables
 from wicore.engine.tensorrt.bodies import Body
 from wicore.engine.tensorrt.device import Device, Graph
-from wicore.engine.tensorrt.limits import Limits
+from wicore.engine.tensorrt.limits import MASS_ROWS, Limits
 from wicore.engine.tensorrt.passes import Pass, Piece, cut
 from wicore.engine.tensorrt.step_arrays import BlockTables, Upload, pass_arrays
 from wicore.engine.tensorrt.weights import DeviceWeights
@@ -413,20 +413,16 @@ def _listed(work: Pass) -> NDArray[np.int32]:
         return np.empty(0, np.int32)
     rows = [np.arange(work.singles)]
     for first, count, _, _ in _chunks(work):
-        ends = np.arange(1, _MASS_ROWS + 1) * count // _MASS_ROWS
+        ends = np.arange(1, MASS_ROWS + 1) * count // MASS_ROWS
         rows.append(first + np.unique(ends[ends > 0]) - 1 + MASS_ONLY)
     return np.concatenate(rows).astype(np.int32)
-
-
-_MASS_ROWS = 4
-"""Rows of a chunk whose attention mass stands for all of it, the last among them."""
 
 
 def _words(limits: Limits) -> int:
     """Most int32 that a pass sends."""
     sequences = limits.samples
     tiles = limits.rows // TILE_POSITIONS + 2 * sequences
-    return 3 * limits.rows + 5 * sequences + _MASS_ROWS * sequences + 4 * tiles + limits.entries
+    return 3 * limits.rows + 5 * sequences + limits.listed + 4 * tiles + limits.entries
 
 
 def _pool_layers(config: Gemma3Config) -> list[tuple[Pool, int]]:

@@ -28,5 +28,5 @@ class Workspace:
         self.buffers = allocate_work(device, config, limits.rows, samples)
         self.matmuls = Matmuls(device, invariant=invariant)
         self.norms = Norms(device, config)
-        self.attention = Attention(device, config, layout, limits.rows, samples, limits.entries)
+        self.attention = Attention(device, config, layout, limits.rows, limits.listed, limits.entries)
         self.sampler = Sampler(device, config.vocab_size, samples)
