@@ -7,6 +7,7 @@ raises, and every later one raises at once with the same words.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import struct
 import threading
 from collections import Counter
@@ -66,12 +67,13 @@ class CudaBuffer:
 
 
 class CudaHostBuffer:
-    """Pinned host memory, mapped into the device's address space."""
+    """Pinned host memory, mapped into the device's address space, from `skipped` bytes behind `host` on."""
 
-    def __init__(self, device: CudaDevice, host: int, address: int, size: int) -> None:
+    def __init__(self, device: CudaDevice, host: int, address: int, size: int, skipped: int) -> None:
         self._device = device
-        self.host, self.address, self.size = host, address, size
-        self.array: NDArray[np.uint8] = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(host))
+        self.host, self.address, self.size = host, address + skipped, size
+        memory = (ctypes.c_uint8 * size).from_address(host + skipped)
+        self.array: NDArray[np.uint8] = np.ctypeslib.as_array(memory)
 
     def free(self) -> None:
         self._device.release_host(self)
@@ -590,7 +592,8 @@ class CudaDevice:
         self.enter()
         driver = self.driver
         flags = driver.CU_MEMHOSTALLOC_PORTABLE | driver.CU_MEMHOSTALLOC_DEVICEMAP
-        answer = driver.cuMemHostAlloc(size, flags)
+        # The driver cuts small ones out of larger pages.
+        answer = driver.cuMemHostAlloc(size + mmap.PAGESIZE, flags)
         if int(answer[0]) == _OUT_OF_MEMORY:
             raise EngineError(
                 f"pinned memory: {_gb(size)} of host memory cannot be locked; lower what is kept in host "
@@ -599,7 +602,7 @@ class CudaDevice:
         self.check(answer, f"locking {_gb(size)} of host memory")
         host = int(answer[1])
         address = int(self.call("cuMemHostGetDevicePointer", host, 0))
-        buffer = CudaHostBuffer(self, host, address, size)
+        buffer = CudaHostBuffer(self, host, address, size, -host % mmap.PAGESIZE)
         with self._lock:
             self._host_buffers[host] = buffer
         return buffer

@@ -157,7 +157,9 @@ class Device(Protocol):
         """Device memory, aligned to 256 bytes; EngineError names `what`, the bytes needed and free, and the
         fix. Not during a capture."""
 
-    def allocate_host(self, size: int) -> HostBuffer: ...
+    def allocate_host(self, size: int) -> HostBuffer:
+        """Pinned host memory that begins at a page."""
+
     def stream(self) -> Stream: ...
     def event(self, timing: bool = False) -> Event: ...
     def copy(self, dst: int, src: int, size: int, stream: Any) -> None:

@@ -33,7 +33,7 @@ class Limits:
 
     @property
     def listed(self) -> int:
-        """Rows of a pass that go through the attention kernels for single rows."""
+        """Rows of a prompt pass that go through the kernels for single rows."""
         return MASS_ROWS * self.samples
 
     def bucket(self, rows: int) -> int:
