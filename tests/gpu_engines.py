@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tests.emulation import EmulatedDevice
 from wicore.engine.tensorrt.autotune import Choices
+from wicore.engine.tensorrt.device import Device
 from wicore.engine.tensorrt.engine import TensorrtEngine
 from wicore.engine.tensorrt.hopper import Tiling
 from wicore.engine.tensorrt.matmuls import Choice, layer_products
@@ -20,16 +21,17 @@ SMALL_TILE = Tiling(32, consumers=1, stages=3)
 
 
 def emulated_engine(
-    path: Path,
-    *,
-    kv: str = "float16",
-    device: EmulatedDevice | None = None,
-    checkpoint: Checkpoint | None = None,
-    **options: Any,
+    path: Path, *, device: EmulatedDevice | None = None, checkpoint: Checkpoint | None = None, **options: Any
 ) -> TensorrtEngine:
     """On a card without Hopper's instructions, unless `device` is another."""
-    checkpoint = checkpoint or open_checkpoint(path)
     device = device or EmulatedDevice(capability=(8, 0))
+    return engine_on(device, checkpoint or open_checkpoint(path), **options)
+
+
+def engine_on(
+    device: Device, checkpoint: Checkpoint, *, kv: Literal["float16", "int8"] = "float16", **options: Any
+) -> TensorrtEngine:
+    """With small pools and steps of up to 128 rows, unless `options` say otherwise."""
     sizes = {"block_tokens": 16, "global_blocks": 256, "window_blocks": 256, "token_budget": 128}
     weights = load_weights(device, checkpoint, int8_kv=kv == "int8")
     return TensorrtEngine(weights, checkpoint.config, device, kv=kv, **sizes | options)

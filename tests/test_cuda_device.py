@@ -163,8 +163,8 @@ def test_memory_is_kept_within_the_budget(driver: FakeDriver) -> None:
     with pytest.raises(EngineError) as raised:
         device.allocate(200 * 10**6, "KV blocks")
     assert raised.value.message == (
-        "engine.memory_bytes: KV blocks need 0.2 GB, 100.0 MB of 0.6 GB are left (weights 0.5 GB, "
-        "tables 0.0 MB); raise engine.memory_bytes or lower what else is kept on the GPU"
+        "engine.device_memory_bytes: KV blocks need 0.2 GB, 100.0 MB of 0.6 GB are left (weights 0.5 GB, "
+        "tables 0.0 MB); raise it or lower what else is kept on the GPU"
     )
     assert device.report() == {"weights": 500 * 10**6, "tables": 10}
     assert device.memory_free == 100 * 10**6 - 10

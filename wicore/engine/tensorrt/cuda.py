@@ -552,9 +552,9 @@ class CudaDevice:
         with self._lock:
             if self._budget is not None and self._reserved + size > self._budget:
                 raise EngineError(
-                    f"engine.memory_bytes: {what} need {_gb(size)}, {_gb(self._budget - self._reserved)} of "
-                    f"{_gb(self._budget)} are left{self._usage()}; raise engine.memory_bytes or lower what "
-                    "else is kept on the GPU"
+                    f"engine.device_memory_bytes: {what} need {_gb(size)}, "
+                    f"{_gb(self._budget - self._reserved)} of {_gb(self._budget)} are left{self._usage()}; "
+                    "raise it or lower what else is kept on the GPU"
                 )
             self._reserved += size
         try:
