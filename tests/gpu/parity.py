@@ -5,9 +5,9 @@
     python tests/gpu/parity.py --random gemma-3-1b               # random weights in a published shape
 
 Needs torch and transformers besides what the engine needs. One line a way of computing: prompts, every row
-through the kernels for single rows, decode steps, and some of it with 8-bit KV. `agree` is the share of positions
-with the same likeliest token, `error` the largest difference of a logit over the largest logit, `rms` that of the
-root mean squares. Exit code 1 when a limit is missed.
+through the kernels for single rows, decode steps, and some of it with 8-bit KV. `agree` is the share of
+positions with the same likeliest token, `error` the largest difference of a logit over the largest logit, `rms`
+the ratio of the root mean squares. Exit code 1 when a limit is missed.
 """
 
 from __future__ import annotations
