@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 import threading
 import time
@@ -196,7 +197,8 @@ def test_pinned_memory_is_seen_by_host_and_device(device: CudaDevice, driver: Fa
     device.fill(host.address, 7, 32, stream)
     assert list(host.array) == [7] * 32 + list(range(32, 64))
     assert bytes(driver.memory[memory.address]) == bytes(range(64))
-    assert driver.called("cuMemHostAlloc") == [(64, 1 | 2)]
+    assert driver.called("cuMemHostAlloc") == [(64 + mmap.PAGESIZE, 1 | 2)]
+    assert host.array.ctypes.data % mmap.PAGESIZE == 0
     assert device.report() == {"x": 64}  # of the device only
     host.free()
     host.free()
@@ -282,7 +284,8 @@ def test_a_source_is_compiled_and_loaded_once(device: CudaDevice, driver: FakeDr
     assert first.function("f", 100_000) is first.function("f", 100_000)
     kinds = real.CUfunction_attribute
     assert [args[1:] for args in driver.called("cuFuncSetAttribute")] == [
-        (kinds.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, 100_000)
+        (kinds.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, 100_000),
+        (kinds.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
     ]
 
 

@@ -257,6 +257,7 @@ class EmulatedDevice:
     ) -> None:
         self.name = "emulation"
         self.sms, self.capability = sms, capability
+        self.clock_hz = 1e9
         self.memory_total = memory_bytes
         self._kernels, self._order, self._launches = kernels, _ORDERS[order], 0
         self._buffers: dict[int, EmulatedBuffer] = {}

@@ -384,6 +384,7 @@ class CudaDevice:
                 f"GPU {index} ({self.name}): expected compute capability 8.0 or newer; found {major}.{minor}"
             )
         self.sms = self._attribute(attributes.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+        self.clock_hz = 1e3 * self._attribute(attributes.CU_DEVICE_ATTRIBUTE_CLOCK_RATE)
         self.max_shared = self._attribute(attributes.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
         self.dependent_launches = self.capability >= (9, 0) and self.driver_version >= _DEPENDENT_FROM
         self.trace: _Trace | None = None

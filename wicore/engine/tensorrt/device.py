@@ -140,6 +140,10 @@ class Device(Protocol):
         """Compute capability, e.g. (9, 0)."""
 
     @property
+    def clock_hz(self) -> float:
+        """The multiprocessors' top clock; 0: unknown."""
+
+    @property
     def memory_total(self) -> int:
         """Bytes of the card."""
 

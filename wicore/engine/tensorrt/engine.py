@@ -19,6 +19,7 @@ from wicore.engine.sizing import layout_of
 from wicore.engine.tensorrt.attention import PoolMemory
 from wicore.engine.tensorrt.autotune import Autotuner, Choices
 from wicore.engine.tensorrt.bodies import Body, KernelBody, SegmentBody
+from wicore.engine.tensorrt.ceilings import ceilings
 from wicore.engine.tensorrt.copies import Health, KVCopies, PoolBlocks
 from wicore.engine.tensorrt.device import Device
 from wicore.engine.tensorrt.limits import Limits
@@ -158,6 +159,10 @@ class TensorrtEngine:
         """Logits after every new token of every sequence, [n, vocab]: for parity tests and scoring."""
         check_plan(plan, self._info, self._copies.slots("global"))
         return self._guarded(lambda: self._runner.logits(plan.sequences))
+
+    def ceilings(self) -> dict[str, float]:
+        """What the card can do at best; see `ceilings`. Measured now: it takes a moment and some memory."""
+        return self._guarded(lambda: ceilings(self._device))
 
     def profile(self, plan: StepPlan, replays: int = 5) -> list[KernelTime]:
         """Where the time of a step of one pass goes: its kernels one after the other, as a graph.
