@@ -14,10 +14,12 @@ import pytest
 from click.testing import CliRunner
 from redis.exceptions import ResponseError
 
+from tests.emulation import EmulatedDevice
 from wicore.cli import main
 from wicore.commands import doctor
 from wicore.commands.redis_checks import check_replicas, check_rights
 from wicore.config import load_settings
+from wicore.errors import EngineError
 from wicore.exit_codes import ExitCode
 from wicore.queue.connection import connect
 
@@ -104,11 +106,32 @@ def test_a_missing_package_is_named() -> None:
     )
 
 
+GPU = load_settings(environ={"WICORE_ENGINE__KIND": "tensorrt"})
+
+
 def test_an_engine_that_cannot_be_imported_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
-    check = doctor.check_engine(load_settings(environ={"WICORE_ENGINE__KIND": "tensorrt"}))
+    monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", None)
+    check = doctor.check_engine(GPU)
     assert check.status == "fail"
     assert "wicore[gpu]" in check.fix
+
+
+def test_a_gpu_that_is_not_there_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(index: int) -> None:
+        raise EngineError("GPU 0: CUDA shows 0 GPUs to this process")
+
+    monkeypatch.setattr("wicore.engine.tensorrt.cuda.CudaDevice", none)
+    check = doctor.check_engine(GPU)
+    assert (check.status, "CUDA shows 0 GPUs" in check.detail) == ("fail", True)
+
+
+@pytest.mark.parametrize(("capability", "status"), [((9, 0), "ok"), ((8, 9), "warn")])
+def test_a_gpu_is_described_and_only_some_need_tensorrt(monkeypatch, capability, status) -> None:
+    card = EmulatedDevice(capability=capability)
+    monkeypatch.setattr("wicore.engine.tensorrt.cuda.CudaDevice", lambda index: card)
+    monkeypatch.setattr("wicore.engine.tensorrt.trt_api.installed_backends", list)
+    check = doctor.check_engine(GPU)
+    assert (check.status, "emulation, 8.6 GB free" in check.detail) == (status, True)
 
 
 def test_bad_settings_are_a_failure_that_names_the_key() -> None:

@@ -263,7 +263,9 @@ def built(memory_bytes: int, context: int = 1024, **options: Any) -> TensorrtEng
     config = open_checkpoint(FIXTURES / "tiny").config
     device = EmulatedDevice(memory_bytes=memory_bytes)
     weights = RandomWeights(config)
-    return build_engine(settings(**options), config, device, weights, context=context, content="random")
+    return build_engine(
+        settings(**options), config, device, weights, context=context, content=lambda: "random"
+    )
 
 
 def test_pools_take_what_memory_is_left() -> None:

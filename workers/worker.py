@@ -195,6 +195,7 @@ class Worker:
             "context": self._model.context,
             "global_blocks": info.global_blocks,
             "window_blocks": info.window_blocks,
+            "device_memory": dict(info.memory),
             "steps": self._steps,
             "tokens": self._tokens,
             "preemptions": self._scheduler.preemptions,

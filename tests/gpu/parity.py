@@ -6,8 +6,8 @@
 
 Needs torch and transformers besides what the engine needs. One line a way of computing: prompts, every row
 through the kernels for single rows, decode steps, and some of it with 8-bit KV. `agree` is the share of
-positions with the same likeliest token, `error` the largest difference of a logit over the largest logit, `rms`
-the ratio of the root mean squares. Exit code 1 when a limit is missed.
+positions with the same likeliest token, `error` the largest difference of a logit over the largest logit,
+`rms` the ratio of the root mean squares. Exit code 1 when a limit is missed.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from wicore.exit_codes import ExitCode
 ENGINE_PACKAGES: Mapping[str, Mapping[str, str]] = {
     "cpu": {"onnxruntime": "pip install wicore", "onnx": "pip install wicore"},
     "null": {},
-    "tensorrt": {"tensorrt": "pip install wicore[gpu]", "cuda": "pip install wicore[gpu]"},
+    "tensorrt": {"cuda.bindings.nvrtc": "pip install 'wicore[gpu]'"},
 }
 """What each engine imports, and where it comes from."""
 
@@ -154,7 +154,29 @@ def check_engine(settings: Settings) -> Check:
             importlib.import_module(module)
         except ImportError as err:
             return Check("engine", "fail", f"{kind}: {module} cannot be imported: {err}", fix)
-    return Check("engine", "ok", kind)
+    return _check_gpu(settings) if kind == "tensorrt" else Check("engine", "ok", kind)
+
+
+def _check_gpu(settings: Settings) -> Check:
+    """Whether the card can be used, and what there is for it."""
+    from wicore.engine.tensorrt.cuda import CudaDevice
+    from wicore.engine.tensorrt.trt_api import installed_backends
+
+    try:
+        device = CudaDevice(settings.engine.device_index)
+    except WicoreError as err:
+        return Check(
+            "engine", "fail", f"tensorrt: {err.message}", "a GPU and its driver, or engine.kind: cpu"
+        )
+    free, hopper = device.memory_free, device.capability[0] == 9
+    told = f"tensorrt: {device.name}, {free / 1e9:.1f} GB free"
+    device.close()
+    libraries = ", ".join(f"{b.name} {b.version}" for b in installed_backends())
+    if not libraries and not hopper:
+        return Check(
+            "engine", "warn", f"{told}; without TensorRT prompts are slow on it", "pip install 'wicore[gpu]'"
+        )
+    return Check("engine", "ok", f"{told}, {libraries or 'no TensorRT, which this card can do without'}")
 
 
 def check_model(settings: Settings) -> Check:

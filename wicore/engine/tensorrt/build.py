@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -91,7 +92,7 @@ def _on_card(settings: Settings, source: _Source) -> TensorrtEngine:
             device,
             source.weights,
             context=source.context,
-            content=source.content(),
+            content=source.content,
             open_segments=lambda limits: open_segments(settings, source.config, device, limits),
             tune=lambda measure: tuned(device, source.config, measure),
         )
@@ -109,11 +110,14 @@ def build_engine(
     weights: Checkpoint | RandomWeights,
     *,
     context: int,
-    content: str,
+    content: Callable[[], str],
     open_segments: Callable[[Limits], Segments | None] = lambda limits: None,
     tune: Callable[[Callable[[], Choices]], Choices] | None = None,
 ) -> TensorrtEngine:
-    """An engine on this device, within its budget of memory. Raises EngineError when that is too small."""
+    """An engine on this device, within its budget of memory. Raises EngineError when that is too small.
+
+    `content` gives a digest of the weights, on a thread of its own: it reads all of them.
+    """
     weight_format(settings.engine)  # another than ours is an error
     started = time.monotonic()
     kv = cast(Literal["float16", "int8"], kv_format(settings.engine))
@@ -130,7 +134,9 @@ def build_engine(
     workspace = Workspace(device, config, layout, limits, invariant=invariant)
     segments = None if invariant else open_segments(limits)
     budget.blocks(settings, layout, weight_bytes(config), context)
-    loaded = load_weights(device, weights, int8_kv=kv == "int8", on_progress=_Progress())
+    with ThreadPoolExecutor(1, "digest") as other:
+        digest = other.submit(content)
+        loaded = load_weights(device, weights, int8_kv=kv == "int8", on_progress=_Progress())
     engine = TensorrtEngine(
         loaded,
         config,
@@ -145,7 +151,7 @@ def build_engine(
         segments=segments,
         tune=None if invariant else tune,
         workspace=workspace,
-        content=content,
+        content=digest.result(),
     )
     info = engine.info
     pools = pool_bytes(layout, {"global": info.global_blocks, "window": info.window_blocks})
