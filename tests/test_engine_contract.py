@@ -156,9 +156,9 @@ def test_seeded_sampling_does_not_depend_on_the_batch(engine) -> None:
     warm = SamplingParams(temperature=0.9, top_p=0.95, repetition_penalty=1.1)
     alone, shared, other = rows(engine, 3, 260, seed=7)
     alone.params = shared.params = warm
-    expected = generate(engine, alone, PROMPT, 12)
+    expected = generate(engine, alone, PROMPT, 6 if slow(engine) else 12)
     pending = {shared.key: PROMPT, other.key: PROMPT[:50]}
-    while len(shared.output) < 12:
+    while len(shared.output) < len(expected):
         batch = (shared, other)
         result = engine.step(StepPlan(tuple(r.input(pending[r.key], sample=True) for r in batch)))
         for row in batch:
@@ -218,12 +218,13 @@ def test_logits_are_bitwise_the_same_in_any_chunking_and_company(engine) -> None
     @given(st.data())
     def check(data: st.DataObject) -> None:
         alone, row, *others = rows(engine, 5, 260, seed=12)
-        whole = engine.logits(StepPlan((alone.input(PROMPT),)))[alone.key]
+        prompt = PROMPT[: 100 if slow(engine) else None]
+        whole = engine.logits(StepPlan((alone.input(prompt),)))[alone.key]
         parts = []
-        while row.start < len(PROMPT):
-            size = data.draw(st.integers(1, len(PROMPT) - row.start))
+        while row.start < len(prompt):
+            size = data.draw(st.integers(1, len(prompt) - row.start))
             company = [o for o in others if data.draw(st.booleans())]
-            plan = StepPlan((*(o.input(PROMPT[:3]) for o in company), row.input(PROMPT[row.start :][:size])))
+            plan = StepPlan((*(o.input(PROMPT[:3]) for o in company), row.input(prompt[row.start :][:size])))
             parts.append(engine.logits(plan)[row.key])
             row.start += size
         assert np.array_equal(np.concatenate(parts), whole)
@@ -272,7 +273,7 @@ def test_logits_and_mass_are_bitwise_the_same_with_any_blocks_streamed(engine, h
         resident, row, *others = rows(engine, 4, 260, seed=17)
         rng = np.random.default_rng(data.draw(st.integers(0, 99)))
         size = engine.info.layout.block_tokens
-        while row.start < (96 if slow(engine) else len(PROMPT)):
+        while row.start < (70 if slow(engine) else len(PROMPT)):
             part = PROMPT[row.start :][: data.draw(st.integers(1, 100))]
             if data.draw(st.booleans()):
                 part = part[:1]

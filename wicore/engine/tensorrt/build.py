@@ -54,7 +54,12 @@ def create_tensorrt_engine(settings: Settings, model: Model) -> TensorrtEngine:
     """
     checkpoint = model.checkpoint
     source = _Source(checkpoint.config, checkpoint, model.context, lambda: checkpoint.content_digest)
-    return _on_card(settings, source)
+    engine = _on_card(settings, source)
+    if settings.hmt.host_bytes == 0:
+        engine.prepare()
+    else:
+        engine.prepare_when_used()
+    return engine
 
 
 def create_random_engine(name: str, settings: Settings) -> TensorrtEngine:
@@ -66,7 +71,9 @@ def create_random_engine(name: str, settings: Settings) -> TensorrtEngine:
     if config is None:
         raise EngineError(f"{name}: no published model; known are gemma-3-270m, 1b, 4b, 12b and 27b")
     context = min(config.max_context, settings.model.max_context or config.max_context)
-    return _on_card(settings, _Source(config, RandomWeights(config), context, lambda: f"random {name}"))
+    engine = _on_card(settings, _Source(config, RandomWeights(config), context, lambda: f"random {name}"))
+    engine.prepare()
+    return engine
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,7 @@ def _on_card(settings: Settings, source: _Source) -> TensorrtEngine:
 
     device = CudaDevice(settings.engine.device_index)
     try:
-        engine = build_engine(
+        return build_engine(
             settings,
             source.config,
             device,
@@ -96,11 +103,9 @@ def _on_card(settings: Settings, source: _Source) -> TensorrtEngine:
             open_segments=lambda limits: open_segments(settings, source.config, device, limits),
             tune=lambda measure: tuned(device, source.config, measure),
         )
-        engine.prepare()
     except BaseException:
         device.close()
         raise
-    return engine
 
 
 def build_engine(

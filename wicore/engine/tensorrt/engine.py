@@ -134,14 +134,19 @@ class TensorrtEngine:
             fingerprint=hashlib.sha256(described.encode()).hexdigest(),
             memory=dict(device.report()),
         )
-        self._closed = False
+        self._closed, self._unprepared = False, False
 
     def prepare(self) -> None:
         """Compile what prompts of any length need and capture all graphs, so that no step has to.
 
         Takes seconds, and the first time on a card a minute.
         """
+        self._unprepared = False
         self._guarded(self._prepare)
+
+    def prepare_when_used(self) -> None:
+        """Do that once host memory is there, whose address graphs hold, or before the first step."""
+        self._unprepared = True
 
     @property
     def info(self) -> EngineInfo:
@@ -149,6 +154,8 @@ class TensorrtEngine:
 
     def start(self, plan: StepPlan) -> PendingStep:
         check_plan(plan, self._info, self._copies.slots("global"))
+        if self._unprepared:
+            self.prepare()
         running = self._guarded(lambda: self._runner.start(plan.sequences))
         return _Pending(running, self._guarded)
 
@@ -187,7 +194,10 @@ class TensorrtEngine:
 
     def host_memory(self, pool: Pool, slots: int) -> NDArray[np.uint8]:
         rows = self._guarded(lambda: self._copies.host_memory(pool, slots))
-        self._bind(pool, self._info.layout)
+        if pool == "global":  # the only one that anything is streamed from
+            self._bind(pool, self._info.layout)
+            if self._unprepared:
+                self.prepare()
         return rows
 
     def copy_out(self, pool: Pool, blocks: Sequence[int], rows: Sequence[NDArray[np.uint8]]) -> Ticket:

@@ -102,7 +102,7 @@ class Runner:
         most = self._limits.samples
         self._parts.attention.clear_mass(self.stream)
         for work in self._cut(sequences):
-            self._run_pass(work, tables)
+            self._run_pass(work, tables, every_row=True)
             at = 0
             for piece in work.pieces:
                 for first in range(at, at + piece.count, most):
@@ -194,11 +194,11 @@ class Runner:
             self._parts.sampler.launch(self.stream, done, self._buffers.logits)
         return list(range(done))
 
-    def _run_pass(self, work: Pass, tables: BlockTables) -> int:
+    def _run_pass(self, work: Pass, tables: BlockTables, *, every_row: bool = False) -> int:
         """The address of the indices of its rows that sample."""
         if work.decode:
             return self._decode(work, tables, self._limits.bucket(work.rows), False)
-        return self._prompt(work, tables)
+        return self._prompt(work, tables, every_row or any(piece.samples for piece in work.pieces))
 
     def _decode(
         self, work: Pass, tables: BlockTables, bucket: int, head: bool, *, measured: bool = False
@@ -257,12 +257,14 @@ class Runner:
             self._head(rows, b.normed)
             self._parts.sampler.launch(self.stream, rows, b.logits)
 
-    def _prompt(self, work: Pass, tables: BlockTables) -> int:
+    def _prompt(self, work: Pass, tables: BlockTables, needed: bool) -> int:
+        """`needed`: some row is read after the last layer."""
         sent = self._send(work, tables, work.rows, len(work.pieces))
-        self._prompt_launches(work, sent)
+        self._prompt_launches(work, sent, needed)
         return sent.sampling
 
-    def _prompt_launches(self, work: Pass, sent: _Sent) -> None:
+    def _prompt_launches(self, work: Pass, sent: _Sent, needed: bool = True) -> None:
+        last = len(self._layers) - 1
         attention, b, step, rows = self._parts.attention, self._buffers, sent.tables, work.rows
         indices, listed = sent.listed
         body = self._body(rows)
@@ -274,6 +276,8 @@ class Runner:
             # Chunks are listed for their mass, which window layers have none of.
             if pool == "global" or work.singles:
                 attention.decode(self.stream, listed, pool, layer, b.q, b.attended, step)
+            if index == last and not needed:
+                break  # its KV is written, and nobody asks for more
             attention.prefill(self.stream, *sent.tiles, pool, layer, b.q, b.attended, step)
             body.after(self.stream, rows, index)
         self._mass_at = attention.mass(self.stream, listed, step)
