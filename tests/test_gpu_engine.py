@@ -16,6 +16,7 @@ from tests.engines import FIXTURES, TINY, generate, rows
 from tests.gpu_engines import emulated_engine, hopper_choices
 from tests.numpy_segments import NumpySegments
 from tests.test_parity import relative_error
+from tests.workload import Job, Server
 from wicore.config import Settings, load_settings
 from wicore.engine.base import StepPlan
 from wicore.engine.tensorrt.build import build_engine, weight_bytes
@@ -24,7 +25,7 @@ from wicore.engine.tensorrt.networks import SegmentShape
 from wicore.engine.tensorrt.weights import RandomWeights
 from wicore.errors import EngineError
 from wicore.gemma3.checkpoint import Checkpoint, open_checkpoint
-from wicore.request import SamplingParams
+from wicore.request import Priority, SamplingParams
 
 TOLERANCE = 1e-2
 Reference = Mapping[str, NDArray[Any]]
@@ -173,6 +174,16 @@ def test_graphs_captured_at_the_start_give_the_same(engine) -> None:
     assert outputs(prepared) == outputs(engine)
 
 
+def test_graphs_can_wait_for_host_memory(engine) -> None:
+    waiting = emulated_engine(FIXTURES / "tiny", max_batch=4)
+    waiting.prepare_when_used()
+    waiting.host_memory("global", 4)
+    graphs = dict(waiting._runner._graphs)
+    assert len(graphs) == 3
+    assert outputs(waiting) == outputs(engine)
+    assert waiting._runner._graphs == graphs
+
+
 def test_attention_mass_of_a_chunk_beside_single_tokens_sums_to_one(engine) -> None:
     row, other = rows(engine, 2, 260, seed=8)
     prompt = np.random.default_rng(3).integers(5, 500, 210)
@@ -319,3 +330,34 @@ def test_the_reckoned_size_of_the_weights_is_theirs() -> None:
     engine = built(64 << 20)
     config = open_checkpoint(FIXTURES / "tiny").config
     assert engine.info.memory["the weights"] == pytest.approx(weight_bytes(config), rel=0.02)
+
+
+def served(**options: Any) -> tuple[list[list[int]], Server]:
+    """What jobs get of the engine under the scheduler, with tiers as the settings say: two documents asked
+    about in turn, then one that is longer than 256 positions."""
+    given = {"engine__invariant": True, "scheduler__max_batch": 2, **options}
+    checkpoint = open_checkpoint(FIXTURES / "tiny")
+    engine = build_engine(
+        settings(**given),
+        checkpoint.config,
+        EmulatedDevice(),
+        checkpoint,
+        context=560,
+        content=lambda: "tiny",
+    )
+    service = Server(settings(**given), engine)
+    numbers = np.random.default_rng(4)
+    documents = [numbers.integers(5, 500, 180).tolist() for _ in range(2)]
+    prompts = [documents[i % 2] + [20 + i] for i in range(6)] + [numbers.integers(5, 500, 300).tolist()]
+    jobs = [Job(12 * i, tuple(prompt), 3, Priority.NORMAL) for i, prompt in enumerate(prompts)]
+    outputs = service.serve(jobs)
+    service.close()
+    return outputs, service
+
+
+def test_output_does_not_depend_on_how_much_the_device_holds() -> None:
+    expected, _ = served(hmt__device_tokens=4096)
+    found, service = served(hmt__device_tokens=256, hmt__host_bytes=4 * 2**20)
+    assert found == expected
+    assert service.streamed_steps > 0
+    assert service.cache.manager.stats.hit_tokens["host"] > 0
