@@ -77,6 +77,18 @@ class _Step(NamedTuple):
     started: float
 
 
+class _Mean:
+    """A decayed mean, over about the last hundred."""
+
+    def __init__(self) -> None:
+        self.mean = 0.0
+        self._weight = 1.0
+
+    def add(self, value: float) -> None:
+        self.mean += (value - self.mean) * self._weight
+        self._weight = max(0.01, self._weight / (1 + self._weight))
+
+
 class Worker:
     """One engine and the queue it serves. `run` blocks until `stop` and the drain after it."""
 
@@ -102,9 +114,12 @@ class Worker:
         """Slots to be released, with their level."""
         self._stopping = threading.Event()
         self._step_started: float | None = None
+        self._step_ended = 0.0
         self._awaits_blocks = False
         """Every sequence waits for blocks under way."""
         self._steps = self._tokens = self._accepted = 0
+        self._between = _Mean()
+        """Seconds from a step's result to the start of one that follows at once."""
         prefix, leases = settings.redis.prefix, settings.queue
         self._consumer = LeaseConsumer(redis, owner, prefix, leases)
         self._intake = Intake(
@@ -198,6 +213,7 @@ class Worker:
             "device_memory": dict(info.memory),
             "steps": self._steps,
             "tokens": self._tokens,
+            "between_ms": round(self._between.mean * 1e3, 3),
             "preemptions": self._scheduler.preemptions,
             "kv": self._cache.report(),
             "jobs": self._accepted,
@@ -238,22 +254,27 @@ class Worker:
         else:
             self._empty_inbox(None, block=False)
         self._expire()
-        self._start_step()
-        self._scheduler.catch_up()
+        self._start_step(following=ended is not None)
+        self._offer_room()
         self._tell()
+        self._scheduler.catch_up()
         if ended is not None:
             self._cache.observe(*ended)
         if self._step is not None:
             self._empty_inbox(None, block=False)
+            self._offer_room()
             self._tell()
 
-    def _start_step(self) -> None:
+    def _start_step(self, *, following: bool) -> None:
+        """Start the next step, if there is one; `following` says whether another has just ended."""
         if self._publisher.full:
             return
         plan = self._scheduler.plan()
         self._awaits_blocks = plan is None and self._cache.manager.busy
         if plan is not None:
             self._step_started = started = time.monotonic()
+            if following:
+                self._between.add(started - self._step_ended)
             self._step = _Step(plan, self._engine.start(plan), started)
 
     def _end_step(self) -> tuple[StepPlan, float] | None:
@@ -264,11 +285,11 @@ class Worker:
         result = pending.result()
         # Only now: a step that fails stays under way, for the watchdog, until this process has ended.
         self._step = self._step_started = None
-        seconds = time.monotonic() - started
+        self._step_ended = time.monotonic()
         self._steps += 1
         for out in self._scheduler.apply(result):
             self._take(out)
-        return plan, seconds
+        return plan, self._step_ended - started
 
     def _take(self, out: TokenOut) -> None:
         job = self._by_key.get(out.key)
@@ -281,12 +302,15 @@ class Worker:
             self._end_choice(job, out.key)
 
     def _tell(self) -> None:
-        """Publish what the jobs have to say, and say what room there is."""
+        """Publish what the jobs have to say."""
         untold, self._untold = self._untold, {}
         if untold:
             with self._publisher.gathered():
                 for job in untold:
                     self._publish(job)
+
+    def _offer_room(self) -> None:
+        """Let the intake fetch what will take the slots that are free, or will be when the step ends."""
         freed, self._freed = self._freed, []
         self._room.release(freed, ending=self._scheduler.ending_soon())
 
@@ -391,6 +415,7 @@ class Worker:
         self._cancels.stop()
         if healthy:  # so that the slots of jobs popped amid the stop are accounted for
             self._empty_inbox(None, block=False)
+            self._offer_room()
         self._tell()
         self._publisher.stop(_FLUSH_S)
         self._keeper.stop()

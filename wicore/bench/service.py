@@ -40,6 +40,7 @@ def saturated(setting: Setting, jobs: int, module: str = "workers.gpu") -> Line:
                     if worker.poll() is not None:
                         raise EngineError(f"bench: the worker ended with exit code {worker.returncode}")
             relay.close()
+            [figures] = alive_workers(client)
         ends = sorted(record.finished_ms or 0 for record in map(producer.record, ids))
     middle = ends[jobs // 10 : -jobs // 10]
     rate = (len(middle) - 1) * 1000 / (middle[-1] - middle[0])
@@ -49,6 +50,7 @@ def saturated(setting: Setting, jobs: int, module: str = "workers.gpu") -> Line:
         "jobs_s": round(rate, 1),
         "ideal_jobs_s": round(setting.ideal_jobs_s, 1),
         "share_of_ideal": round(rate / setting.ideal_jobs_s, 3),
+        "between_steps_ms": figures.get("between_ms"),
         **setting.describe(),
     }
 

@@ -127,15 +127,23 @@ def accuracy(config: tuple[str, ...], windows: int, subject: str) -> None:
 @click.option("--rate", default=100.0, show_default=True, help="Requests a second of the latency run.")
 @click.option("--seconds", default=20.0, show_default=True, help="Length of the latency run.")
 @click.option("--port", default=8099, show_default=True, help="Port of the API under test.")
-def service(config: tuple[str, ...], jobs: int, rate: float, seconds: float, port: int) -> None:
+@click.option("--slots", default=16, show_default=True, type=click.IntRange(1), help="Of the engine.")
+@click.option("--step-ms", default=5.0, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--tokens", default=10, show_default=True, type=click.IntRange(1), help="Output of a job.")
+@click.option("--only", type=click.Choice(["saturated", "latency", "estimates"]), help="[default: all three]")
+def service(config: tuple[str, ...], jobs: int, rate: float, seconds: float, **given: Any) -> None:
     """Throughput, latency and told waits of queue, worker and API around an engine that computes nothing."""
     from wicore.bench.processes import Setting
     from wicore.bench.service import estimates, latency, saturated
 
-    setting = Setting(model=load_settings(config or None).model.path, port=port)
-    _print(saturated(setting, jobs))
-    _print(latency(setting, rate, seconds))
-    _print(estimates(setting, jobs // 2))
+    only = given.pop("only")
+    setting = Setting(model=load_settings(config or None).model.path, **given)
+    if only in (None, "saturated"):
+        _print(saturated(setting, jobs))
+    if only in (None, "latency"):
+        _print(latency(setting, rate, seconds))
+    if only in (None, "estimates"):
+        _print(estimates(setting, jobs // 2))
 
 
 @bench.command()

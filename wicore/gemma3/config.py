@@ -136,7 +136,8 @@ class Gemma3Config:
             "layer_types": [
                 "full_attention" if kind == "global" else "sliding_attention" for kind in self.layer_kinds
             ],
-            "query_pre_attn_scalar": self.query_pre_attn_scalar,
+            # A whole number as such: newer transformers refuse another type.
+            "query_pre_attn_scalar": _plain(self.query_pre_attn_scalar),
             "rope_theta": self.rope_theta,
             "rope_local_base_freq": self.rope_local_theta,
             "rope_scaling": scaling,
@@ -148,6 +149,11 @@ class Gemma3Config:
             "eos_token_id": self.eos_token_id,
             "pad_token_id": 0,
         }
+
+
+def _plain(value: float) -> float:
+    """Whole numbers as int, as JSON files hold them."""
+    return int(value) if float(value).is_integer() else value
 
 
 # --- the published models -----------------------------------------------------------------------

@@ -22,7 +22,10 @@ Pools = Mapping[Tier, Mapping[Pool, BlockPool]]
 _BATCH_BYTES = 4 * 2**20
 """About what one move carries: enough for a disk's speed, few enough for reading and copying to overlap."""
 _MOVES_IN_FLIGHT = 4
-"""Moves of one route at a time."""
+"""Moves of one route at a time, at least."""
+_AHEAD_S = 0.02
+"""A route has as much to do as it is thought to carry in this time: moves are begun once a step, and a fast
+bus should not idle until the next."""
 _SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
@@ -56,6 +59,7 @@ class Traffic:
         }
         self._under_way: dict[Move, Callable[[Outcome], None]] = {}
         self._flying: Counter[Route] = Counter()
+        self._flying_bytes: Counter[Route] = Counter()
 
     # --- looking ----------------------------------------------------------------------------------
 
@@ -69,7 +73,10 @@ class Traffic:
         return self._flying[route]
 
     def may_start(self, route: Route) -> bool:
-        return self._flying[route] < _MOVES_IN_FLIGHT
+        if self._flying[route] < _MOVES_IN_FLIGHT:
+            return True
+        rate = self.rates.bytes_per_second(route)
+        return rate is not None and self._flying_bytes[route] < rate * _AHEAD_S
 
     def batch(self, pool: Pool) -> int:
         """Blocks of one move, at most."""
@@ -133,6 +140,7 @@ class Traffic:
         )
         self._under_way[move] = ended
         self._flying[route] += 1
+        self._flying_bytes[route] += len(move.contents) * self._size[pool]
         self._mover.start(move)
 
     def advance(self) -> None:
@@ -141,6 +149,7 @@ class Traffic:
             move = outcome.move
             route = (move.source, move.target)
             self._flying[route] -= 1
+            self._flying_bytes[route] -= len(move.contents) * self._size[move.pool]
             moved = (len(move.contents) - len(outcome.faults)) * self._size[move.pool]
             self.moved_bytes[route, move.pool] += moved
             self.move_seconds.setdefault(route, Histogram(_SECONDS)).add(outcome.seconds)
