@@ -13,6 +13,7 @@ from tests.gpu_engines import SMALL_TILE, emulated_engine
 from wicore.engine.base import StepPlan
 from wicore.engine.tensorrt import build
 from wicore.engine.tensorrt.autotune import Autotuner, Choices, rows_to_measure
+from wicore.engine.tensorrt.limits import Limits
 from wicore.engine.tensorrt.matmuls import Choice, Matmuls, layer_products
 from wicore.engine.tensorrt.skinny import Product, Setting, SkinnyMatmul
 from wicore.errors import EngineError
@@ -89,11 +90,13 @@ def test_what_was_measured_once_is_not_measured_again(tmp_path: Path, monkeypatc
         measured.append(1)
         return Choices({QKV: [Choice(8, Setting(1, 4))]})
 
-    first = build.tuned(device, CONFIG, measure)
-    assert build.tuned(device, CONFIG, measure) == first
+    limits = Limits(512, (1, 2, 4), 100)
+    first = build.tuned(device, CONFIG, limits, measure)
+    assert build.tuned(device, CONFIG, limits, measure) == first
     assert len(measured) == 1
-    build.tuned(EmulatedDevice(sms=8), CONFIG, measure)
-    assert len(measured) == 2
+    build.tuned(EmulatedDevice(sms=8), CONFIG, limits, measure)
+    build.tuned(device, CONFIG, Limits(1024, (1, 2, 4), 100), measure)
+    assert len(measured) == 3
 
 
 def test_rows_are_measured_up_to_the_most_that_there_are() -> None:

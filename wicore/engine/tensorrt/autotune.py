@@ -7,6 +7,7 @@ all that could change it.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import statistics
 import time
@@ -17,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from wicore.engine.tensorrt.bodies import Body, SegmentBody
-from wicore.engine.tensorrt.device import Device
+from wicore.engine.tensorrt.device import KERNELS, Device
+from wicore.engine.tensorrt.limits import Limits
 from wicore.engine.tensorrt.matmuls import Choice, Matmuls, Way, layer_products
 from wicore.engine.tensorrt.skinny import MAX_ROWS, Product
 from wicore.engine.tensorrt.weights import DeviceWeights
@@ -28,7 +30,7 @@ from wicore.gemma3.config import Gemma3Config
 log = logging.getLogger("wicore.engine")
 
 REVISION = 1
-"""To be raised when kernels or candidates change."""
+"""To be raised when candidates change, or how they are measured."""
 _ROWS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _LAYERS = 4
 """Layers whose weights a measured graph uses in turn."""
@@ -213,10 +215,14 @@ def rows_to_measure(most: int) -> tuple[int, ...]:
     return (*(rows for rows in _ROWS if rows < most), most)
 
 
-def tuning_key(device: Device, config: Gemma3Config, backend: str) -> dict[str, str | int]:
+def tuning_key(device: Device, config: Gemma3Config, limits: Limits, backend: str) -> dict[str, str | int]:
     """All that could change what is fastest."""
+    sources = hashlib.sha256()
+    for path in sorted(KERNELS.iterdir()):
+        sources.update(path.read_bytes())
     return {
         "revision": REVISION,
+        "kernels": sources.hexdigest()[:16],
         "card": device.name,
         "sms": device.sms,
         "hidden": config.hidden_size,
@@ -225,5 +231,7 @@ def tuning_key(device: Device, config: Gemma3Config, backend: str) -> dict[str, 
         "kv_heads": config.kv_heads,
         "head_dim": config.head_dim,
         "vocab": config.vocab_size,
+        "rows": limits.rows,
+        "samples": limits.samples,
         "tensorrt": backend,
     }

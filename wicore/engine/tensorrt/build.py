@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal, cast
 
 from wicore.config import Settings
@@ -101,7 +102,7 @@ def _on_card(settings: Settings, source: _Source) -> TensorrtEngine:
             context=source.context,
             content=source.content,
             open_segments=lambda limits: open_segments(settings, source.config, device, limits),
-            tune=lambda measure: tuned(device, source.config, measure),
+            tune=lambda limits, measure: tuned(device, source.config, limits, measure),
         )
     except BaseException:
         device.close()
@@ -117,7 +118,7 @@ def build_engine(
     context: int,
     content: Callable[[], str],
     open_segments: Callable[[Limits], Segments | None] = lambda limits: None,
-    tune: Callable[[Callable[[], Choices]], Choices] | None = None,
+    tune: Callable[[Limits, Callable[[], Choices]], Choices] | None = None,
 ) -> TensorrtEngine:
     """An engine on this device, within its budget of memory. Raises EngineError when that is too small.
 
@@ -154,7 +155,7 @@ def build_engine(
         token_budget=scheduler.token_budget,
         invariant=invariant,
         segments=segments,
-        tune=None if invariant else tune,
+        tune=None if invariant or tune is None else partial(tune, limits),
         workspace=workspace,
         content=digest.result(),
     )
@@ -319,13 +320,13 @@ def open_segments(
     return Segments(device, cache, shape, rows, backend=backend, kinds=kinds)
 
 
-def tuned(device: Device, config: Gemma3Config, measure: Callable[[], Choices]) -> Choices:
+def tuned(device: Device, config: Gemma3Config, limits: Limits, measure: Callable[[], Choices]) -> Choices:
     """What was measured on this card for this model, or is now."""
     from wicore.engine.tensorrt.plans import plans_folder
     from wicore.engine.tensorrt.trt_api import installed_backends
 
     versions = ",".join(f"{b.name} {b.version}" for b in installed_backends())
-    key = tuning_key(device, config, versions)
+    key = tuning_key(device, config, limits, versions)
     found = Tuning.load(plans_folder(), key)
     if found is not None:
         try:
