@@ -35,9 +35,15 @@ class Kernel(Protocol):
 
 
 def profile_decode(engine: Engine, limits: Limits, batch: int, context: int, bounds: Bounds) -> Line:
-    """A step of `batch` sequences that have `context` tokens. Raises EngineError where the engine cannot."""
+    """A step of `batch` sequences that have `context` tokens, or as many as the KV pools hold. Raises
+    EngineError where the engine cannot."""
     driver = Driver(engine, limits)
     steps = batch * -(-context // (limits.token_budget - limits.max_batch))  # until all decode, at most
+    info = engine.info
+    room = min(info.global_blocks, info.window_blocks) // batch * info.layout.block_tokens
+    context = min(context, room - steps - 2 - info.layout.block_tokens)
+    if context < 1:
+        raise EngineError(f"--profile: the KV pools do not hold {batch} sequences")
     for key in range(batch):
         driver.add(key, context, steps + 2, SamplingParams())
     while len(driver.step()) < batch:
