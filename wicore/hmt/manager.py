@@ -286,14 +286,15 @@ class CacheManager:
         slides = (sequence.window_first + 1) * size + self.layout.window - 1
         sequence.quiet_until = min((full + 1) * size, slides)
 
-    def record(self, key: int, mass: NDArray[np.float32]) -> None:
-        """A step of this sequence gave `mass[i]` of its attention to logical block i."""
+    def record(self, key: int, mass: NDArray[np.float32], steps: int = 1) -> None:
+        """A step of this sequence gave `mass[i]` of its attention to logical block i; it speaks for so many
+        steps."""
         sequence = self._open[key]
         table = sequence.global_table.view(0, len(mass))
         streamed = min(sequence.streamed, len(mass))
-        self._pools["global"].policy.record(table[streamed:], mass[streamed:])
+        self._pools["global"].policy.record(table[streamed:], mass[streamed:], steps)
         if streamed and self._host is not None:
-            self._host["global"].policy.record(table[:streamed], mass[:streamed])
+            self._host["global"].policy.record(table[:streamed], mass[:streamed], steps)
 
     def close(self, key: int, *, cache: bool = True) -> None:
         """End a sequence, or preempt it. Its full blocks stay cached and are saved, unless not `cache`: then

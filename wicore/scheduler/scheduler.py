@@ -43,6 +43,9 @@ from wicore.errors import EngineError
 from wicore.hmt import CacheManager, PrefixMatch
 from wicore.scheduler.sequence import Limits, ScheduledSequence, SequenceRequest, TokenOut, rank
 
+ATTENTION_EVERY = 4
+"""Of a decoding sequence the cache is told the attention of every fourth step: a mean over many that changes
+little from one to the next, and costs more than all other accounts of a step."""
 PATIENCE = 64
 """Later arrivals admitted before a waiting sequence until it is raised to the top level."""
 
@@ -63,8 +66,9 @@ class Scheduler:
         """By rank, as is _waiting."""
         self._waiting: list[ScheduledSequence] = []
         self._in_flight: list[ScheduledSequence] | None = None
-        self._masses: list[tuple[ScheduledSequence, NDArray[np.float32]]] = []
-        """Attention of the last result that the cache has not been told of."""
+        self._masses: list[tuple[ScheduledSequence, NDArray[np.float32], int]] = []
+        """Attention of the last result that the cache has not been told of, and how many steps it is for."""
+        self._steps = 0
         self._moves_wait = False
         """Whether moves may be wanted that were not started."""
         self._arrivals = 0
@@ -159,6 +163,7 @@ class Scheduler:
         if self._in_flight is None:
             raise RuntimeError("no step is in flight: plan one before applying a result")
         self.catch_up()
+        self._steps += 1
         step, self._in_flight = self._in_flight, None
         present, outputs, commit = self._present, result.outputs, self._cache.commit
         tokens = []
@@ -167,13 +172,15 @@ class Scheduler:
             if present.get(key) is not sequence:
                 continue
             output = outputs.get(key)
-            computed = sequence.computed + sequence.chunk
+            chunk = sequence.chunk
+            computed = sequence.computed + chunk
             if output is None or (output.token is None) == (computed == sequence.chain.length):
                 raise EngineError(f"the step's result lacks the output or the token of sequence {key}")
             sequence.computed = computed
             sequence.chunk = 0
             commit(key, computed)
-            self._masses.append((sequence, output.mass))
+            if chunk > 1 or (self._steps + key) % ATTENTION_EVERY == 0:
+                self._masses.append((sequence, output.mass, 1 if chunk > 1 else ATTENTION_EVERY))
             token = output.token
             if token is not None:
                 sequence.chain.append(token.id)
@@ -190,9 +197,9 @@ class Scheduler:
             self._moves_wait = False
             self._cache.start_moves()
         masses, self._masses = self._masses, []
-        for sequence, mass in masses:
+        for sequence, mass, steps in masses:
             if sequence.running and self._present.get(sequence.key) is sequence:
-                self._cache.record(sequence.key, mass)
+                self._cache.record(sequence.key, mass, steps)
 
     def ending_soon(self) -> int:
         """How many sequences the step in flight surely ends, because it reaches their `max_tokens`."""

@@ -348,8 +348,11 @@ def _finish_args(delivery: Delivery, event: Event, result: dict[str, Any] | None
     ]
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def _text(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return _encode(value).encode("utf-8", "replace")
 
 
 def _classes(root: type[errors.WicoreError]) -> Iterable[type[errors.WicoreError]]:

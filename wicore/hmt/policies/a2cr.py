@@ -117,10 +117,10 @@ class A2CR:
         self._last[block] = now
         self._accessed(block)
 
-    def record(self, blocks: NDArray[np.int32], mass: NDArray[np.float32]) -> None:
+    def record(self, blocks: NDArray[np.int32], mass: NDArray[np.float32], steps: int = 1) -> None:
         attention = np.frombuffer(self._attention, np.float32)
         before, drawn = attention[blocks], np.maximum(mass * np.float32(len(blocks)), np.float32(_RARE))
-        known = before + (drawn - before) / np.float32(self._params.attention_steps)
+        known = before + (drawn - before) * np.float32(min(1.0, steps / self._params.attention_steps))
         attention[blocks] = np.where(before > 0, known, drawn)
         # Blocks that queries read are in use, as a rule, and those are ranked when they cease to be.
         evictable = np.frombuffer(self._ranking.members, np.uint8)

@@ -75,7 +75,7 @@ class ARC:
                 self._rankings[1].add(block)
         self._access(block)
 
-    def record(self, blocks: NDArray[np.int32], mass: NDArray[np.float32]) -> None:
+    def record(self, blocks: NDArray[np.int32], mass: NDArray[np.float32], steps: int = 1) -> None:
         """Attention does not matter."""
 
     def add(self, block: int) -> None:

@@ -37,8 +37,9 @@ class EvictionPolicy(Protocol):
     def touch(self, block: int) -> None:
         """A sequence started to use `block`: one more access, now."""
 
-    def record(self, blocks: NDArray[np.int32], mass: NDArray[np.float32]) -> None:
-        """A step's queries gave `mass[i]` of their attention to `blocks[i]`, distinct and inserted or not."""
+    def record(self, blocks: NDArray[np.int32], mass: NDArray[np.float32], steps: int = 1) -> None:
+        """A step's queries gave `mass[i]` of their attention to `blocks[i]`, distinct and inserted or not; it
+        speaks for so many steps."""
 
     def add(self, block: int) -> None:
         """`block` has become evictable. Its last access may be long ago."""

@@ -24,7 +24,7 @@ class Ranked:
         """Time of each block's last access."""
         self._ranking = Ranking(blocks)
 
-    def record(self, blocks: NDArray[np.int32], mass: NDArray[np.float32]) -> None:
+    def record(self, blocks: NDArray[np.int32], mass: NDArray[np.float32], steps: int = 1) -> None:
         """Attention does not matter."""
 
     def add(self, block: int) -> None:
