@@ -123,7 +123,7 @@ class Lifts:
             pool = queue[0].pool
             lifts: list[_Lift] = []
             transfers: list[Transfer] = []
-            while queue and queue[0].pool == pool and len(lifts) < self._traffic.batch(pool):
+            while queue and queue[0].pool == pool and len(lifts) < self._traffic.batch(route, pool):
                 if route[1] == "host" and self._must_wait(queue[0], transfers):
                     break
                 lift = queue.popleft()

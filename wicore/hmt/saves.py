@@ -71,7 +71,7 @@ class Saves:
         pool: Pool = queue[0].pool if queue else "global"
         above, below = traffic.pools[source][pool], traffic.pools[target][pool]
         transfers: list[Transfer] = []
-        while queue and queue[0].pool == pool and len(transfers) < traffic.batch(pool):
+        while queue and queue[0].pool == pool and len(transfers) < traffic.batch((source, target), pool):
             save = queue[0]
             block = above.lookup(save.hash)
             if block is not None and self._is_due(save, block, source, target):

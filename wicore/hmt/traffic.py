@@ -21,6 +21,9 @@ Pools = Mapping[Tier, Mapping[Pool, BlockPool]]
 
 _BATCH_BYTES = 4 * 2**20
 """About what one move carries: enough for a disk's speed, few enough for reading and copying to overlap."""
+_BUS_BATCH_BYTES = 32 * 2**20
+"""The same between device and host memory: a bus takes this in a millisecond, less than beginning many moves
+takes."""
 _MOVES_IN_FLIGHT = 4
 """Moves of one route at a time, at least."""
 _AHEAD_S = 0.02
@@ -78,9 +81,10 @@ class Traffic:
         rate = self.rates.bytes_per_second(route)
         return rate is not None and self._flying_bytes[route] < rate * _AHEAD_S
 
-    def batch(self, pool: Pool) -> int:
+    def batch(self, route: Route, pool: Pool) -> int:
         """Blocks of one move, at most."""
-        return max(1, _BATCH_BYTES // self._size[pool])
+        size = _BUS_BATCH_BYTES if "device" in route else _BATCH_BYTES
+        return max(1, size // self._size[pool])
 
     def below(self, tier: Tier) -> Tier | None:
         """The next lower tier, if there is one."""
