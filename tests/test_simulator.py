@@ -124,7 +124,7 @@ def test_attention_of_the_trace_reaches_the_policy() -> None:
     told: list[tuple[list[int], list[float]]] = []
 
     class Told(LRU):
-        def record(self, blocks, mass) -> None:
+        def record(self, blocks, mass, steps=1) -> None:
             told.append((blocks.tolist(), mass.tolist()))
 
     run(sizes(16), ask(0, A, attention=(2.0, 0.5, 0.5)), ask(10, B), policy=Told)

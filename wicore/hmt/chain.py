@@ -46,13 +46,15 @@ class TokenChain:
     """
 
     __slots__ = ("_tokens", "block_tokens", "hashes", "length", "salt")
+    # Used for each sequence in each step, so it keeps its tokens itself, as `Grow` would.
 
     def __init__(self, salt: bytes, block_tokens: int, tokens: Sequence[int] | NDArray[np.int32]) -> None:
         self.salt = hashlib.blake2b(salt, digest_size=16).digest()
         self.block_tokens = block_tokens
-        self._tokens = Grow(tokens)
         self.length = len(tokens)
         """What `len` gives, without a call."""
+        self._tokens: NDArray[np.int32] = np.empty(max(16, 2 * self.length), np.int32)
+        self._tokens[: self.length] = tokens
         self.hashes: list[bytes] = []
         """By logical block; full blocks only."""
         self._hash_full_blocks()
@@ -61,14 +63,19 @@ class TokenChain:
         return self.length
 
     def append(self, token: int) -> None:
-        self._tokens.append(token)
-        self.length += 1
-        if self.length % self.block_tokens == 0:
+        length = self.length
+        if length == len(self._tokens):
+            self._tokens = np.concatenate((self._tokens, np.empty_like(self._tokens)))
+        self._tokens[length] = token
+        self.length = length + 1
+        if not self.length % self.block_tokens:
             self._hash_full_blocks()
 
     def tokens(self, first: int = 0, last: int | None = None) -> NDArray[np.int32]:
-        """Tokens at positions first .. last - 1, without a copy."""
-        return self._tokens.view(first, last)
+        """Tokens at positions first .. last - 1, without a copy; the view stays valid."""
+        if last is None or last > self.length:
+            last = self.length
+        return self._tokens[first:last]
 
     def parent(self, block: int) -> bytes:
         """The hash before logical block `block`: its parent's, or the salt's for block 0."""
@@ -88,5 +95,5 @@ class TokenChain:
     def _hash_full_blocks(self) -> None:
         size = self.block_tokens
         for block in range(len(self.hashes), self.length // size):
-            content = self._tokens.view(block * size, (block + 1) * size).astype("<i4", copy=False).tobytes()
+            content = self._tokens[block * size : (block + 1) * size].astype("<i4", copy=False).tobytes()
             self.hashes.append(hashlib.blake2b(self.parent(block) + content, digest_size=16).digest())

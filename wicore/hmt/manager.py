@@ -167,7 +167,8 @@ class CacheManager:
 
     def tables(self, key: int) -> Tables:
         """The sequence's block tables: views whose contents do not change later, whatever happens to it."""
-        return self._open[key].tables()
+        sequence = self._open[key]
+        return sequence.known_tables or sequence.tables()
 
     @property
     def busy(self) -> bool:

@@ -30,6 +30,8 @@ class Saves:
             tier: deque() for tier in traffic.pools if traffic.below(tier) is not None
         }
         self._needed: set[_Save] = set()
+        self._flying: set[tuple[Tier, Pool, bytes]] = set()
+        """What is on its way down, and from where: it is not sent twice."""
         self.pressed = False
         """Whether room above matters more than what the tier below loses by it: a slow disk must not hold up
         whom host memory has room for, if only by dropping what the disk was too slow for."""
@@ -43,6 +45,8 @@ class Saves:
     def add(self, tier: Tier, pool: Pool, hash: bytes, *, needed: bool = False) -> None:
         """Have registered content of `tier` copied to the tier below, where there is one: if no lower tier
         has it, or if it is `needed` there, and that at once."""
+        if (tier, pool, hash) in self._flying:
+            return
         save = _Save(pool, hash, needed)
         if needed and save not in self._needed:
             self._queues[tier].appendleft(save)
@@ -73,12 +77,14 @@ class Saves:
         transfers: list[Transfer] = []
         while queue and queue[0].pool == pool and len(transfers) < traffic.batch((source, target), pool):
             save = queue[0]
-            block = above.lookup(save.hash)
+            flying = (source, pool, save.hash)
+            block = None if flying in self._flying else above.lookup(save.hash)
             if block is not None and self._is_due(save, block, source, target):
                 if below.ready or (self.pressed and below.available):
                     traffic.pin(source, pool, block)
                     slot = traffic.allocate(target, pool)
                     transfers.append(Transfer(save.hash, above.content(block)[1], block, slot))
+                    self._flying.add(flying)
                 elif transfers or traffic.busy:
                     break  # a move under way may make room
                 else:
@@ -102,6 +108,7 @@ class Saves:
         last = traffic.below(move.target) is None
         for index, (block, slot) in enumerate(zip(move.sources, move.targets, strict=True)):
             hash = move.contents[index]
+            self._flying.discard((move.source, move.pool, hash))
             if index not in outcome.faults and above.lookup(hash) == block:
                 below.register(slot, hash, move.parents[index], saved=last, heat=above.heat(block))
                 self.add(move.target, move.pool, hash)

@@ -29,11 +29,11 @@ class OpenSequence:
     """Tables by logical block. Window entries before `window_first` are stale."""
 
     __slots__ = (
-        "_tables",
         "chain",
         "computed",
         "covered",
         "global_table",
+        "known_tables",
         "long",
         "marks",
         "quiet_until",
@@ -68,7 +68,8 @@ class OpenSequence:
         self.restore = Restore()
         self.settled = False
         """Whether the restore's host slots are in the table."""
-        self._tables: Tables | None = None
+        self.known_tables: Tables | None = None
+        """What `tables` gives, if it has been asked since the last change."""
 
     @property
     def resident(self) -> int:
@@ -105,19 +106,19 @@ class OpenSequence:
 
     def tables(self) -> Tables:
         """Views whose contents never change."""
-        if self._tables is None:
+        if self.known_tables is None:
             first = self.window_first
-            self._tables = Tables(
+            self.known_tables = Tables(
                 self.global_table.view(), self.window_table.view(first), first, self.streamed
             )
-        return self._tables
+        return self.known_tables
 
     def forget_tables(self) -> None:
         """The tables have grown or slid."""
-        self._tables = None
+        self.known_tables = None
         self.covered = min(len(self.global_table), len(self.window_table)) * self.chain.block_tokens
 
     def _replace(self, table: list[int]) -> None:
         # Anew, not in place: a plan may still hold views of the old one.
         self.global_table = Grow(table)
-        self._tables = None
+        self.known_tables = None

@@ -142,8 +142,12 @@ class Scheduler:
             for sequence in self._running
             if sequence.chain.length - sequence.computed == 1 and sequence.left and not sequence.restoring
         ]
+        covers = self._cache.covers
         for sequence in decoding:
-            sequence.chunk = self._reserve(sequence, 1)
+            if sequence.running and covers(sequence.key, sequence.computed + 1):
+                sequence.chunk = 1
+            else:
+                sequence.chunk = self._reserve(sequence, 1)
         if self._waiting and self.preemptions == preempted:
             self._admit()
         self._share_budget()
@@ -227,8 +231,6 @@ class Scheduler:
         """
         if not sequence.running:
             return 0
-        if self._cache.covers(sequence.key, sequence.computed + wanted):
-            return wanted
         if not self._cache.make_room(sequence.key, sequence.computed + wanted):
             return 0
         while self._cache.room(sequence.key) <= sequence.computed:
