@@ -65,7 +65,9 @@ def reference() -> Reference:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    "name", [TINY[0], *(pytest.param(name, marks=pytest.mark.thorough) for name in TINY[1:])]
+)
 def test_logits_are_those_of_transformers_however_the_prompt_is_cut(name: str, mode: str) -> None:
     engine, reference = MODES[mode](name), np.load(FIXTURES / name / "reference.npz")
     [row] = rows(engine, 1, 300)
@@ -355,6 +357,7 @@ def served(**options: Any) -> tuple[list[list[int]], Server]:
     return outputs, service
 
 
+@pytest.mark.thorough
 def test_output_does_not_depend_on_how_much_the_device_holds() -> None:
     expected, _ = served(hmt__device_tokens=4096)
     found, service = served(hmt__device_tokens=256, hmt__host_bytes=4 * 2**20)

@@ -20,6 +20,15 @@ from wicore.errors import EngineError
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="run kernel tests on the GPU, not on its emulation")
+    parser.addoption("--thorough", action="store_true", help="also what takes the emulation long")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--thorough") or config.getoption("--gpu"):
+        return
+    for item in items:
+        if item.get_closest_marker("thorough"):
+            item.add_marker(pytest.mark.skip("takes the emulation long: --thorough"))
 
 
 @pytest.fixture(scope="session")

@@ -21,12 +21,12 @@ POOLS: tuple[Pool, Pool] = ("global", "window")
 SHAPES = [
     ((4, 2, 16), "float16"),
     ((4, 2, 16), "int8"),
-    ((4, 4, 32), "float16"),
-    ((8, 2, 64), "int8"),
+    pytest.param((4, 4, 32), "float16", marks=pytest.mark.thorough),
+    pytest.param((8, 2, 64), "int8", marks=pytest.mark.thorough),
     ((4, 2, 128), "float16"),
     ((4, 1, 256), "float16"),
-    ((4, 1, 256), "int8"),
-    ((3, 1, 48), "float16"),
+    pytest.param((4, 1, 256), "int8", marks=pytest.mark.thorough),
+    pytest.param((3, 1, 48), "float16", marks=pytest.mark.thorough),
 ]
 """heads, kv_heads, head_dim; how KV is stored. Few, as each is compiled; other tests use some of them."""
 
