@@ -36,6 +36,7 @@ from wicore.exit_codes import ExitCode
 
 SHAPE = SegmentShape(hidden=64, inner=96, attention=64, qkv=128, vocab=512, eps=1e-6)
 KEY = PlanKey("tensorrt", "8.6.0", "9.0", "middle", "float16", 64, SHAPE)
+NEWER = dataclasses.replace(KEY, version="11.0.0")
 H200 = Card("NVIDIA H200", "9.0", "13.0")
 
 
@@ -52,14 +53,23 @@ def rtx() -> Backend:
     return load_backend("tensorrt_rtx")
 
 
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
-    """TensorRT 8.6 on an H200, in this process."""
-    module = FakeTensorRT("8.6.0")
+def installed(version: str, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
+    """TensorRT on an H200, in this process."""
+    module = FakeTensorRT(version)
     backend = Backend("tensorrt", module)
     monkeypatch.setattr(plans, "load_backend", lambda name: backend)
     monkeypatch.setattr(plans, "find_card", lambda: H200)
     return module
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
+    return installed("8.6.0", monkeypatch)
+
+
+@pytest.fixture
+def newer(monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
+    return installed("11.0.0", monkeypatch)
 
 
 # --- the folder ---------------------------------------------------------------------------------
@@ -252,24 +262,32 @@ def test_tensorrt_builds_for_the_card_that_is_there_only(
         build_plan(KEY, cache)
 
 
-def test_what_tensorrt_measured_is_kept_for_the_next_build(fake: FakeTensorRT, cache: PlanCache) -> None:
-    build_plan(KEY, cache)
-    build_plan(dataclasses.replace(KEY, rows=512), cache)
-    assert fake.builders[1].config.timing.lines == {b"kernel0", b"kernel1"}
+def test_what_tensorrt_measured_is_kept_for_the_next_build(newer: FakeTensorRT, cache: PlanCache) -> None:
+    build_plan(NEWER, cache)
+    build_plan(dataclasses.replace(NEWER, rows=512), cache)
+    assert newer.builders[1].config.timing.lines == {b"kernel0", b"kernel1"}
     (path,) = cache.folder.glob("timing-*.cache")
     assert path.read_bytes() == b"kernel0 kernel1"
 
 
-def test_builders_that_end_together_lose_no_measurement(fake: FakeTensorRT, cache: PlanCache) -> None:
+def test_tensorrt_8_is_not_given_measurements_that_it_cannot_read(
+    fake: FakeTensorRT, cache: PlanCache
+) -> None:
+    build_plan(KEY, cache)
+    assert fake.builders[0].config.timing is None
+    assert not list(cache.folder.glob("timing-*"))
+
+
+def test_builders_that_end_together_lose_no_measurement(newer: FakeTensorRT, cache: PlanCache) -> None:
     threads = [
-        threading.Thread(target=build_plan, args=(dataclasses.replace(KEY, rows=1 + i), cache))
+        threading.Thread(target=build_plan, args=(dataclasses.replace(NEWER, rows=1 + i), cache))
         for i in range(8)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    seen = {line for builder in fake.builders for line in builder.config.timing.lines}
+    seen = {line for builder in newer.builders for line in builder.config.timing.lines}
     (path,) = cache.folder.glob("timing-*.cache")
     assert set(path.read_bytes().split()) == seen
 

@@ -223,7 +223,9 @@ def build_plan(key: PlanKey, cache: PlanCache, options: BuildOptions | None = No
     backend = load_backend(key.backend)
     _check(key, backend)
     started = time.monotonic()
-    timing = None if backend.ahead_of_time else _TimingCache(key, cache.folder)
+    # TensorRT 8 cannot read back what it wrote of such networks, and says so for each plan.
+    readable = not backend.ahead_of_time and not backend.version.startswith("8.")
+    timing = _TimingCache(key, cache.folder) if readable else None
     plan = build(
         backend,
         lambda ops: networks.define(key.kind, key.shape, ops),
