@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal, cast
+
+from tqdm import tqdm
 
 from wicore.config import Settings
 from wicore.engine.base import KVLayout, Pool
@@ -142,7 +145,7 @@ def build_engine(
     budget.blocks(settings, layout, weight_bytes(config), context)
     with ThreadPoolExecutor(1, "digest") as other:
         digest = other.submit(content)
-        loaded = load_weights(device, weights, int8_kv=kv == "int8", on_progress=_Progress())
+        loaded = load_weights(device, weights, int8_kv=kv == "int8", on_progress=WeightsProgress())
     engine = TensorrtEngine(
         loaded,
         config,
@@ -259,14 +262,21 @@ def _gb(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-class _Progress:
-    """Says now and then how far the weights are."""
+class WeightsProgress:
+    """How far the weights are: a bar where standard error is a terminal, else a line now and then."""
 
     def __init__(self, every_s: float = 10.0) -> None:
         self._every, self._next = every_s, time.monotonic() + every_s
+        self._bar: tqdm[None] | None = None
 
     def __call__(self, done: int, total: int) -> None:
-        if time.monotonic() >= self._next:
+        if sys.stderr.isatty():
+            if self._bar is None:
+                self._bar = tqdm(desc="weights", total=total, unit="B", unit_scale=True)
+            self._bar.update(done - self._bar.n)
+            if done >= total:
+                self._bar.close()
+        elif time.monotonic() >= self._next:
             log.info("weights: %.1f of %.1f GB", done / 1e9, total / 1e9)
             self._next += self._every
 
