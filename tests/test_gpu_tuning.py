@@ -40,6 +40,7 @@ def two_ways(matmuls: Matmuls, rows: int, product: Product) -> list[Setting]:
     return SkinnyMatmul.candidates(matmuls.skinny, min(rows, 64), product)[: 2 if rows == 8 else 1]
 
 
+@pytest.mark.thorough
 def test_the_fastest_way_found_is_used(monkeypatch) -> None:
     monkeypatch.setattr("wicore.engine.tensorrt.engine.Autotuner", Measured)
     monkeypatch.setattr(Matmuls, "candidates", two_ways)

@@ -65,7 +65,13 @@ def test_prompt_chunks_attend_to_what_they_see(device: Device, shape: Any, dtype
     step.close()
 
 
-@pytest.mark.parametrize(("block_tokens", "dtype"), [(32, "float16"), (64, "int8"), (128, "float16")])
+@pytest.mark.parametrize(
+    ("block_tokens", "dtype"),
+    [
+        (32, "float16"),
+        *(pytest.param(*wide, marks=pytest.mark.thorough) for wide in ((64, "int8"), (128, "float16"))),
+    ],
+)
 def test_blocks_may_be_larger(device: Device, block_tokens: int, dtype: str) -> None:
     config = model(4, 2, 16, window=100)
     step = Step(

@@ -90,7 +90,9 @@ def same_bits(a: NDArray[Any], b: NDArray[Any]) -> bool:
     return a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-@pytest.mark.parametrize("setting", [PLAIN, CLUSTER], ids=["plain", "cluster"])
+@pytest.mark.parametrize(
+    "setting", [PLAIN, pytest.param(CLUSTER, marks=pytest.mark.thorough)], ids=["plain", "cluster"]
+)
 @given(rows=st.integers(1, 70), n=EIGHTS, k=EIGHTS, seed=st.integers(0, 99))
 @EXAMPLES
 def test_a_low_matrix_multiplies_as_numpy_does(
