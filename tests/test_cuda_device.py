@@ -369,3 +369,27 @@ def test_a_known_launch_costs_little(
     assert (
         min(launches() for _ in range(5)) < 100e-6
     )  # microseconds where it counts; this machine may be busy
+
+
+def test_a_traced_graph_times_each_launch_by_events_inside_it(device: CudaDevice, driver: FakeDriver) -> None:
+    function, stream = device.compile("x.cu", {}).function("f"), device.stream()
+    driver.parameters = [8, 4]
+    graph, launches = device.traced(stream, lambda: function(stream, 1, 32, (1 << 40, np.int32(7))))
+    graph.launch(stream)
+    assert [(each.kernel, each.integers, each.ms) for each in launches] == [("f", (7,), 1.5)]
+    recorded = [event for event, _, _ in driver.called("cuEventRecordWithFlags")]
+    assert recorded == [launches[0].start.native, launches[0].end.native]
+    assert len(driver.launches) == 1
+    function(stream, 1, 32, (1 << 40, np.int32(7)))
+    assert len(launches) == 1
+
+
+def test_a_capture_may_forbid_its_launches_to_overlap(device: CudaDevice, driver: FakeDriver) -> None:
+    function, stream = device.compile("x.cu", {}).function("f"), device.stream()
+
+    def work() -> None:
+        function(stream, 1, 32, ())
+
+    device.capture(stream, work, overlapping=False)
+    device.capture(stream, work)
+    assert [config.numAttrs for config, _ in driver.launches] == [0, 1]

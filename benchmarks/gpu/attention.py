@@ -36,6 +36,7 @@ from wicore.engine.tensorrt.attention import (
     PrefillSetting,
     StepTables,
 )
+from wicore.engine.tensorrt.ceilings import ceilings
 from wicore.engine.tensorrt.cuda import CudaDevice
 from wicore.gemma3.config import Gemma3Config, alternating_layers
 
@@ -77,7 +78,7 @@ class Bench:
         self.device = CudaDevice()
         self.stream = self.device.stream()
         self.record = Path(os.environ["OUT"]) / "attention.jsonl" if os.environ.get("OUT") else None
-        self.copy_rate = self._copy_rate()
+        self.copy_rate = ceilings(self.device)["copy_bytes_s"] / 1e12
         self.model, self.kv = arguments.model, arguments.kv
         self.note(kind="card", name=self.device.name, sms=self.device.sms, copy_tb_s=self.copy_rate)
 
@@ -102,20 +103,6 @@ class Bench:
             times.append(end.elapsed_ms(start) / replays)
         graph.close()
         return statistics.median(times)
-
-    def _copy_rate(self) -> float:
-        """TB/s of a copy on the card, read and written bytes."""
-        size = 1 << 30
-        source, target = (self.device.allocate(size, "copy") for _ in range(2))
-
-        def work() -> None:
-            for _ in range(4):
-                self.device.copy(target.address, source.address, size, self.stream)
-
-        rate = 4 * 2 * size / self.time_ms(work) / 1e9
-        source.free()
-        target.free()
-        return rate
 
 
 class Step:

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from wicore.engine.tensorrt.ceilings import ceilings
 from wicore.engine.tensorrt.compiler import compile_kernel
 from wicore.engine.tensorrt.cuda import CudaDevice
 from wicore.engine.tensorrt.norms import Norms
@@ -86,7 +87,7 @@ class Bench:
             done += size
         self.stream.synchronize()
         self.record = Path(os.environ["OUT"]) / "skinny.jsonl" if os.environ.get("OUT") else None
-        self.copy_rate = self._copy_rate()
+        self.copy_rate = ceilings(self.device)["copy_bytes_s"] / 1e12
         self.note(kind="card", name=self.device.name, sms=self.device.sms, copy_tb_s=self.copy_rate)
 
     def note(self, **line: Any) -> None:
@@ -115,19 +116,6 @@ class Bench:
             times.append(end.elapsed_ms(start) / replays)
         graph.close()
         return statistics.median(times)
-
-    def _copy_rate(self) -> float:
-        """TB/s of a copy on the card, read and written bytes."""
-        size = min(self.weights.size, 2 << 30)
-        target = self.device.allocate(size, "copy")
-
-        def work() -> None:
-            for _ in range(4):
-                self.device.copy(target.address, self.weights.address, size, self.stream)
-
-        rate = 4 * 2 * size / self.time_ms(work) / 1e9
-        target.free()
-        return rate
 
     def upload(self, array: NDArray[Any]) -> int:
         buffer = self.device.allocate(array.nbytes, "inputs")

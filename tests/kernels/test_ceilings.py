@@ -25,7 +25,7 @@ def test_the_measured_copy_copies(device: Device, words: int) -> None:
 
 def test_ceilings_are_rates_and_leave_no_memory_behind(emulated: Device, monkeypatch) -> None:
     monkeypatch.setattr("wicore.engine.tensorrt.ceilings._BYTES", 1 << 16)
-    monkeypatch.setattr("wicore.engine.tensorrt.ceilings.statistics.median", lambda times: 0.5)
+    monkeypatch.setattr("wicore.engine.tensorrt.timing.statistics.median", lambda times: 500.0)
     before = dict(emulated.report())
     found = ceilings(emulated)
     assert found["copy_bytes_s"] == 4 * (1 << 16)

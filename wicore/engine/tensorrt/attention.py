@@ -272,11 +272,6 @@ class Attention:
         self._buffers.append(buffer)
         return buffer.address
 
-    @property
-    def scratch_bytes(self) -> int:
-        """Device memory that it has taken."""
-        return sum(buffer.size for buffer in self._buffers)
-
     def bind(self, memory: PoolMemory) -> None:
         """Use this memory for a pool from now on (graphs keep what they were captured with)."""
         self._pools[memory.pool] = memory

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from wicore.engine.tensorrt.device import KERNELS, Device
 from wicore.engine.tensorrt.limits import Limits
 from wicore.engine.tensorrt.matmuls import Choice, Matmuls, Way, layer_products
 from wicore.engine.tensorrt.skinny import MAX_ROWS, Product
+from wicore.engine.tensorrt.timing import median_ms
 from wicore.engine.tensorrt.weights import DeviceWeights
 from wicore.engine.tensorrt.workspace import Workspace
 from wicore.errors import EngineError
@@ -179,16 +180,7 @@ class Autotuner:
         work()
         graph = self._device.capture(self._stream, work, overlapping)
         try:
-            graph.launch(self._stream)
-            times = []
-            for _ in range(_REPLAYS):
-                begin, end = self._device.event(timing=True), self._device.event(timing=True)
-                begin.record(self._stream)
-                graph.launch(self._stream)
-                end.record(self._stream)
-                end.wait()
-                times.append(end.elapsed_ms(begin))
-            return statistics.median(times)
+            return median_ms(self._device, self._stream, partial(graph.launch, self._stream), _REPLAYS)
         finally:
             graph.close()
 

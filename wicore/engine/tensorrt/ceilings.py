@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
-
 import numpy as np
 
 from wicore.engine.tensorrt.device import Device
+from wicore.engine.tensorrt.timing import median_ms
 
 _BYTES = 1 << 30
 _REPEATS = 7
@@ -32,14 +31,8 @@ def _copy_rate(device: Device) -> float:
     stream = device.stream()
     copy = device.compile("copy.cu", {}).function("copy_words")
     device.fill(source.address, 1, size, stream)
-    seconds = []
-    for _ in range(_REPEATS + 1):
-        begin, end = device.event(timing=True), device.event(timing=True)
-        begin.record(stream)
-        copy(stream, 8 * device.sms, 512, (source.address, target.address, np.int64(size // 16)))
-        end.record(stream)
-        end.wait()
-        seconds.append(end.elapsed_ms(begin) / 1e3)
+    args = (source.address, target.address, np.int64(size // 16))
+    ms = median_ms(device, stream, lambda: copy(stream, 8 * device.sms, 512, args), _REPEATS)
     source.free()
     target.free()
-    return 2 * size / statistics.median(seconds[1:])
+    return 2 * size / (ms / 1e3)

@@ -8,9 +8,9 @@ on to the head and the sampler. Else the rows that sample are gathered, and come
 from __future__ import annotations
 
 import logging
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from wicore.engine.tensorrt.device import Device, Graph
 from wicore.engine.tensorrt.limits import MASS_ROWS, Limits
 from wicore.engine.tensorrt.passes import Pass, Piece, cut
 from wicore.engine.tensorrt.step_arrays import BlockTables, Upload, pass_arrays
+from wicore.engine.tensorrt.timing import median_ms
 from wicore.engine.tensorrt.weights import DeviceWeights
 from wicore.engine.tensorrt.workspace import Workspace
 from wicore.gemma3.config import Gemma3Config
@@ -31,8 +32,8 @@ Float = NDArray[np.float32]
 
 log = logging.getLogger("wicore.engine")
 
-_OVERLAP_FROM = 32
-"""Rows above which a decode step's kernels overlap, unless it was measured."""
+_OVERLAP_TO = 8
+"""Most rows at which a decode step's kernels overlap, unless it was measured."""
 
 
 class Runner:
@@ -220,27 +221,15 @@ class Runner:
 
     def _capture(self, rows: int, launches: Callable[[], None], measured: bool) -> Graph:
         """As a graph whose kernels overlap, or one whose kernels do not: the faster one where it is to be
-        `measured`, which replays it, else by what is usual on a Hopper card. Reading ahead of the weights
-        disturbs the kernel that runs more than it helps the next, while few rows leave it nothing to hide."""
+        `measured`, which replays it, else by what is usual on a Hopper card: with more than a few rows,
+        reading ahead of the weights disturbs the kernel that runs more than it helps the next."""
         if not measured:
-            return self._device.capture(self.stream, launches, overlapping=rows > _OVERLAP_FROM)
+            return self._device.capture(self.stream, launches, overlapping=rows <= _OVERLAP_TO)
         graphs = [self._device.capture(self.stream, launches, overlapping=on) for on in (False, True)]
-        times = [self._ms(graph) for graph in graphs]
+        times = [median_ms(self._device, self.stream, partial(graph.launch, self.stream)) for graph in graphs]
         log.debug("%d rows: %.3f ms, overlapping %.3f ms", rows, *times)
         graphs.pop(times.index(max(times))).close()
         return graphs[0]
-
-    def _ms(self, graph: Graph) -> float:
-        graph.launch(self.stream)
-        times = []
-        for _ in range(3):
-            begin, end = self._device.event(timing=True), self._device.event(timing=True)
-            begin.record(self.stream)
-            graph.launch(self.stream)
-            end.record(self.stream)
-            end.wait()
-            times.append(end.elapsed_ms(begin))
-        return statistics.median(times)
 
     def _decode_launches(self, rows: int, head: bool, tables: StepTables) -> None:
         attention, b = self._parts.attention, self._buffers
