@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -154,12 +153,6 @@ def idempotency_key() -> str | None:
             "Idempotency-Key: must be 1 to 255 printable ASCII characters", param="Idempotency-Key"
         )
     return key
-
-
-def client_name() -> str:
-    """Who takes turns with whom on the queue: a digest of the API key offered, or "" without one."""
-    key = request.headers.get("Authorization", "")
-    return hashlib.sha256(key.encode()).hexdigest()[:32] if key else ""
 
 
 def request_id() -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from flask import Blueprint, Response, request
 
 from api import http, streams
+from api.callers import caller
 from api.services import current, stopping
 from wicore.errors import InvalidRequest
 from wicore.queue.producer import JobRecord, Submission
@@ -25,7 +26,7 @@ door = Blueprint("jobs", __name__, url_prefix="/v1/jobs")
 def submit() -> Response:
     services = current()
     body = parse_job(http.read_json())
-    return accepted(services.accept(body, Priority.NORMAL, http.client_name(), http.idempotency_key()))
+    return accepted(services.accept(body, Priority.NORMAL, caller(), http.idempotency_key()))
 
 
 def accepted(job: Submission) -> Response:
@@ -43,7 +44,7 @@ def accepted(job: Submission) -> Response:
 
 @door.get("/<job_id>")
 def lookup(job_id: str) -> Response:
-    return http.reply(public(current().producer.record(job_id)))
+    return http.reply(public(current().record(job_id, caller())))
 
 
 @door.get("")
@@ -69,8 +70,8 @@ def page_size() -> int:
 @door.delete("/<job_id>")
 def cancel(job_id: str) -> Response:
     services = current()
-    services.producer.cancel(job_id)
-    return http.reply(public(services.producer.record(job_id)))
+    services.cancel(job_id, caller())
+    return http.reply(public(services.record(job_id, caller())))
 
 
 @door.get("/<job_id>/events")
@@ -78,7 +79,7 @@ def events(job_id: str) -> Response:
     services = current()
     first = streams.first_wanted()
     batches = services.relay.follow(job_id, first - 1, streams.TICK_S)
-    if services.producer.record(job_id).status in ENDED:
+    if services.record(job_id, caller()).status in ENDED:
         head = next(batches, None)
         if head is None:
             # Tells an EventSource that reconnects after the last event to stop doing so.

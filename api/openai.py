@@ -9,6 +9,7 @@ from typing import Any
 from flask import Blueprint, Response, request
 
 from api import http, streams
+from api.callers import caller
 from api.services import Services, current
 from wicore.admission import check_model
 from wicore.errors import Cancelled, Expired
@@ -46,7 +47,7 @@ def _answer(asked: OpenAIRequest) -> Response:
 
 
 def _accept(services: Services, asked: OpenAIRequest, default: Priority) -> _Call:
-    job = services.accept(asked.body, default, http.client_name(), http.idempotency_key())
+    job = services.accept(asked.body, default, caller(), http.idempotency_key())
     # A repeated call joins a job that another call may be waiting for: then it is not ours to cancel.
     return _Call(services, job.id, asked, request.environ, http.request_id(), owns_job=job.created)
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 from flask import current_app
 from redis import Redis
 
+from api.callers import Caller
 from api.slots import Slots
 from wicore.admission import admit
 from wicore.config import Settings
@@ -17,9 +18,9 @@ from wicore.errors import ConfigError
 from wicore.model import Model, load_model
 from wicore.queue.connection import connect
 from wicore.queue.dead import DeadLetters
-from wicore.queue.producer import Producer, Submission
+from wicore.queue.producer import JobRecord, Producer, Submission, unknown_job
 from wicore.queue.registry import alive_workers
-from wicore.request import JobBody, Priority
+from wicore.request import JobBody, JobStatus, Priority
 from wicore.stream.relay import Relay
 
 EXTENSION = "wicore"
@@ -39,11 +40,11 @@ class Services:
     """Open websockets and event streams, bounded by `api.max_sockets`."""
 
     def accept(
-        self, body: JobBody, default: Priority, client: str, idempotency_key: str | None = None
+        self, body: JobBody, default: Priority, caller: Caller, idempotency_key: str | None = None
     ) -> Submission:
         """Check what the form of a body cannot show (`admit`), then put the job on the queue.
 
-        `client` is whose turn on its level the job takes.
+        The job is the caller's, and takes the caller's turn on its level.
 
         Raises UnknownModel, TooLarge, InvalidRequest, QueueFull, Conflict or Unavailable; then no job
         was accepted.
@@ -52,11 +53,24 @@ class Services:
         return self.producer.submit(
             body,
             default if body.priority is None else body.priority,
-            client=client,
+            client=caller.client,
             idempotency_key=idempotency_key,
             prompt_tokens=len(prompt.token_ids),
             max_tokens=prompt.max_tokens,
         )
+
+    def record(self, job_id: str, caller: Caller) -> JobRecord:
+        """Raises UnknownJob, also for a job that the caller may not see: nothing tells the two apart."""
+        record = self.producer.record(job_id)
+        if not caller.may_see(record.client):
+            raise unknown_job(job_id)
+        return record
+
+    def cancel(self, job_id: str, caller: Caller) -> JobStatus:
+        """Call a job off, as `Producer.cancel`; raises UnknownJob as `record`."""
+        if caller.restricted:
+            self.record(job_id, caller)
+        return self.producer.cancel(job_id)
 
     def heartbeats(self) -> list[dict[str, Any]]:
         """Of all live workers. Raises Unavailable."""

@@ -17,6 +17,7 @@ from simple_websocket import ConnectionClosed
 from wsproto.utilities import LocalProtocolError
 
 from api import http, streams
+from api.callers import Caller
 from api.services import Services
 from wicore.errors import Conflict, InvalidRequest, RateLimited, WicoreError
 from wicore.request import Priority, parse_job
@@ -37,10 +38,10 @@ def error_frame(error: WicoreError, **tags: Any) -> str:
 
 class Session:
     def __init__(
-        self, ws: Any, services: Services, stopping: Callable[[], bool], request_id: str, client: str
+        self, ws: Any, services: Services, stopping: Callable[[], bool], request_id: str, caller: Caller
     ) -> None:
         self._ws = ws
-        self._client = client
+        self._caller = caller
         self._services = services
         self._stopping = stopping
         self._request_id = request_id
@@ -112,7 +113,7 @@ class Session:
 
     def _submit(self, command: dict[str, Any], tags: dict[str, Any]) -> None:
         self._check_room()
-        job = self._services.accept(parse_job(command), Priority.INTERACTIVE, self._client)
+        job = self._services.accept(parse_job(command), Priority.INTERACTIVE, self._caller)
         self._send(http.dumps({"type": "accepted", **tags, "job": job.id}))
         self._follow(job.id, 1)
 
@@ -122,12 +123,12 @@ class Session:
         if job_id in self._followed:
             raise Conflict(f"job: {job_id} is followed on this socket already", param="job")
         self._check_room()
-        self._services.producer.record(job_id)
+        self._services.record(job_id, self._caller)
         self._follow(job_id, first)
 
     def _cancel(self, command: dict[str, Any], tags: dict[str, Any]) -> None:
         job_id = self._job_of(command, tags)
-        self._services.producer.cancel(job_id)
+        self._services.cancel(job_id, self._caller)
         self._send(http.dumps({"type": "cancelling", **tags}))
 
     _COMMANDS: Mapping[str, Callable[[Session, dict[str, Any], dict[str, Any]], None]] = {

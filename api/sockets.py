@@ -15,6 +15,7 @@ from flask import Blueprint, Flask, g, request
 from flask_sock import Sock
 
 from api import http, streams
+from api.callers import caller
 from api.services import current, stopping
 from api.session import GONE, SERVICE_RESTART, Session, error_frame
 from wicore.config import ApiSettings
@@ -50,7 +51,7 @@ def _before_handshake() -> None:
     services = current()
     if request.view_args:
         g.first_wanted = streams.first_wanted()
-        services.producer.record(request.view_args["job_id"])
+        services.record(request.view_args["job_id"], caller())
     services.slots.take()
     g.slots = services.slots
     environ = request.environ
@@ -139,4 +140,4 @@ def _follow_one(ws: Any, job_id: str) -> None:
 
 def _many(ws: Any) -> None:
     """`WS /v1/stream`: submit, resume and cancel jobs, whose events come tagged with the job."""
-    Session(ws, current(), stopping(), http.request_id(), http.client_name()).run()
+    Session(ws, current(), stopping(), http.request_id(), caller()).run()

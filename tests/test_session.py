@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from api.callers import Caller
 from api.session import TRY_AGAIN_LATER, Session
 from wicore.config import ApiSettings
 from wicore.request import Event, token_event
@@ -60,13 +61,13 @@ def test_a_reader_that_stops_reading_is_dropped_to_resume_and_holds_little_back(
     monkeypatch.setattr("api.session.STALL_S", 0.05)
     monkeypatch.setattr("api.streams.TICK_S", 0.01)
     ws, relay = SlowSocket(), Relay()
-    known: Callable[[str], object] = lambda job: None  # noqa: E731
+    known: Callable[..., object] = lambda job, caller: None  # noqa: E731
     services: Any = SimpleNamespace(
         settings=SimpleNamespace(api=ApiSettings(stream_buffer=16)),
         relay=relay,
-        producer=SimpleNamespace(record=known),
+        record=known,
     )
-    session = Session(ws, services, lambda: False, "request", "")
+    session = Session(ws, services, lambda: False, "request", Caller(""))
     served = threading.Thread(target=session.run)
     served.start()
     assert session._closed.wait(10), "nobody gave the reader up"

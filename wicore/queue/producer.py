@@ -42,6 +42,8 @@ class JobRecord:
     """A job as `GET /v1/jobs/{id}` shows it. Times are ms of Redis TIME; None: not yet, or unknown."""
 
     id: str
+    client: str
+    """Who submitted it; '' is nobody known. Not shown to clients."""
     status: JobStatus
     kind: str | None
     model: str | None
@@ -77,7 +79,9 @@ class JobRecord:
 
     def public(self) -> dict[str, Any]:
         """JSON form for clients; what is not known yet is null."""
-        return {**asdict(self), "priority": self.priority.name.lower()}
+        fields = asdict(self) | {"priority": self.priority.name.lower()}
+        del fields["client"]
+        return fields
 
 
 _UNBOUNDED = 10**9
@@ -198,11 +202,11 @@ class Producer:
         from another client that no worker has seen yet.
         """
         if not JOB_ID.fullmatch(job_id):
-            raise _unknown(job_id)
+            raise unknown_job(job_id)
         with unavailable_on_failure(self._client):
             status = self._scripts.call("cancel", job_id).decode()
         if not status:
-            raise _unknown(job_id)
+            raise unknown_job(job_id)
         return cast(JobStatus, status)
 
     def record(self, job_id: str) -> JobRecord:
@@ -210,7 +214,7 @@ class Producer:
         with unavailable_on_failure(self._client):
             fields = self._client.hgetall(self._keys.job(job_id))
         if not fields:
-            raise _unknown(job_id)
+            raise unknown_job(job_id)
         return record_of(job_id, cast("dict[bytes, bytes]", fields))
 
     def list(
@@ -299,7 +303,8 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _unknown(job_id: str) -> UnknownJob:
+def unknown_job(job_id: str) -> UnknownJob:
+    """The error for a job that is not there, or not to be seen by who asks."""
     return UnknownJob(
         f"No job {job_id!r:.140}: it was never accepted, or its record has expired.", param="id"
     )
@@ -320,6 +325,7 @@ def record_of(job_id: str, fields: Mapping[bytes, bytes]) -> JobRecord:
 
     return JobRecord(
         id=job_id,
+        client=texts.get("client", ""),
         status=cast(JobStatus, texts["status"]),
         kind=texts.get("kind"),
         model=texts.get("model"),
