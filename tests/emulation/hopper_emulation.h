@@ -252,6 +252,9 @@ void wgmma_settled(float (&d)[SUMS]) {
     if (product.sums == d) emulation::fail("sums are read while products are under way");
 }
 
+template <int PIECES>
+void wgmma_settled(uint32_t (&)[PIECES][4]) {}
+
 inline float choose(int first, float a, float b) { return first ? a : b; }
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float reciprocal_fast(float x) { return 1.0f / x; }

@@ -282,6 +282,15 @@ __device__ __forceinline__ void wgmma_settled(float (&d)[SUMS]) {
   for (int i = 0; i < SUMS; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// Nothing that writes the registers of A may move before this.
+template <int PIECES>
+__device__ __forceinline__ void wgmma_settled(uint32_t (&a)[PIECES][4]) {
+#pragma unroll
+  for (int i = 0; i < PIECES; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(a[i][j])::"memory");
+}
+
 // One of two values without a branch; a conditional expression may become one that copies all sums first.
 __device__ __forceinline__ float choose(int first, float a, float b) {
   float v;

@@ -208,6 +208,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const int thread = block_thread();
 
   if (thread == 0) {
+    prefetch_map(q_map);
+    prefetch_map(device_map);
     barrier_init(q_full, 1);
     barrier_init(q_empty, CONSUMERS);
 #pragma unroll 1
@@ -385,6 +387,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         softmax(tile);
         wgmma_wait<0>();
         wgmma_settled(o);
+        wgmma_settled(p);
         release(v_empty + 8 * v.stage);
         v.advance();
         if (__any_sync(0xffffffffu, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
