@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -42,11 +42,16 @@ class Services:
     """Open websockets and event streams, bounded by `api.max_sockets`."""
 
     def accept(
-        self, body: JobBody, default: Priority, caller: Caller, idempotency_key: str | None = None
+        self,
+        body: JobBody,
+        default: Priority,
+        caller: Caller,
+        idempotency_key: str | None = None,
+        fields: Mapping[str, str] | None = None,
     ) -> Submission:
         """Check what the form of a body cannot show (`admit`), then put the job on the queue.
 
-        The job is the caller's, and takes the caller's turn on its level.
+        The job is the caller's, and takes the caller's turn on its level. `fields` go into its record.
 
         Raises UnknownModel, TooLarge, InvalidRequest, QueueFull, Conflict or Unavailable; then no job
         was accepted.
@@ -59,6 +64,7 @@ class Services:
             idempotency_key=idempotency_key,
             prompt_tokens=len(prompt.token_ids),
             max_tokens=prompt.max_tokens,
+            fields=fields,
         )
 
     def record(self, job_id: str, caller: Caller) -> JobRecord:

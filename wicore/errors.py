@@ -90,6 +90,14 @@ class UnknownKey(WicoreError):
     code = "unknown_key"
 
 
+class UnknownResponse(WicoreError):
+    """No response has this id: it never was, was not stored, was deleted, or has expired."""
+
+    status = 404
+    kind = "invalid_request_error"
+    code = "unknown_response"
+
+
 class UnknownModel(WicoreError):
     """The model named is not the one being served."""
 

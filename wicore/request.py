@@ -110,6 +110,8 @@ _HTTP_URL = TypeAdapter(AnyHttpUrl)
 Text = Annotated[str, AfterValidator(_encodable)]
 WebhookURL = Annotated[Text, AfterValidator(_webhook_url)]
 Number = Annotated[float, AfterValidator(_finite)]
+Seconds = Annotated[Number, Field(gt=0, le=7 * 86400)]
+PriorityName = Annotated[Priority, BeforeValidator(_priority_name)]
 Stop = Annotated[
     list[Annotated[Text, Field(min_length=1, max_length=256)]],
     BeforeValidator(_as_list),
@@ -179,10 +181,10 @@ class JobBody(SamplingParams):
     stop: Stop = Field(default_factory=list)
     ignore_eos: bool = False
     """Go on to `max_tokens` whatever the model says; for benchmarks."""
-    priority: Annotated[Priority, BeforeValidator(_priority_name)] | None = None
-    timeout_s: Annotated[Number, Field(gt=0, le=7 * 86400)] | None = None
+    priority: PriorityName | None = None
+    timeout_s: Seconds | None = None
     """Seconds from acceptance until the job expires, wherever it is by then."""
-    queue_timeout_s: Annotated[Number, Field(gt=0, le=7 * 86400)] | None = None
+    queue_timeout_s: Seconds | None = None
     """Seconds from acceptance until the job expires unless it has started; None: `queue.max_wait_s`."""
     user: Annotated[Text | None, Field(max_length=512)] = None
     metadata: dict[str, str] = Field(default_factory=dict, max_length=16)
@@ -239,7 +241,9 @@ def _invalid(err: ValidationError) -> InvalidRequest:
     same_field = [error for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]
     first = max(same_field, key=lambda error: len(error["loc"]))
     if first["type"] == "extra_forbidden":
-        param = _cut(".".join(map(str, first["loc"])), 100)
+        *path, name = first["loc"]
+        known = [part for part in path if isinstance(part, int) or _is_key(part)]
+        param = _cut(".".join(map(str, [*known, name])), 100)
         return InvalidRequest(f"{param}: unknown or unsupported field; remove it", param=param)
     # Union branches and validator names appear in `loc`; what a caller knows are keys and indexes.
     known = [part for part in first["loc"] if isinstance(part, int) or _is_key(part)]

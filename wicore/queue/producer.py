@@ -76,11 +76,13 @@ class JobRecord:
     """None until the job has ended."""
     webhook_error: str | None
     """Why the last attempt failed, if it did."""
+    response: dict[str, Any] | None
+    """What a response keeps with its job (wicore/openai/responses_api). Not shown to clients."""
 
     def public(self) -> dict[str, Any]:
         """JSON form for clients; what is not known yet is null."""
         fields = asdict(self) | {"priority": self.priority.name.lower()}
-        del fields["client"]
+        del fields["client"], fields["response"]
         return fields
 
 
@@ -208,6 +210,18 @@ class Producer:
         if not status:
             raise unknown_job(job_id)
         return cast(JobStatus, status)
+
+    def forget(self, job_id: str) -> bool:
+        """Delete a response and call its job off if that is open; whether there was one.
+
+        Of a job that has ended record, log and result go; of an open one, or one that owes a webhook, what
+        made it a response, and the rest at the end of its retention.
+        """
+        with unavailable_on_failure(self._client):
+            known = bool(self._scripts.call("forget", job_id))
+            if known and self._client.exists(self._keys.job(job_id)):
+                self._scripts.call("cancel", job_id)
+        return known
 
     def record(self, job_id: str) -> JobRecord:
         """Raises UnknownJob."""
@@ -361,4 +375,5 @@ def record_of(job_id: str, fields: Mapping[bytes, bytes]) -> JobRecord:
         webhook_url=texts.get("webhook_url"),
         webhook_status=cast("Any", texts.get("webhook_status")),
         webhook_error=texts.get("webhook_error") or None,
+        response=data("response"),
     )

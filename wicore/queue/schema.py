@@ -54,7 +54,8 @@ leased); `leases`; `worker`; `attempts`; `seq` (last in the log); `created_ms`, 
 `leased_ms`, `started_ms`, `first_token_ms`, `finished_ms`; `unread` (nobody has read the body yet); `kind`,
 `model`, `metadata`, `prompt_tokens`, `tokens` (expected in all), `charged` (to its client's turn);
 `position`, `wait_ms` (told at acceptance); `cancel` (wished); `finish_reason`, `usage`, `result`, `error`
-(JSON); `finished_by` (fence of who ended it); `retry_of` (id of the dead letter);
+(JSON); `finished_by` (fence of who ended it); `retry_of` (id of the dead letter); `response` (JSON: what a
+response repeats and its conversation, so both live as long as the job's record);
 `webhook_url`, `webhook_status` (pending, delivered, failed), `webhook_attempts`, `webhook_error`.
 
 Invariants, between any two commands:

@@ -34,6 +34,7 @@ Name = Literal[
     "reap",
     "cancel",
     "acquit",
+    "forget",
     "dead_list",
     "dead_get",
     "dead_drop",
