@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flask import Flask
 
-from api import callers, dead, http, jobs, metrics, openai, service, sockets, status
+from api import callers, dead, http, jobs, metrics, openai, rates, service, sockets, status
 from api.services import EXTENSION, LazyServices, Services
 from wicore.config import Settings
 
@@ -20,6 +20,7 @@ def create_app(settings: Settings, services: Services | None = None) -> Flask:
     app.extensions[EXTENSION] = LazyServices(settings, services)
     http.install(app)
     callers.install(app)
+    rates.install(app)
     for door in (openai.door, jobs.door, dead.door, service.door, status.door, metrics.door):
         app.register_blueprint(door)
     sockets.install(app)

@@ -53,6 +53,7 @@ Fields of a record: `status`; `level` (0, 3, 6, 9); `client` (who takes turns wi
 leased); `leases`; `worker`; `attempts`; `seq` (last in the log); `created_ms`, `deadline_ms`, `start_by_ms`,
 `leased_ms`, `started_ms`, `first_token_ms`, `finished_ms`; `unread` (nobody has read the body yet); `kind`,
 `model`, `metadata`, `prompt_tokens`, `tokens` (expected in all), `charged` (to its client's turn);
+`reserved`, `reserved_rate` (tokens taken from its client's bucket until the end, and the rate then);
 `position`, `wait_ms` (told at acceptance); `cancel` (wished); `finish_reason`, `usage`, `result`, `error`
 (JSON); `finished_by` (fence of who ended it); `retry_of` (id of the dead letter);
 `webhook_url`, `webhook_status` (pending, delivered, failed), `webhook_attempts`, `webhook_error`.

@@ -1,4 +1,4 @@
--- Put before every script, after line.lua: how jobs begin and end.
+-- Put before every script, after limits.lua: how jobs begin and end.
 
 local DEAD_KEPT = 10000
 local TASKS_KEPT = 1000
@@ -141,8 +141,10 @@ local function terminate(id, ending)
   if ending.fence then
     redis.call('HSET', job, 'finished_by', ending.fence)
   end
+  local usage = ending.usage and cjson.decode(ending.usage)
+  settle_rate(id, usage)
   if record.fence then
-    settle(id, ending.type, ending.usage and cjson.decode(ending.usage))
+    settle(id, ending.type, usage)
     drop_lease(record.tag, record.fence)
     redis.call('HDEL', job, 'fence')
   else
