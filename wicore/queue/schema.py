@@ -27,7 +27,7 @@ With prefix `wicore` ({q} is a level's list, {level} 0, 3, 6 or 9, {id} a job, {
     wicore:jobs:{status}          zset    ids by `created_ms`: the listing by status           retention
     wicore:jobs:all:{client},     zset    the same of one client that has a name; what is      retention
       wicore:jobs:{status}:{client}         queued or running counts against its limit
-    wicore:finished               zset    `id client` by `finished_ms`: whom the sweep forgets retention
+    wicore:finished               zset    `id` or `id client` by `finished_ms`: for the sweep  retention
     wicore:deadlines              zset    waiting ids by when they expire                      while waiting
     wicore:pace                   hash    decayed sums over ended jobs: jobs, ms, tokens,      for ever
                                           output (line.lua)

@@ -99,7 +99,8 @@ end
 local function start_retention(id)
   redis.call('EXPIRE', K.job .. id, C.retention_s)
   redis.call('EXPIRE', K.log .. id, C.retention_s)
-  redis.call('ZADD', K.finished, NOW, id .. ' ' .. redis.call('HGET', K.job .. id, 'client'))
+  local client = redis.call('HGET', K.job .. id, 'client')
+  redis.call('ZADD', K.finished, NOW, client == '' and id or id .. ' ' .. client)
 end
 
 -- Owe the webhook of a job that ends now. The entry is what counts; the Celery message makes it prompt. It may
