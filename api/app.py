@@ -4,9 +4,31 @@ from __future__ import annotations
 
 from flask import Flask
 
-from api import callers, dead, http, jobs, metrics, openai, responses, service, sockets, status
+from api import (
+    callers,
+    dead,
+    http,
+    jobs,
+    metrics,
+    openai,
+    rates,
+    responses,
+    service,
+    sockets,
+    status,
+)
 from api.services import EXTENSION, LazyServices, Services
 from wicore.config import Settings
+
+DOORS = (
+    openai.door,
+    responses.door,
+    jobs.door,
+    dead.door,
+    service.door,
+    status.door,
+    metrics.door,
+)
 
 
 def create_app(settings: Settings, services: Services | None = None) -> Flask:
@@ -20,7 +42,8 @@ def create_app(settings: Settings, services: Services | None = None) -> Flask:
     app.extensions[EXTENSION] = LazyServices(settings, services)
     http.install(app)
     callers.install(app)
-    for door in (openai.door, responses.door, jobs.door, dead.door, service.door, status.door, metrics.door):
+    rates.install(app)
+    for door in DOORS:
         app.register_blueprint(door)
     sockets.install(app)
     return app

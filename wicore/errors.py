@@ -123,12 +123,17 @@ class TooLarge(WicoreError):
 
 
 class RateLimited(WicoreError):
-    """The key's bucket is empty."""
+    """A limit of the key is reached.
+
+    Attributes:
+        rates: how full its buckets are, where that is known (wicore/access/rates.py).
+    """
 
     status = 429
     kind = "rate_limit_error"
     code = "rate_limited"
     retryable = True
+    rates: tuple[Any, ...] = ()
 
 
 class QueueFull(WicoreError):

@@ -27,7 +27,7 @@ With prefix `wicore` ({q} is a level's list, {level} 0, 3, 6 or 9, {id} a job, {
     wicore:jobs:{status}          zset    ids by `created_ms`: the listing by status           retention
     wicore:jobs:all:{client},     zset    the same of one client that has a name; what is      retention
       wicore:jobs:{status}:{client}         queued or running counts against its limit
-    wicore:finished               zset    `id client` by `finished_ms`: whom the sweep forgets retention
+    wicore:finished               zset    `id` or `id client` by `finished_ms`: for the sweep  retention
     wicore:deadlines              zset    waiting ids by when they expire                      while waiting
     wicore:pace                   hash    decayed sums over ended jobs: jobs, ms, tokens,      for ever
                                           output (line.lua)
@@ -53,6 +53,7 @@ Fields of a record: `status`; `level` (0, 3, 6, 9); `client` (who takes turns wi
 leased); `leases`; `worker`; `attempts`; `seq` (last in the log); `created_ms`, `deadline_ms`, `start_by_ms`,
 `leased_ms`, `started_ms`, `first_token_ms`, `finished_ms`; `unread` (nobody has read the body yet); `kind`,
 `model`, `metadata`, `prompt_tokens`, `tokens` (expected in all), `charged` (to its client's turn);
+`reserved`, `reserved_rate` (tokens taken from its client's bucket until the end, and the rate then);
 `position`, `wait_ms` (told at acceptance); `cancel` (wished); `finish_reason`, `usage`, `result`, `error`
 (JSON); `finished_by` (fence of who ended it); `retry_of` (id of the dead letter); `response` (JSON: what a
 response repeats and its conversation, so both live as long as the job's record);

@@ -1,4 +1,4 @@
--- Put before every script, after the key names K and the settings C (scripts.py); line.lua and common.lua follow.
+-- Put before every script, after the key names K and the settings C (scripts.py); line, limits and common follow.
 -- Scripts run alone in Redis: no other command sees, and no crash leaves, half of one.
 
 local clock = redis.call('TIME')
