@@ -10,8 +10,9 @@ from typing import Any, cast
 from flask import current_app
 from redis import Redis
 
-from api.callers import Caller
+from api.keyring import Caller, KeyRing
 from api.slots import Slots
+from wicore.access.store import KeyStore
 from wicore.admission import admit
 from wicore.config import Settings
 from wicore.errors import ConfigError
@@ -36,6 +37,7 @@ class Services:
     producer: Producer
     dead: DeadLetters
     relay: Relay
+    keys: KeyRing
     slots: Slots
     """Open websockets and event streams, bounded by `api.max_sockets`."""
 
@@ -65,6 +67,14 @@ class Services:
         if not caller.may_see(record.client):
             raise unknown_job(job_id)
         return record
+
+    def records(
+        self, status: JobStatus | None, limit: int, after: str | None, caller: Caller
+    ) -> list[JobRecord]:
+        """As `Producer.list`, of what the caller may see; raises UnknownJob for `after` as `record` does."""
+        if after is not None:
+            self.record(after, caller)
+        return self.producer.list(status, limit, after, caller.client if caller.restricted else None)
 
     def cancel(self, job_id: str, caller: Caller) -> JobStatus:
         """Call a job off, as `Producer.cancel`; raises UnknownJob as `record`."""
@@ -100,6 +110,7 @@ def build(settings: Settings) -> Services:
         producer=Producer(client, prefix, settings.queue, wait_replicas=settings.redis.wait_replicas),
         dead=DeadLetters(client, prefix, settings.queue),
         relay=Relay(client, prefix, settings.api.stream_buffer),
+        keys=KeyRing(KeyStore(client, prefix), settings.api),
         slots=Slots(settings.api.max_sockets),
     )
 

@@ -82,6 +82,14 @@ class UnknownDeadLetter(WicoreError):
     code = "unknown_dead_letter"
 
 
+class UnknownKey(WicoreError):
+    """No API key in force has this name or id."""
+
+    status = 404
+    kind = "invalid_request_error"
+    code = "unknown_key"
+
+
 class UnknownModel(WicoreError):
     """The model named is not the one being served."""
 

@@ -218,10 +218,20 @@ class Producer:
         return record_of(job_id, cast("dict[bytes, bytes]", fields))
 
     def list(
-        self, status: JobStatus | None = None, limit: int = 20, after: str | None = None
+        self,
+        status: JobStatus | None = None,
+        limit: int = 20,
+        after: str | None = None,
+        client: str | None = None,
     ) -> builtins.list[JobRecord]:
-        """Newest first; `after` is the id of the last job of the page before. Raises UnknownJob for it."""
-        index = self._keys.jobs if status is None else self._keys.jobs_by_status(status)
+        """Newest first; `after` is the id of the last job of the page before. Raises UnknownJob for it.
+
+        `client`: only the jobs of that one, which must have a name; None: of all.
+        """
+        if client is not None:
+            index = self._keys.jobs_of(client, status)
+        else:
+            index = self._keys.jobs if status is None else self._keys.jobs_by_status(status)
         below = None if after is None else (self.record(after).created_ms, after)
         page: list[JobRecord] = []
         with unavailable_on_failure(self._client):

@@ -135,6 +135,7 @@ def _header(keys: Keys, settings: QueueSettings) -> str:
     # Keys of one job, owner or level: the name up to that, which the scripts append.
     families = ("job", "log", "events", "cancel", "message", "celery_result", "idempotency", "trial")
     names |= {name: getattr(keys, name)("") for name in families}
+    names |= {"jobs_of_all": keys.jobs_of("")}
     names |= {"queue": keys.line(""), "clients": keys.clients(""), "backlog": keys.backlog("")}
     names["jobs_by_status"] = {status: keys.jobs_by_status(status) for status in _RECORD_STATES}
     names["levels"] = [str(int(level)) for level in keys.queues()]

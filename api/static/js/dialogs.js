@@ -24,7 +24,8 @@ export const isOpen = () => document.querySelector("dialog[open]") !== null;
 /** A job's record, as the API gives it, and where else it can be reached. */
 export async function showJob(id) {
   const record = h("pre", { class: "record", tabindex: 0, "aria-label": "Record" }, "Loading");
-  const links = [["Record", `v1/jobs/${id}`], ["Events", `v1/jobs/${id}/events`]];
+  // A link carries no key.
+  const links = getKey() ? [] : [["Record", `v1/jobs/${id}`], ["Events", `v1/jobs/${id}/events`]];
   open(
     "Job",
     h(

@@ -99,7 +99,7 @@ end
 local function start_retention(id)
   redis.call('EXPIRE', K.job .. id, C.retention_s)
   redis.call('EXPIRE', K.log .. id, C.retention_s)
-  redis.call('ZADD', K.finished, NOW, id)
+  redis.call('ZADD', K.finished, NOW, id .. ' ' .. redis.call('HGET', K.job .. id, 'client'))
 end
 
 -- Owe the webhook of a job that ends now. The entry is what counts; the Celery message makes it prompt. It may
@@ -196,6 +196,9 @@ local function create_record(id, tag, level, client, tokens)
   redis.call('HSET', K.job .. id, 'status', 'queued', 'tag', tag, 'level', level, 'created_ms', ms(NOW), 'seq', 0,
     'client', client, 'tokens', tokens)
   redis.call('ZADD', K.jobs, NOW, id)
+  if client ~= '' then
+    redis.call('ZADD', K.jobs_of_all .. client, NOW, id)
+  end
   move(id, nil, 'queued', NOW)
 end
 
