@@ -11,6 +11,7 @@ from api import (
     jobs,
     metrics,
     openai,
+    page,
     rates,
     responses,
     service,
@@ -28,6 +29,7 @@ DOORS = (
     service.door,
     status.door,
     metrics.door,
+    page.door,
 )
 
 
