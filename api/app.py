@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flask import Flask
 
-from api import dead, http, jobs, metrics, openai, service, sockets, status
+from api import access, dead, http, jobs, metrics, openai, service, sockets, status
 from api.services import EXTENSION, LazyServices, Services
 from wicore.config import Settings
 
@@ -18,6 +18,7 @@ def create_app(settings: Settings, services: Services | None = None) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = settings.api.max_body_bytes
     app.config["SOCK_SERVER_OPTIONS"] = sockets.server_options(settings.api)
     app.extensions[EXTENSION] = LazyServices(settings, services)
+    access.install(app, log_bodies=settings.telemetry.log_prompts)
     http.install(app)
     for door in (openai.door, jobs.door, dead.door, service.door, status.door, metrics.door):
         app.register_blueprint(door)

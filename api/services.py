@@ -10,6 +10,7 @@ from typing import Any, cast
 from flask import current_app
 from redis import Redis
 
+from api import spans
 from api.callers import Caller
 from api.slots import Slots
 from wicore.admission import admit
@@ -22,6 +23,7 @@ from wicore.queue.producer import JobRecord, Producer, Submission, unknown_job
 from wicore.queue.registry import alive_workers
 from wicore.request import JobBody, JobStatus, Priority
 from wicore.stream.relay import Relay
+from wicore.telemetry.tracing import Tracer, tracer_of
 
 EXTENSION = "wicore"
 
@@ -38,6 +40,7 @@ class Services:
     relay: Relay
     slots: Slots
     """Open websockets and event streams, bounded by `api.max_sockets`."""
+    tracer: Tracer | None = None
 
     def accept(
         self, body: JobBody, default: Priority, caller: Caller, idempotency_key: str | None = None
@@ -49,15 +52,23 @@ class Services:
         Raises UnknownModel, TooLarge, InvalidRequest, QueueFull, Conflict or Unavailable; then no job
         was accepted.
         """
-        prompt = admit(body, self.model, self.settings)
-        return self.producer.submit(
-            body,
-            default if body.priority is None else body.priority,
-            client=caller.client,
-            idempotency_key=idempotency_key,
-            prompt_tokens=len(prompt.token_ids),
-            max_tokens=prompt.max_tokens,
-        )
+        priority = default if body.priority is None else body.priority
+        with spans.of_request(self.tracer, "submit") as span:
+            prompt = admit(body, self.model, self.settings)
+            tokens = len(prompt.token_ids)
+            job = self.producer.submit(
+                body,
+                priority,
+                client=caller.client,
+                idempotency_key=idempotency_key,
+                prompt_tokens=tokens,
+                max_tokens=prompt.max_tokens,
+                traceparent=span.traceparent,
+            )
+            span.attributes["wicore.job"] = job.id
+            span.attributes["wicore.priority"] = priority.name.lower()
+            span.attributes["gen_ai.usage.input_tokens"] = tokens
+            return job
 
     def record(self, job_id: str, caller: Caller) -> JobRecord:
         """Raises UnknownJob, also for a job that the caller may not see: nothing tells the two apart."""
@@ -101,6 +112,7 @@ def build(settings: Settings) -> Services:
         dead=DeadLetters(client, prefix, settings.queue),
         relay=Relay(client, prefix, settings.api.stream_buffer),
         slots=Slots(settings.api.max_sockets),
+        tracer=tracer_of(settings.telemetry, "wicore-api"),
     )
 
 

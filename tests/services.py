@@ -64,9 +64,9 @@ def worker_process(
     return module_process(settings, module, **options)
 
 
-def api_process(settings: Settings) -> subprocess.Popen[bytes]:
-    """The API as the Procfile starts it, with these settings."""
-    return module_process(settings, "gunicorn", "-c", "python:api.gunicorn_conf", "api.wsgi:app")
+def api_process(settings: Settings, **options: Any) -> subprocess.Popen[bytes]:
+    """The API as the Procfile starts it, with these settings; `options` are Popen's."""
+    return module_process(settings, "gunicorn", "-c", "python:api.gunicorn_conf", "api.wsgi:app", **options)
 
 
 def start_api(settings: Settings) -> subprocess.Popen[bytes]:

@@ -132,6 +132,7 @@ local function terminate(id, ending)
   end
   publish(id, seq, event)
   local status = STATUS[ending.type]
+  count(status)
   redis.call('HSET', job, 'status', status, 'finished_ms', ms(NOW), 'seq', seq)
   for _, name in ipairs({'result', 'usage', 'error', 'finish_reason'}) do
     if ending[name] then
@@ -196,6 +197,7 @@ local function create_record(id, tag, level, client, tokens)
   redis.call('HSET', K.job .. id, 'status', 'queued', 'tag', tag, 'level', level, 'created_ms', ms(NOW), 'seq', 0,
     'client', client, 'tokens', tokens)
   redis.call('ZADD', K.jobs, NOW, id)
+  count('accepted')
   move(id, nil, 'queued', NOW)
 end
 
@@ -223,6 +225,7 @@ local function undo_lease(id, tag, value)
     return
   end
   give_up_lease(id, tag, head[2])
+  count('handed_back')
   if head[1] == K.suspect then
     join_suspects(id, raw, true)
   else
