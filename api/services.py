@@ -11,7 +11,7 @@ from typing import Any, cast
 from flask import current_app
 from redis import Redis
 
-from api import rates
+from api import rates, spans
 from api.keyring import Caller, KeyRing
 from api.slots import Slots
 from wicore.access.keys import Limits
@@ -27,6 +27,7 @@ from wicore.queue.producer import JobRecord, Producer, Submission, unknown_job
 from wicore.queue.registry import alive_workers
 from wicore.request import JobBody, JobStatus, Priority
 from wicore.stream.relay import Relay
+from wicore.telemetry.tracing import Tracer, tracer_of
 
 EXTENSION = "wicore"
 
@@ -45,6 +46,7 @@ class Services:
     limiter: RateLimiter
     slots: Slots
     """Open websockets and event streams, bounded by `api.max_sockets`."""
+    tracer: Tracer | None = None
 
     def accept(
         self,
@@ -65,22 +67,28 @@ class Services:
         """
         limits = caller.limits
         self.check_allowed(body, limits)
-        prompt = admit(body, self.model, self.settings)
-        output = min(prompt.max_tokens, body.max_tokens or OUTPUT_GUESS)
-        with _rates_told():
+        priority = max(default, limits.level) if body.priority is None else body.priority
+        with spans.of_request(self.tracer, "submit") as span, _rates_told():
+            prompt = admit(body, self.model, self.settings)
+            tokens = len(prompt.token_ids)
+            output = min(prompt.max_tokens, body.max_tokens or OUTPUT_GUESS)
             job = self.producer.submit(
                 body,
-                max(default, limits.level) if body.priority is None else body.priority,
+                priority,
                 client=caller.client,
                 idempotency_key=idempotency_key,
-                prompt_tokens=len(prompt.token_ids),
+                prompt_tokens=tokens,
                 max_tokens=prompt.max_tokens,
                 fields=fields,
                 limits=limits,
-                reserve=len(prompt.token_ids) + output * body.n,
+                reserve=tokens + output * body.n,
+                traceparent=span.traceparent,
             )
             rates.remember(job.rates)
-        return job
+            span.attributes["wicore.job"] = job.id
+            span.attributes["wicore.priority"] = priority.name.lower()
+            span.attributes["gen_ai.usage.input_tokens"] = tokens
+            return job
 
     def check_allowed(self, body: JobBody, limits: Limits) -> None:
         """Raises Forbidden for a level or model that these limits leave out."""
@@ -163,6 +171,7 @@ def build(settings: Settings) -> Services:
         keys=KeyRing(KeyStore(client, prefix), settings.api),
         limiter=RateLimiter(client, prefix),
         slots=Slots(settings.api.max_sockets),
+        tracer=tracer_of(settings.telemetry, "wicore-api"),
     )
 
 

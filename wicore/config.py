@@ -192,8 +192,12 @@ class HmtSettings(_Section):
 class TelemetrySettings(_Section):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe message that is logged."""
+    access_log: bool = True
+    """Write a line of JSON to standard output for each request to the API."""
     log_prompts: bool = False
-    """Write prompts and answers to the log; they are private unless you say otherwise."""
+    """Put the bodies of requests, and so prompts, in the access log; they are private unless you say so."""
+    otlp_endpoint: str | None = Field(None, pattern=r"^https?://[^\s/]+(/\S*)?$")
+    """Send traces of jobs to this collector, by OTLP over HTTP (http://host:4318); unset: no traces."""
 
 
 class Settings(_Section):

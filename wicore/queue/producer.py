@@ -129,6 +129,7 @@ class Producer:
         limits: Limits = NO_LIMITS,
         reserve: int = 0,
         fields: Mapping[str, str] | None = None,
+        traceparent: str | None = None,
     ) -> Submission:
         """Write the record and put the job in its line in one atomic step; on return it is accepted.
 
@@ -136,8 +137,9 @@ class Producer:
         of one choice), where the caller knows them, say how much the job may take. `body.timeout_s` becomes
         the deadline; `body.queue_timeout_s` or `queue.max_wait_s` bounds the wait for the first start.
         `limits` are the client's: one request and `reserve` tokens are taken of them; when the job ends, the
-        tokens that it took are counted instead. `fields` go into the record. Sending the same id twice adds
-        nothing, so a caller may repeat a submit whose answer was lost, giving the same `job_id`.
+        tokens that it took are counted instead. `fields` go into the record, `traceparent` with the message.
+        Sending the same id twice adds nothing, so a caller may repeat a submit whose answer was lost, giving
+        the same `job_id`.
 
         Raises QueueFull when `max_jobs` or `max_tokens` wait on the level, RateLimited when the client is at
         one of its limits, Conflict when the client used the
@@ -150,7 +152,14 @@ class Producer:
                 f'id: must be 1 to 128 letters, digits, "_", ".", ":" or "-" (got {job_id!r:.60})', param="id"
             )
         tag = str(uuid.uuid4())
-        raw = encode(body, job_id=job_id, tag=tag, priority=priority, queue=self._keys.prefix)
+        raw = encode(
+            body,
+            job_id=job_id,
+            tag=tag,
+            priority=priority,
+            queue=self._keys.prefix,
+            traceparent=traceparent,
+        )
         record = {**record_fields(body), **(fields or {})}
         if prompt_tokens is not None:
             record["prompt_tokens"] = str(prompt_tokens)

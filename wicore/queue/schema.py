@@ -33,6 +33,8 @@ With prefix `wicore` ({q} is a level's list, {level} 0, 3, 6 or 9, {id} a job, {
                                           output (line.lua)
     wicore:workers                hash    worker -> heartbeat JSON (registry.py; abandon)      see there
     wicore:capacity               string  slots of all live workers                            1 s
+    wicore:counts                 hash    jobs so far: accepted, leased, handed_back,          for ever
+                                          redelivered, and {status} they ended with
     wicore:webhooks               zset    ids whose webhook is owed, by when it is due, ms     until it ends
     wicore:steady                 string  since when the tasks' sweep has run without a gap    15 s
     wicore-tasks and its levels   list    Celery messages for workers/tasks.py; LPUSH in       until done
@@ -141,6 +143,10 @@ class Keys:
     @property
     def capacity(self) -> str:
         return f"{self.prefix}:capacity"
+
+    @property
+    def counts(self) -> str:
+        return f"{self.prefix}:counts"
 
     @property
     def jobs(self) -> str:
