@@ -15,6 +15,7 @@ from api.slots import Slots
 from wicore.admission import admit
 from wicore.config import Settings
 from wicore.errors import ConfigError
+from wicore.files import FileRecord, Files, unknown_file
 from wicore.model import Model, load_model
 from wicore.queue.connection import connect
 from wicore.queue.dead import DeadLetters
@@ -36,6 +37,7 @@ class Services:
     producer: Producer
     dead: DeadLetters
     relay: Relay
+    files: Files
     slots: Slots
     """Open websockets and event streams, bounded by `api.max_sockets`."""
 
@@ -78,6 +80,13 @@ class Services:
             self.record(job_id, caller)
         return self.producer.cancel(job_id)
 
+    def file(self, file_id: str, caller: Caller) -> FileRecord:
+        """Raises UnknownFile, also for a file that the caller may not see."""
+        record = self.files.get(file_id)
+        if not caller.may_see(record.client):
+            raise unknown_file(file_id)
+        return record
+
     def heartbeats(self) -> list[dict[str, Any]]:
         """Of all live workers. Raises Unavailable."""
         return alive_workers(self.redis, self.settings.redis.prefix)
@@ -106,6 +115,9 @@ def build(settings: Settings) -> Services:
         producer=Producer(client, prefix, settings.queue, wait_replicas=settings.redis.wait_replicas),
         dead=DeadLetters(client, prefix, settings.queue),
         relay=Relay(client, prefix, settings.api.stream_buffer),
+        files=Files(
+            client, prefix, max_bytes=settings.api.max_file_bytes, quota=settings.api.max_files_bytes
+        ),
         slots=Slots(settings.api.max_sockets),
     )
 
