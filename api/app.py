@@ -8,6 +8,7 @@ from api import (
     access_log,
     callers,
     dead,
+    files,
     http,
     jobs,
     metrics,
@@ -25,6 +26,7 @@ from wicore.config import Settings
 DOORS = (
     openai.door,
     responses.door,
+    files.door,
     jobs.door,
     dead.door,
     service.door,

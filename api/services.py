@@ -20,6 +20,7 @@ from wicore.access.store import KeyStore
 from wicore.admission import admit
 from wicore.config import Settings
 from wicore.errors import ConfigError, Forbidden, RateLimited
+from wicore.files import FileRecord, Files, unknown_file
 from wicore.model import Model, load_model
 from wicore.queue.connection import connect
 from wicore.queue.dead import DeadLetters
@@ -44,6 +45,7 @@ class Services:
     relay: Relay
     keys: KeyRing
     limiter: RateLimiter
+    files: Files
     slots: Slots
     """Open websockets and event streams, bounded by `api.max_sockets`."""
     tracer: Tracer | None = None
@@ -130,6 +132,13 @@ class Services:
             self.record(job_id, caller)
         return self.producer.cancel(job_id)
 
+    def file(self, file_id: str, caller: Caller) -> FileRecord:
+        """Raises UnknownFile, also for a file that the caller may not see."""
+        record = self.files.get(file_id)
+        if not caller.may_see(record.client):
+            raise unknown_file(file_id)
+        return record
+
     def heartbeats(self) -> list[dict[str, Any]]:
         """Of all live workers. Raises Unavailable."""
         return alive_workers(self.redis, self.settings.redis.prefix)
@@ -170,6 +179,9 @@ def build(settings: Settings) -> Services:
         relay=Relay(client, prefix, settings.api.stream_buffer),
         keys=KeyRing(KeyStore(client, prefix), settings.api),
         limiter=RateLimiter(client, prefix),
+        files=Files(
+            client, prefix, max_bytes=settings.api.max_file_bytes, quota=settings.api.max_files_bytes
+        ),
         slots=Slots(settings.api.max_sockets),
         tracer=tracer_of(settings.telemetry, "wicore-api"),
     )

@@ -43,6 +43,10 @@ class ApiSettings(_Section):
     """Gunicorn processes."""
     max_body_bytes: int = Field(20 * 2**20, ge=1024)
     """Longest request body; a longer one is refused."""
+    max_file_bytes: int = Field(64 * 2**20, ge=1024)
+    """Largest file that is taken by /v1/files; files lie in Redis."""
+    max_files_bytes: int = Field(512 * 2**20, ge=1024)
+    """What the files of one client may take together."""
     max_sockets: int = Field(2000, ge=1)
     """Open websockets and event streams a process."""
     keys: tuple[ConfiguredKey, ...] | None = Field(None, repr=False)
