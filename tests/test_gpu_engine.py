@@ -146,6 +146,7 @@ class Inflated(Checkpoint):
                     dtype="F32",
                     raw=raw,
                     decode=lambda raw: np.ascontiguousarray(raw).view(np.float32),
+                    place=None,
                 )
         super().__init__(of.path, of.config, tensors, lambda: b"")
 

@@ -100,7 +100,7 @@ def test_a_gguf_file_is_decoded_on_the_way(device, tiny, tmp_path, kind):
 
 
 def test_a_tensor_of_many_pieces_arrives_whole_and_progress_reaches_the_total(device, tiny, monkeypatch):
-    monkeypatch.setattr(weights_module, "_PIECE_BYTES", 1000)
+    monkeypatch.setattr(weights_module, "PIECE_BYTES", 1000)
     reports: list[tuple[int, int]] = []
     threads = set()
 
