@@ -5,6 +5,7 @@ from __future__ import annotations
 from flask import Flask
 
 from api import (
+    browsers,
     callers,
     dead,
     http,
@@ -43,6 +44,7 @@ def create_app(settings: Settings, services: Services | None = None) -> Flask:
     http.install(app)
     callers.install(app)
     rates.install(app)
+    browsers.install(app, settings.api)
     for door in DOORS:
         app.register_blueprint(door)
     sockets.install(app)

@@ -27,6 +27,8 @@ class Caller:
     restricted: bool = False
     """Whether it sees its own jobs alone: keys are configured, and this is one of them, not an operator's."""
     limits: Limits = NO_LIMITS
+    keyed: bool = False
+    """Whether a key said so, and not the place where it comes from."""
 
     @property
     def admin(self) -> bool:
@@ -60,7 +62,7 @@ class KeyRing:
         """
         digest = "" if secret is None else digest_of(secret)
         if (key := self._find(digest)) is not None:
-            return Caller(key.id, not key.admin, key)
+            return Caller(key.id, not key.admin, key, keyed=True)
         if self._is_open():
             return Caller(client_id(digest) if digest else "")
         if secret is None:

@@ -33,12 +33,13 @@ def _answer(asked: OpenAIRequest) -> Response:
     services = current()
     if asked.stream:
         # Before the job is accepted: a refused stream must leave none behind.
-        with services.slots.taken_for_response():
+        with services.slots.taken_for_response(caller().client):
             call = _accept(services, asked, Priority.INTERACTIVE)
             response = streams.event_stream(services, call.pieces(), call.abandon)
     else:
-        call = _accept(services, asked, Priority.NORMAL)
-        response = http.reply(call.result())
+        with services.slots.taken(caller().client):
+            call = _accept(services, asked, Priority.NORMAL)
+            response = http.reply(call.result())
     response.headers["X-Job-Id"] = call.job_id
     return response
 

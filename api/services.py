@@ -13,7 +13,7 @@ from redis import Redis
 
 from api import rates
 from api.keyring import Caller, KeyRing
-from api.slots import Slots
+from api.slots import Budget, Slots
 from wicore.access.keys import Limits
 from wicore.access.rates import OUTPUT_GUESS, RateLimiter
 from wicore.access.store import KeyStore
@@ -29,6 +29,7 @@ from wicore.request import JobBody, JobStatus, Priority
 from wicore.stream.relay import Relay
 
 EXTENSION = "wicore"
+ARRIVING_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,9 @@ class Services:
     keys: KeyRing
     limiter: RateLimiter
     slots: Slots
-    """Open websockets and event streams, bounded by `api.max_sockets`."""
+    """Open websockets, event streams and calls that wait, bounded by `api.max_sockets`."""
+    arriving: Budget
+    """What clients have sent a part of."""
 
     def accept(
         self,
@@ -162,7 +165,8 @@ def build(settings: Settings) -> Services:
         relay=Relay(client, prefix, settings.api.stream_buffer),
         keys=KeyRing(KeyStore(client, prefix), settings.api),
         limiter=RateLimiter(client, prefix),
-        slots=Slots(settings.api.max_sockets),
+        slots=Slots(settings.api.max_sockets, settings.api.max_client_sockets),
+        arriving=Budget(max(ARRIVING_BYTES, 2 * settings.api.max_body_bytes)),
     )
 
 
