@@ -98,6 +98,8 @@ class KeyRing:
         return self._may_be_open and not self._configured and not self._stored
 
     def _refresh(self) -> None:
+        if self._failure is None and time.monotonic() - self._read_at < FRESH_S:
+            return  # without the lock: streams ask with every token
         with self._lock:
             if time.monotonic() - self._read_at < FRESH_S:
                 if self._failure is not None:
