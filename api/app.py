@@ -5,13 +5,16 @@ from __future__ import annotations
 from flask import Flask
 
 from api import (
+    access_log,
     browsers,
     callers,
     dead,
+    files,
     http,
     jobs,
     metrics,
     openai,
+    page,
     rates,
     responses,
     service,
@@ -24,11 +27,13 @@ from wicore.config import Settings
 DOORS = (
     openai.door,
     responses.door,
+    files.door,
     jobs.door,
     dead.door,
     service.door,
     status.door,
     metrics.door,
+    page.door,
 )
 
 
@@ -41,6 +46,7 @@ def create_app(settings: Settings, services: Services | None = None) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = settings.api.max_body_bytes
     app.config["SOCK_SERVER_OPTIONS"] = sockets.server_options(settings.api)
     app.extensions[EXTENSION] = LazyServices(settings, services)
+    access_log.install(app, log_bodies=settings.telemetry.log_prompts)
     http.install(app)
     callers.install(app)
     rates.install(app)

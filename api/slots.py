@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from api import traffic
 from wicore.errors import RateLimited, Unavailable
 
 RETRY_S = 5.0
@@ -37,6 +38,7 @@ class Slots:
                     retry_after=RETRY_S,
                 )
             self._taken[client] += 1
+        traffic.streams_changed(1)
 
     @contextmanager
     def taken_for_response(self, client: str) -> Iterator[None]:
@@ -62,6 +64,7 @@ class Slots:
             self._taken[client] -= 1
             if not self._taken[client]:
                 del self._taken[client]
+        traffic.streams_changed(-1)
 
 
 class Budget:
