@@ -17,8 +17,11 @@ def admit(body: JobBody, model: Model, settings: Settings) -> Prompt:
     """
     check_model(body.model, model)
     slots = settings.scheduler.max_batch
-    if body.n > slots:
-        raise InvalidRequest(f"n: must be at most scheduler.max_batch, {slots} (got {body.n})", param="n")
+    if body.sequences > slots:
+        field = "n" if body.best_of is None else "best_of"
+        raise InvalidRequest(
+            f"{field}: must be at most scheduler.max_batch, {slots} (got {body.sequences})", param=field
+        )
     check_webhook(body.webhook_url, settings.webhooks)
     return prepare(body, model.tokenizer, model.checkpoint.config, model.context)
 

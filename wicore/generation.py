@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from statistics import fmean
+from typing import Any, NamedTuple
 
 from wicore.openai import ChoiceResult, logprob_entry, result_object
 from wicore.request import (
@@ -25,8 +26,9 @@ from wicore.request import (
 )
 from wicore.sampling import SampledToken, SamplingState, choice_seed, seed_of_job
 from wicore.scheduler import SequenceRequest
+from wicore.text.calls import read_answer
 from wicore.text.detokenizer import Detokenizer
-from wicore.text.prompt import Prompt
+from wicore.text.prompt import Prompt, prompt_text
 from wicore.text.tokenizer import Tokenizer
 
 
@@ -35,8 +37,12 @@ class _Choice:
     detokenizer: Detokenizer
     ids: list[int] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
-    logprobs: list[dict[str, object]] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+
+    def likelihood(self) -> float:
+        """Mean log-probability of the tokens, whose log-probabilities must have been asked for."""
+        return fmean(entry["logprob"] for entry in self.logprobs)
 
 
 class _Taken(NamedTuple):
@@ -75,8 +81,9 @@ class Generation:
         self._tokenizer = tokenizer
         self._priority = priority
         self._sampling = body.sampling()
+        self._use = body.tool_use()
         self._seed = seed_of_job(job_id) if body.seed is None else body.seed
-        self._choices = [_Choice(Detokenizer(tokenizer, body.stop)) for _ in range(body.n)]
+        self._choices = [_Choice(Detokenizer(tokenizer, body.stop)) for _ in range(body.sequences)]
         self.seq = 0
         """Sequence number of the last event."""
         for event in log:
@@ -141,14 +148,23 @@ class Generation:
     def usage(self) -> dict[str, int]:
         return usage_of(len(self.prompt.token_ids), sum(len(choice.ids) for choice in self._choices))
 
-    def result(self, model: str, created_s: int) -> dict[str, object]:
+    def result(self, model: str, created_s: int, fingerprint: str | None = None) -> dict[str, object]:
         """The job's result, in OpenAI's form. Call it after `events`, which makes the text."""
-        with_logprobs = self._sampling.logprobs is not None
+        with_logprobs = self.body.logprobs is not None
+        echoed = prompt_text(self.body, self._tokenizer) if self.body.echo else ""
         choices = [
-            ChoiceResult("".join(c.text), c.finish_reason, c.logprobs if with_logprobs else None)
-            for c in self._choices
+            ChoiceResult(echoed + "".join(c.text), c.finish_reason, c.logprobs if with_logprobs else None)
+            for c in self._best()
         ]
-        return result_object(self.job_id, self.body, model, created_s, choices, self.usage())
+        return result_object(
+            self.job_id, self.body, model, created_s, choices, self.usage(), fingerprint=fingerprint
+        )
+
+    def _best(self) -> list[_Choice]:
+        """The choices that the result has: with `best_of`, the likeliest, by the mean of their tokens."""
+        if self.body.sequences == self.body.n:
+            return self._choices
+        return sorted(self._choices, key=_Choice.likelihood, reverse=True)[: self.body.n]
 
     def _event(
         self, seq: int, index: int, token: SampledToken, text: str | None, reason: FinishReason | None
@@ -159,6 +175,8 @@ class Generation:
         if reason is not None:
             text += choice.detokenizer.flush()
         choice.text.append(text)
+        if reason is not None and self._use is not None and read_answer("".join(choice.text)).called:
+            choice.finish_reason = reason = "tool_calls"
         entries = None
         if self._sampling.logprobs is not None:
             entries = [self._logprob_entry(token)]

@@ -7,7 +7,6 @@ OpenAI's API reference; `top_k`, `min_p` and `repetition_penalty` follow Hugging
 
 from __future__ import annotations
 
-import math
 import re
 import uuid
 from collections.abc import Mapping
@@ -19,7 +18,6 @@ from pydantic import (
     AnyHttpUrl,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     TypeAdapter,
     ValidationError,
@@ -27,10 +25,15 @@ from pydantic import (
 )
 
 from wicore.errors import InvalidRequest
+from wicore.fields import Number, Strict
+from wicore.fields import Text as Text
+from wicore.messages import MAX_TOOLS, Tool, ToolChoice, ToolUse, tool_use
+from wicore.messages import ContentPart as ContentPart
+from wicore.messages import Message as Message
 
 JobKind = Literal["chat", "completion"]
 JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"]
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 TerminalType = Literal["done", "failed", "cancelled", "expired"]
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -41,6 +44,7 @@ STATUS_OF_TERMINAL: dict[str, JobStatus] = {
     "cancelled": "cancelled",
     "expired": "expired",
 }
+MAX_CHOICES = 16
 JOB_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 """What a job id may be; ids from other systems (Celery's UUIDs) are kept as they come."""
 
@@ -61,12 +65,6 @@ def new_job_id() -> str:
 # --- fields -------------------------------------------------------------------------------------
 
 
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError("must be a finite number")
-    return value
-
-
 def _as_list(value: Any) -> Any:
     if value is None:
         return []
@@ -80,15 +78,6 @@ def _priority_name(value: Any) -> Any:
     if isinstance(value, Priority):
         return value
     raise ValueError(f"must be one of {', '.join(names)}")
-
-
-def _encodable(value: str) -> str:
-    # JSON can carry lone surrogates ("\ud800"), which no UTF-8 consumer downstream could.
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError("must be valid Unicode, without lone surrogates") from None
-    return value
 
 
 def _webhook_url(value: str) -> str:
@@ -107,9 +96,7 @@ def _webhook_url(value: str) -> str:
 MAX_WEBHOOK_URL = 2048
 _HTTP_URL = TypeAdapter(AnyHttpUrl)
 
-Text = Annotated[str, AfterValidator(_encodable)]
 WebhookURL = Annotated[Text, AfterValidator(_webhook_url)]
-Number = Annotated[float, AfterValidator(_finite)]
 Stop = Annotated[
     list[Annotated[Text, Field(min_length=1, max_length=256)]],
     BeforeValidator(_as_list),
@@ -117,11 +104,7 @@ Stop = Annotated[
 ]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class SamplingParams(_Strict):
+class SamplingParams(Strict):
     """How tokens are drawn. Defaults are OpenAI's; 0 or 1 switches a filter off as noted."""
 
     temperature: Annotated[Number, Field(ge=0, le=2)] = 1.0
@@ -145,23 +128,6 @@ class SamplingParams(_Strict):
     """How many alternatives to report with each token; 0 reports the token alone; None nothing."""
 
 
-class ContentPart(_Strict):
-    type: Literal["text"]
-    text: Text
-
-
-class Message(_Strict):
-    """One chat turn. Gemma has no system role: system text is put before the first user turn."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[ContentPart], Field(fail_fast=True)]
-
-    def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(part.text for part in self.content)
-
-
 class JobBody(SamplingParams):
     """The body of `POST /v1/jobs`: one request, flat, as OpenAI names the fields."""
 
@@ -175,7 +141,16 @@ class JobBody(SamplingParams):
     report, would take half a minute and gigabytes."""
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     """None: 16 for completions (OpenAI's default), the rest of the context for chat."""
-    n: Annotated[int, Field(ge=1, le=16)] = 1
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    best_of: Annotated[int | None, Field(ge=1, le=MAX_CHOICES)] = None
+    """Of completions: choices that are generated; the result has the `n` likeliest of them."""
+    echo: bool = False
+    """Of completions: the text of each choice in the result begins with the prompt."""
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] = Field(default_factory=list)
+    tool_choice: ToolChoice | None = None
+    """None: `auto` if there are tools."""
+    parallel_tool_calls: bool | None = None
+    """Whether an answer may be several calls; None: it may."""
     stop: Stop = Field(default_factory=list)
     ignore_eos: bool = False
     """Go on to `max_tokens` whatever the model says; for benchmarks."""
@@ -185,7 +160,9 @@ class JobBody(SamplingParams):
     queue_timeout_s: Annotated[Number, Field(gt=0, le=7 * 86400)] | None = None
     """Seconds from acceptance until the job expires unless it has started; None: `queue.max_wait_s`."""
     user: Annotated[Text | None, Field(max_length=512)] = None
-    metadata: dict[str, str] = Field(default_factory=dict, max_length=16)
+    metadata: dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]] = Field(
+        default_factory=dict, max_length=16
+    )
     webhook_url: WebhookURL | None = None
     """Where the record is posted when the job has ended."""
 
@@ -198,8 +175,45 @@ class JobBody(SamplingParams):
             raise ValueError(f"{want}: required and not empty when kind is {self.kind!r}")
         return self
 
+    @model_validator(mode="after")
+    def _completion_fields(self) -> JobBody:
+        for field in ("best_of", "echo"):
+            if self.kind == "chat" and getattr(self, field):
+                raise ValueError(f"{field}: not allowed when kind is 'chat'")
+        if self.best_of is not None and self.best_of < self.n:
+            raise ValueError(f"best_of: must be at least n, which is {self.n} (got {self.best_of})")
+        if self.echo and self.logprobs is not None:
+            raise ValueError(
+                "echo: unsupported together with logprobs, as those of the prompt are not computed; send one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tool_fields(self) -> JobBody:
+        for field in ("tools", "tool_choice", "parallel_tool_calls"):
+            value = getattr(self, field)
+            if self.kind == "completion" and value not in (None, []):
+                raise ValueError(f"{field}: not allowed when kind is 'completion'")
+            if not self.tools and value not in (None, [], "none"):
+                raise ValueError(f"{field}: only allowed together with tools")
+        if self.tool_use() is not None and self.ignore_eos:
+            raise ValueError("ignore_eos: not allowed together with tools: a call ends")
+        return self
+
+    @property
+    def sequences(self) -> int:
+        """Choices that are generated."""
+        return self.best_of or self.n
+
+    def tool_use(self) -> ToolUse | None:
+        """What the answer may call; None: nothing, it is text."""
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls is not False)
+
     def sampling(self) -> SamplingParams:
-        return SamplingParams(**{name: getattr(self, name) for name in SamplingParams.model_fields})
+        params = SamplingParams(**{name: getattr(self, name) for name in SamplingParams.model_fields})
+        if self.sequences > self.n and params.logprobs is None:
+            return params.model_copy(update={"logprobs": 0})  # to tell which are the likeliest
+        return params
 
     def wire(self) -> dict[str, Any]:
         """JSON form that `parse_job` reads back to an equal body; defaults are left out."""
@@ -242,12 +256,13 @@ def _invalid(err: ValidationError) -> InvalidRequest:
         param = _cut(".".join(map(str, first["loc"])), 100)
         return InvalidRequest(f"{param}: unknown or unsupported field; remove it", param=param)
     # Union branches and validator names appear in `loc`; what a caller knows are keys and indexes.
-    known = [part for part in first["loc"] if isinstance(part, int) or _is_key(part)]
+    known = [str(part) for part in first["loc"] if isinstance(part, int) or _is_key(part)]
     message = first["msg"].removeprefix("Value error, ")
-    if known:
-        param = ".".join(str(part) for part in known)
-    else:
-        param, _, message = message.partition(": ")
+    # What is wrong between fields is said of the model that has them, beginning with the field's name.
+    if named := re.match(r"([a-z_]+): ", message):
+        known.append(named[1])
+        message = message[named.end() :]
+    param = ".".join(known)
     value = first.get("input")
     hidden = isinstance(value, Mapping | list) or first["type"] == "missing"
     shown = "" if hidden else f" (got {_short(value)})"

@@ -321,7 +321,8 @@ class Worker:
         kind, error = job.ending
         event = job.generation.end(kind, error.body() if error else None)
         created_s = job.delivery.created_ms // 1000
-        result = job.generation.result(self._model.name, created_s) if kind == "done" else None
+        model = self._model
+        result = job.generation.result(model.name, created_s, model.fingerprint) if kind == "done" else None
         self._publisher.finish(job.delivery, event, result)
 
     def _empty_inbox(self, until: float | None, *, block: bool) -> None:
@@ -349,11 +350,11 @@ class Worker:
                 job.keys[request.key] = index
                 self._by_key[request.key] = job
         except WicoreError as err:
-            self._release(job, job.generation.body.n - len(job.keys))
+            self._release(job, job.generation.body.sequences - len(job.keys))
             self._end(job, "failed", err)
             return
         # Choices that an earlier attempt finished need no slot; all of them, if it died before the end.
-        self._release(job, job.generation.body.n - len(job.requests))
+        self._release(job, job.generation.body.sequences - len(job.requests))
         if job.generation.finished:
             self._end(job, "done")
 
@@ -490,7 +491,7 @@ class Worker:
             event = terminal_event(delivery.job_id, delivery.seq + 1, "failed", error=err.body())
             self._publisher.finish(delivery, event)
             return
-        self._room.claim(delivery.body.n, delivery.level)
+        self._room.claim(delivery.body.sequences, delivery.level)
         self._look_ahead.wake()
         self._inbox.put(lambda: self._begin(job))
 
@@ -516,5 +517,5 @@ class Worker:
             (index, replace(request, chain=self._cache.manager.chain([*request.prompt, *request.generated])))
             for index, request in generation.requests(self._next_key)
         ]
-        self._next_key += body.n
+        self._next_key += body.sequences
         return _Job(delivery, generation, requests, deadline)

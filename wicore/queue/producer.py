@@ -148,7 +148,7 @@ class Producer:
         with unavailable_on_failure(self._client):
             args: list[Arg] = [
                 *(job_id, tag, raw, int(priority), client),
-                *(len(raw) // 4 if prompt_tokens is None else prompt_tokens, output * body.n),
+                *(len(raw) // 4 if prompt_tokens is None else prompt_tokens, output * body.sequences),
                 *(_ms(body.timeout_s), _ms(body.queue_timeout_s or self._settings.max_wait_s)),
                 *_idempotency(body, priority, client, idempotency_key),
                 *(part for item in record.items() for part in item),
