@@ -196,6 +196,16 @@ def test_the_best_of_several_choices_is_answered(client: FlaskClient, worker: An
     assert answer["usage"]["completion_tokens"] == 6
 
 
+def test_the_usage_tells_how_much_of_the_prompt_was_cached(client: FlaskClient, worker: Any) -> None:
+    asked = {"prompt": [7] * 200, "max_tokens": 2, "n": 2}
+    cached = [
+        client.post("/v1/completions", json=asked).json["usage"]["prompt_tokens_details"]["cached_tokens"]
+        for _ in range(2)
+    ]
+    assert cached[0] == 0
+    assert 100 < cached[1] < 200
+
+
 def test_an_error_says_whether_the_same_call_may_succeed_later(client: FlaskClient, by_hand: Any) -> None:
     by_hand(lambda site, job: site.finish(job, "cancelled"))
     cancelled = client.post(CHAT, json=HELLO)

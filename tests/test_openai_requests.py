@@ -11,6 +11,7 @@ from wicore.request import JobBody, Priority, parse_job
 
 HELLO = [{"role": "user", "content": "Hello"}]
 CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+PART = {"type": "text", "text": "Hello"}
 OBFUSCATED = {"include_obfuscation": True}
 IMAGE = [{"role": "user", "content": [{"type": "image_url", "text": ""}]}]
 
@@ -221,6 +222,9 @@ def test_usage_is_streamed_on_request() -> None:
             "messages.0.content.0.type",
             {"messages": IMAGE},
         ),
+        ("messages.0.content.0.zz", {"messages": [{"role": "user", "content": [{**PART, "zz": 1}]}]}),
+        ("messages.0.zz", {"messages": [{**HELLO[0], "zz": 1}]}),
+        ("tools.0.function.zz", {"tools": [{"type": "function", "function": {"name": "f", "zz": 1}}]}),
         ("priority", {"priority": "urgent"}),
         ("timeout_s", {"timeout_s": -1}),
     ],

@@ -88,6 +88,8 @@ class Generation:
         """Sequence number of the last event."""
         for event in log:
             self._replay(event)
+        self._cached: int | None = None
+        """Tokens of the prompt that were cached; None: unknown."""
         self._untold: list[Event] = [started_event(job_id, self._next(), attempt)]
         self._taken: list[_Taken] = []
 
@@ -145,8 +147,16 @@ class Generation:
             self.job_id, self._next(), kind, finish_reason=reason, usage=self.usage(), error=error
         )
 
-    def usage(self) -> dict[str, int]:
-        return usage_of(len(self.prompt.token_ids), sum(len(choice.ids) for choice in self._choices))
+    def found_cached(self, tokens: int | None) -> None:
+        """Note how many of a choice's tokens were cached when it started. Of several choices the one that
+        found least counts: the others find what it computed."""
+        if tokens is not None:
+            known = len(self.prompt.token_ids) if self._cached is None else self._cached
+            self._cached = min(known, tokens)
+
+    def usage(self) -> dict[str, Any]:
+        completion = sum(len(choice.ids) for choice in self._choices)
+        return usage_of(len(self.prompt.token_ids), completion, self._cached)
 
     def result(self, model: str, created_s: int, fingerprint: str | None = None) -> dict[str, object]:
         """The job's result, in OpenAI's form. Call it after `events`, which makes the text."""

@@ -252,11 +252,13 @@ def _invalid(err: ValidationError) -> InvalidRequest:
     # Every branch of a union reports; the branch that got furthest is the one that was meant.
     same_field = [error for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]
     first = max(same_field, key=lambda error: len(error["loc"]))
-    if first["type"] == "extra_forbidden":
-        param = _cut(".".join(map(str, first["loc"])), 100)
-        return InvalidRequest(f"{param}: unknown or unsupported field; remove it", param=param)
     # Union branches and validator names appear in `loc`; what a caller knows are keys and indexes.
-    known = [str(part) for part in first["loc"] if isinstance(part, int) or _is_key(part)]
+    *path, last = first["loc"] or ("",)
+    known = [str(part) for part in path if isinstance(part, int) or _is_key(part)]
+    if first["type"] == "extra_forbidden":
+        param = _cut(".".join([*known, str(last)]), 100)
+        return InvalidRequest(f"{param}: unknown or unsupported field; remove it", param=param)
+    known += [str(last)] if isinstance(last, int) or _is_key(last) else []
     message = first["msg"].removeprefix("Value error, ")
     # What is wrong between fields is said of the model that has them, beginning with the field's name.
     if named := re.match(r"([a-z_]+): ", message):
@@ -328,7 +330,7 @@ def terminal_event(
     type: TerminalType,
     *,
     finish_reason: str | None = None,
-    usage: Mapping[str, int] | None = None,
+    usage: Mapping[str, Any] | None = None,
     error: Mapping[str, Any] | None = None,
 ) -> Event:
     """The last event of a job, once."""
@@ -342,9 +344,13 @@ def terminal_event(
     return event
 
 
-def usage_of(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    return {
+def usage_of(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None = None) -> dict[str, Any]:
+    """`cached_tokens` of the prompt had not to be computed; it depends on what ran before. None: unknown."""
+    usage: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
     }
+    if cached_tokens is not None:
+        usage["prompt_tokens_details"] = {"cached_tokens": cached_tokens}
+    return usage | {"completion_tokens_details": {"reasoning_tokens": 0}}

@@ -359,6 +359,7 @@ class Worker:
             self._end(job, "done")
 
     def _end_choice(self, job: _Job, key: int) -> None:
+        job.generation.found_cached(self._scheduler.cached(key))
         self._scheduler.remove(key)
         del job.keys[key], self._by_key[key]
         self._release(job, 1)

@@ -65,7 +65,7 @@ class JobRecord:
     """Last sequence number in the log."""
     cancel_requested: bool
     finish_reason: str | None
-    usage: dict[str, int] | None
+    usage: dict[str, Any] | None
     result: dict[str, Any] | None
     error: dict[str, Any] | None
     metadata: dict[str, str]
