@@ -52,7 +52,7 @@ CHAT = SHARED | {
     "prompt_cache_options": (REFUSED, {"prompt_cache_options": {"mode": "explicit"}}),
     "prompt_cache_retention": (REFUSED, {"prompt_cache_retention": "24h"}),
     "reasoning_effort": (REFUSED, {"reasoning_effort": "low"}),
-    "response_format": (REFUSED, {"response_format": {"type": "json_object"}}),
+    "response_format": (HONOURED, {"response_format": {"type": "json_object"}}),
     "safety_identifier": (HINT, {"safety_identifier": "ann"}),
     "service_tier": (HONOURED, {"service_tier": "flex"}),
     "store": (REFUSED, {"store": True}),

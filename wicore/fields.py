@@ -24,17 +24,37 @@ def _encodable(value: str) -> str:
     return value
 
 
-def _encodable_json(value: dict[str, Any]) -> dict[str, Any]:
+def _bounded_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    if _depth(schema) > MAX_SCHEMA_DEPTH:
+        raise ValueError(f"must nest objects and arrays at most {MAX_SCHEMA_DEPTH} deep")
     try:
-        _encodable(json.dumps(value, ensure_ascii=False, allow_nan=False))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    return value
+        size = len(json.dumps(schema, ensure_ascii=False, allow_nan=False).encode())
+    except UnicodeEncodeError:
+        raise ValueError("must be valid Unicode, without lone surrogates") from None
+    except (TypeError, ValueError):
+        raise ValueError("must be JSON, without NaN or infinite numbers") from None
+    if size > MAX_SCHEMA_BYTES:
+        raise ValueError(f"must be at most {MAX_SCHEMA_BYTES} bytes of JSON, not {size}")
+    return schema
 
+
+def _depth(value: Any) -> int:
+    """How deep objects and arrays nest in a JSON value, counted no further than just over the limit."""
+    depth, level = 0, [value]
+    while level and depth <= MAX_SCHEMA_DEPTH:
+        inner = [part for part in level if isinstance(part, dict | list)]
+        level = [part for outer in inner for part in (outer.values() if isinstance(outer, dict) else outer)]
+        depth += 1 if inner else 0
+    return depth
+
+
+MAX_SCHEMA_DEPTH = 64
+MAX_SCHEMA_BYTES = 128 * 1024
 
 Text = Annotated[str, AfterValidator(_encodable)]
 Number = Annotated[float, AfterValidator(_finite)]
-JsonObject = Annotated[dict[str, Any], AfterValidator(_encodable_json)]
+JsonSchema = Annotated[dict[str, Any], AfterValidator(_bounded_schema)]
+"""A JSON schema from a stranger: small enough to be walked and stored. What it says is not checked."""
 
 
 class Strict(BaseModel):

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from wicore.fields import JsonObject, Strict, Text
+from wicore.fields import JsonSchema, Strict, Text
 
 MAX_TOOLS = 128
 
@@ -135,7 +135,7 @@ class Message(Strict):
 class FunctionDefinition(Strict):
     name: FunctionName
     description: Text | None = None
-    parameters: JsonObject | None = None
+    parameters: JsonSchema | None = None
     """JSON Schema of the arguments, an object; None: there are none."""
     strict: bool | None = None
     """True: a schema of which any part cannot be enforced is refused; otherwise that part is left out."""

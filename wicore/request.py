@@ -25,7 +25,9 @@ from pydantic import (
 )
 
 from wicore.errors import InvalidRequest
-from wicore.fields import Number, Strict
+from wicore.fields import MAX_SCHEMA_BYTES as MAX_SCHEMA_BYTES
+from wicore.fields import MAX_SCHEMA_DEPTH as MAX_SCHEMA_DEPTH
+from wicore.fields import JsonSchema, Number, Strict
 from wicore.fields import Text as Text
 from wicore.messages import MAX_TOOLS, Tool, ToolChoice, ToolUse, tool_use
 from wicore.messages import ContentPart as ContentPart
@@ -128,6 +130,29 @@ class SamplingParams(Strict):
     """How many alternatives to report with each token; 0 reports the token alone; None nothing."""
 
 
+class JsonSchemaFormat(Strict):
+    """OpenAI's `json_schema`. Output is always held to the schema, whatever `strict` says."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: Annotated[Text | None, Field(max_length=4096)] = None
+    schema_: Annotated[JsonSchema, Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    """OpenAI's `response_format`."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _schema_when_asked_for(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            must = "is required" if self.json_schema is None else "is not allowed"
+            raise ValueError(f"json_schema {must} when type is {self.type!r}")
+        return self
+
+
 class JobBody(SamplingParams):
     """The body of `POST /v1/jobs`: one request, flat, as OpenAI names the fields."""
 
@@ -154,6 +179,8 @@ class JobBody(SamplingParams):
     stop: Stop = Field(default_factory=list)
     ignore_eos: bool = False
     """Go on to `max_tokens` whatever the model says; for benchmarks."""
+    response_format: ResponseFormat | None = None
+    """What the output must be; None: any text."""
     priority: Annotated[Priority, BeforeValidator(_priority_name)] | None = None
     timeout_s: Annotated[Number, Field(gt=0, le=7 * 86400)] | None = None
     """Seconds from acceptance until the job expires, wherever it is by then."""
@@ -196,8 +223,23 @@ class JobBody(SamplingParams):
                 raise ValueError(f"{field}: not allowed when kind is 'completion'")
             if not self.tools and value not in (None, [], "none"):
                 raise ValueError(f"{field}: only allowed together with tools")
-        if self.tool_use() is not None and self.ignore_eos:
-            raise ValueError("ignore_eos: not allowed together with tools: a call ends")
+        if self.tool_use() is not None:
+            if self.ignore_eos:
+                raise ValueError("ignore_eos: not allowed together with tools: a call ends")
+            if self.response_format is not None and self.response_format.type != "text":
+                raise ValueError(
+                    "response_format: not allowed together with tools, whose calls have a form of their own; "
+                    "send one of them, or tool_choice 'none'"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _an_end(self) -> JobBody:
+        if self.ignore_eos and self.response_format is not None and self.response_format.type != "text":
+            raise ValueError(
+                f"ignore_eos: not allowed with response_format {self.response_format.type!r}:"
+                " its output ends where it is complete"
+            )
         return self
 
     @property
@@ -217,7 +259,7 @@ class JobBody(SamplingParams):
 
     def wire(self) -> dict[str, Any]:
         """JSON form that `parse_job` reads back to an equal body; defaults are left out."""
-        data = self.model_dump(mode="json", exclude_defaults=True)
+        data = self.model_dump(mode="json", exclude_defaults=True, by_alias=True)
         data["kind"] = self.kind
         if self.priority is not None:
             data["priority"] = self.priority.name.lower()

@@ -17,7 +17,10 @@ import pydantic
 ASK: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
 PARAMETERS = {
     "type": "object",
-    "properties": {"place": {"enum": ["Paris", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "properties": {
+        "place": {"enum": ["Paris", "Rome"]},
+        "days": {"type": "integer", "minimum": 1, "maximum": 9},
+    },
     "required": ["place", "days"],
     "additionalProperties": False,
 }
@@ -79,7 +82,9 @@ class Tour:
         with self.client.chat.completions.stream(
             model=self.model, messages=ASK, max_completion_tokens=8, temperature=0
         ) as stream:
-            assert stream.get_final_completion().choices[0].message.content == whole.choices[0].message.content
+            assert (
+                stream.get_final_completion().choices[0].message.content == whole.choices[0].message.content
+            )
 
     def choices_seeds_and_logprobs(self) -> None:
         asked: Any = {"n": 2, "seed": 7, "temperature": 1.0, "logprobs": True, "top_logprobs": 3}
@@ -195,7 +200,9 @@ class Tour:
         whole = self.complete(logprobs=2)
         chunks = list(self.complete(logprobs=2, stream=True, stream_options={"include_usage": True}))
         assert "".join(c.choices[0].text for c in chunks if c.choices) == whole.choices[0].text
-        tokens = [t for c in chunks if c.choices and c.choices[0].logprobs for t in c.choices[0].logprobs.tokens]
+        tokens = [
+            t for c in chunks if c.choices and c.choices[0].logprobs for t in c.choices[0].logprobs.tokens
+        ]
         assert tokens == whole.choices[0].logprobs.tokens
         assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
 
@@ -246,7 +253,9 @@ class Tour:
         asyncio.run(both())
 
 
-IMAGE: Any = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://a.example/b.png"}}]}]
+IMAGE: Any = [
+    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://a.example/b.png"}}]}
+]
 
 
 def check_arguments(function: Any) -> None:
