@@ -171,6 +171,7 @@ def test_usage_is_streamed_on_request() -> None:
         ("tools.0.type", {"tools": [{"type": "custom", "custom": {"name": "f"}}]}),
         ("tools.0.function.name", {"tools": [tool("no spaces")]}),
         ("tools.0.function.parameters", {"tools": [tool("f", {"title": "\ud800"})]}),
+        ("tools.0.function.parameters", {"tools": [tool("f", {"type": "string"})]}),
         ("tools", {"tools": [tool("f"), tool("f")]}),
         ("tool_choice", {"tool_choice": "auto"}),
         ("tool_choice", {"tools": [tool("f")], "tool_choice": "any"}),

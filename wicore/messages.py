@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from wicore.fields import JsonSchema, Strict, Text
 
@@ -132,10 +132,16 @@ class Message(Strict):
 # --- tools --------------------------------------------------------------------------------------
 
 
+def _of_an_object(schema: dict[str, Any]) -> dict[str, Any]:
+    if schema.get("type", "object") != "object":
+        raise ValueError(f"must describe an object, with type 'object', not {schema['type']!r:.60}")
+    return schema
+
+
 class FunctionDefinition(Strict):
     name: FunctionName
     description: Text | None = None
-    parameters: JsonSchema | None = None
+    parameters: Annotated[JsonSchema, AfterValidator(_of_an_object)] | None = None
     """JSON Schema of the arguments, an object; None: there are none."""
     strict: bool | None = None
     """True: a schema of which any part cannot be enforced is refused; otherwise that part is left out."""

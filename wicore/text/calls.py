@@ -81,7 +81,7 @@ def call_grammar(use: ToolUse) -> str:
     for name, function in zip(names, use.functions, strict=True):
         head = json.dumps(f'{{"name": "{function.name}", "parameters": ')
         options = _WHITE_SPACE if function.strict else _WHITE_SPACE | {"lenient": True}
-        schema = parameters_of(function) | {"x-guidance": options}
+        schema = parameters_of(function) | {"type": "object", "x-guidance": options}
         rules += [f'{name}: {head} {name}_arguments "}}"', f"{name}_arguments: %json {json.dumps(schema)}"]
     return "\n".join(rules) + "\n"
 
@@ -101,6 +101,30 @@ class CallPiece:
 
 
 @dataclass(slots=True)
+class _ObjectEnd:
+    """Finds where a JSON object ends, and is then ready for the next."""
+
+    _depth: int = 0
+    _quoted: bool = False
+    _escaped: bool = False
+
+    def ends(self, character: str) -> bool:
+        """Take the object's next character; whether it is the last."""
+        if self._escaped:
+            self._escaped = False
+        elif character == "\\":
+            self._escaped = True
+        elif character == '"':
+            self._quoted = not self._quoted
+        elif not self._quoted and character in "{[":
+            self._depth += 1
+        elif not self._quoted and character in "}]":
+            self._depth -= 1
+            return self._depth == 0
+        return False
+
+
+@dataclass(slots=True)
 class AnswerReader:
     """Takes an answer apart into text and calls as it comes, however it is cut. A call that is cut off by
     the answer's length is read as far as it goes.
@@ -114,7 +138,7 @@ class AnswerReader:
     _many: bool = False
     _index: int = -1
     _head: str = ""
-    _object: _ObjectEnd = field(default_factory=lambda: _ObjectEnd())
+    _object: _ObjectEnd = field(default_factory=_ObjectEnd)
 
     def read(self, text: str) -> tuple[str, list[CallPiece]]:
         """The text and the pieces of calls that come with `text`, the next of the answer."""
@@ -144,30 +168,6 @@ class AnswerReader:
             elif character == "]" and self._state == "between":
                 self._state, self.called = "end", True
         return "", [*pieces, CallPiece(self._index, arguments=arguments)] if arguments else pieces
-
-
-@dataclass(slots=True)
-class _ObjectEnd:
-    """Finds where a JSON object ends, and is then ready for the next."""
-
-    _depth: int = 0
-    _quoted: bool = False
-    _escaped: bool = False
-
-    def ends(self, character: str) -> bool:
-        """Take the object's next character; whether it is the last."""
-        if self._escaped:
-            self._escaped = False
-        elif character == "\\":
-            self._escaped = True
-        elif character == '"':
-            self._quoted = not self._quoted
-        elif not self._quoted and character in "{[":
-            self._depth += 1
-        elif not self._quoted and character in "}]":
-            self._depth -= 1
-            return self._depth == 0
-        return False
 
 
 @dataclass(frozen=True, slots=True)
