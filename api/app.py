@@ -4,9 +4,33 @@ from __future__ import annotations
 
 from flask import Flask
 
-from api import dead, http, jobs, metrics, openai, service, sockets, status
+from api import (
+    callers,
+    dead,
+    http,
+    jobs,
+    metrics,
+    openai,
+    page,
+    rates,
+    responses,
+    service,
+    sockets,
+    status,
+)
 from api.services import EXTENSION, LazyServices, Services
 from wicore.config import Settings
+
+DOORS = (
+    openai.door,
+    responses.door,
+    jobs.door,
+    dead.door,
+    service.door,
+    status.door,
+    metrics.door,
+    page.door,
+)
 
 
 def create_app(settings: Settings, services: Services | None = None) -> Flask:
@@ -19,7 +43,9 @@ def create_app(settings: Settings, services: Services | None = None) -> Flask:
     app.config["SOCK_SERVER_OPTIONS"] = sockets.server_options(settings.api)
     app.extensions[EXTENSION] = LazyServices(settings, services)
     http.install(app)
-    for door in (openai.door, jobs.door, dead.door, service.door, status.door, metrics.door):
+    callers.install(app)
+    rates.install(app)
+    for door in DOORS:
         app.register_blueprint(door)
     sockets.install(app)
     return app

@@ -14,8 +14,11 @@ monkey.patch_all()
 from gunicorn.arbiter import Arbiter  # noqa: E402
 
 from api.services import EXTENSION  # noqa: E402
+from wicore.access.store import KeyStore, require_keys  # noqa: E402
 from wicore.config import load_settings  # noqa: E402
-from wicore.errors import WicoreError  # noqa: E402
+from wicore.errors import ConfigError, Unavailable, WicoreError  # noqa: E402
+from wicore.exit_codes import ExitCode  # noqa: E402
+from wicore.queue.connection import connect  # noqa: E402
 
 _settings = load_settings()
 
@@ -44,6 +47,21 @@ loglevel = _settings.telemetry.log_level
 proc_name = "wicore-api"
 # Its path is one for all services of a user.
 control_socket_disable = True
+
+
+def on_starting(server: Any) -> None:
+    """Refuse to be open to the network. While Redis is away that is not known, and then nobody is let in."""
+    url, prefix = _settings.redis.url, _settings.redis.prefix
+    if url is None:  # which each process complains of
+        return
+    with connect(url) as client:
+        try:
+            require_keys(_settings.api, KeyStore(client, prefix))
+        except ConfigError as err:
+            server.log.error("%s", err.message)
+            sys.exit(ExitCode.CONFIG)
+        except Unavailable as err:
+            server.log.warning("%s", err.message)
 
 
 def when_ready(server: Any) -> None:

@@ -9,6 +9,7 @@ import pytest
 from flask.testing import FlaskClient
 
 from api.app import create_app
+from api.callers import Caller
 from api.services import Services, build
 from api.status import add_up
 from tests.heartbeats import KV, beat
@@ -48,7 +49,7 @@ def test_a_service_without_workers_answers_all_the_same(client: FlaskClient) -> 
 @pytest.mark.valkey
 def test_what_waits_is_counted_by_level(client: FlaskClient, services: Services) -> None:
     for level in (Priority.NORMAL, Priority.NORMAL, Priority.BACKGROUND):
-        services.accept(JobBody(kind="completion", prompt="Once"), level, "")
+        services.accept(JobBody(kind="completion", prompt="Once"), level, Caller(""))
     assert client.get("/status").json["queue"] == NOTHING_WAITS | {"normal": 2, "background": 1}
 
 

@@ -158,6 +158,10 @@ class Generation:
         completion = sum(len(choice.ids) for choice in self._choices)
         return usage_of(len(self.prompt.token_ids), completion, self._cached)
 
+    def generated(self, index: int) -> int:
+        """Tokens that a choice has, those of earlier attempts included."""
+        return len(self._choices[index].ids)
+
     def result(self, model: str, created_s: int, fingerprint: str | None = None) -> dict[str, object]:
         """The job's result, in OpenAI's form. Call it after `events`, which makes the text."""
         with_logprobs = self.body.logprobs is not None

@@ -99,6 +99,8 @@ MAX_WEBHOOK_URL = 2048
 _HTTP_URL = TypeAdapter(AnyHttpUrl)
 
 WebhookURL = Annotated[Text, AfterValidator(_webhook_url)]
+Seconds = Annotated[Number, Field(gt=0, le=7 * 86400)]
+PriorityName = Annotated[Priority, BeforeValidator(_priority_name)]
 Stop = Annotated[
     list[Annotated[Text, Field(min_length=1, max_length=256)]],
     BeforeValidator(_as_list),
@@ -181,10 +183,10 @@ class JobBody(SamplingParams):
     """Go on to `max_tokens` whatever the model says; for benchmarks."""
     response_format: ResponseFormat | None = None
     """What the output must be; None: any text."""
-    priority: Annotated[Priority, BeforeValidator(_priority_name)] | None = None
-    timeout_s: Annotated[Number, Field(gt=0, le=7 * 86400)] | None = None
+    priority: PriorityName | None = None
+    timeout_s: Seconds | None = None
     """Seconds from acceptance until the job expires, wherever it is by then."""
-    queue_timeout_s: Annotated[Number, Field(gt=0, le=7 * 86400)] | None = None
+    queue_timeout_s: Seconds | None = None
     """Seconds from acceptance until the job expires unless it has started; None: `queue.max_wait_s`."""
     user: Annotated[Text | None, Field(max_length=512)] = None
     metadata: dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]] = Field(
