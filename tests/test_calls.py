@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from llguidance import LLMatcher, LLTokenizer
 
 from wicore.messages import CalledFunction, FunctionDefinition, ToolCall, ToolUse
-from wicore.text.calls import AnswerReader, preamble, read_answer, spelt_calls, spelt_results
+from wicore.text.calls import AnswerReader, call_grammar, preamble, read_answer, spelt_calls, spelt_results
 
 WEATHER = FunctionDefinition(
     name="get_weather",
@@ -118,3 +120,103 @@ def test_braces_and_quotes_within_strings_end_nothing() -> None:
     arguments = json.dumps({"x": '}"]\\', 'k"}': [{"y": "{"}]})
     answer = read_answer(spelt([("f", arguments)]))
     assert answer.calls == [("f", arguments)]
+
+
+# --- grammar --------------------------------------------------------------------------------------
+
+TRIP = FunctionDefinition(
+    name="plan",
+    strict=True,
+    parameters={
+        "type": "object",
+        "properties": {
+            "to": {"enum": ["Paris", "Rome"]},
+            "days": {"type": "integer", "minimum": 1, "maximum": 99},
+            "by": {"type": "array", "items": {"enum": ["train", "}]"]}, "minItems": 1, "maxItems": 3},
+        },
+        "required": ["to", "days"],
+        "additionalProperties": False,
+    },
+)
+
+
+def matcher(use: ToolUse) -> LLMatcher:
+    """Of texts byte by byte."""
+    found = LLMatcher(LLTokenizer("byte"), LLMatcher.grammar_from_lark(call_grammar(use)))
+    assert not found.is_error(), found.get_error()
+    return found
+
+
+def allows(use: ToolUse, text: str) -> bool:
+    walk = matcher(use)
+    return bool(walk.consume_tokens(list(text.encode()))) and walk.is_accepting()
+
+
+ONE = '{"name": "plan", "parameters": {"to": "Rome", "days": 3}}'
+NONE = '{"name": "now", "parameters": {}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "auto", "single", "required"),
+    [
+        ("", True, True, False),
+        ("Hello {\n```json\n[1]", True, True, False),
+        ("`", False, False, False),
+        (" Hello", False, False, False),
+        ("{}", False, False, False),
+        (ONE, True, True, True),
+        (NONE, True, True, True),
+        (f"[{ONE}, {NONE}]", True, False, True),
+        (f"[{NONE}]", True, False, True),
+        ("[]", False, False, False),
+        (f"{ONE} ", False, False, False),
+        (f"{ONE}\nThere.", False, False, False),
+        (ONE.replace("Rome", "Oslo"), False, False, False),
+        (ONE.replace("plan", "then"), False, False, False),
+        (NONE.replace("{}", '{"x": 1}'), False, False, False),
+    ],
+)
+def test_an_answer_is_text_or_valid_calls_as_the_request_says(
+    text: str, auto: bool, single: bool, required: bool
+) -> None:
+    functions = [TRIP, NOW]
+    assert allows(ToolUse(functions, required=False, parallel=True), text) == auto
+    assert allows(ToolUse(functions, required=False, parallel=False), text) == single
+    assert allows(ToolUse(functions, required=True, parallel=True), text) == required
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_is_drawn_from_the_grammar_is_read_as_valid_calls(seed: int) -> None:
+    draw, walk = random.Random(seed), matcher(ToolUse([TRIP, NOW], required=True, parallel=seed % 2 == 0))
+    text = bytearray()
+    while not walk.is_stopped():
+        mask = int.from_bytes(walk.compute_bitmask(), "little") & (2**256 - 1)
+        byte = draw.choice([b for b in range(256) if mask >> b & 1])
+        assert walk.consume_token(byte)
+        text.append(byte)
+    answer = read_answer(text.decode())
+    assert answer.called
+    for name, arguments in answer.calls:
+        given = json.loads(arguments)
+        if name == "plan":
+            assert given["to"] in ("Paris", "Rome")
+            assert 1 <= given["days"] <= 99
+            assert set(given.get("by", [])) <= {"train", "}]"}
+        else:
+            assert (name, given) == ("now", {})
+
+
+def test_what_cannot_be_enforced_is_left_out_unless_the_schema_is_strict() -> None:
+    odd = {"type": "object", "properties": {"x": {"type": "string", "format": "odd"}}}
+    text = '{"name": "f", "parameters": {"x": "y"}}'
+    assert allows(use(FunctionDefinition(name="f", parameters=odd)), text)
+    strict = call_grammar(use(FunctionDefinition(name="f", parameters=odd, strict=True)))
+    assert LLMatcher(LLTokenizer("byte"), LLMatcher.grammar_from_lark(strict)).is_error()
+
+
+@pytest.mark.parametrize("parameters", [None, {}, {"properties": {}}])
+def test_arguments_are_an_object_whatever_the_schema_leaves_open(parameters: Any) -> None:
+    open_use = use(FunctionDefinition(name="f", parameters=parameters))
+    assert allows(open_use, '{"name": "f", "parameters": {}}')
+    assert not allows(open_use, '{"name": "f", "parameters": "x"}')
+    assert allows(open_use, '{"name": "f", "parameters": {"x": 1}}') == (parameters is not None)
