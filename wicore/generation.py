@@ -7,11 +7,12 @@ and, as sampling is keyed by (seed, position), the tokens that would have come.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from wicore.errors import WicoreError
 from wicore.openai import ChoiceResult, logprob_entry, result_object
 from wicore.request import (
     Event,
@@ -24,7 +25,7 @@ from wicore.request import (
     token_event,
     usage_of,
 )
-from wicore.sampling import SampledToken, SamplingState, choice_seed, seed_of_job
+from wicore.sampling import Constraint, SampledToken, SamplingState, choice_seed, seed_of_job
 from wicore.scheduler import SequenceRequest
 from wicore.text.calls import read_answer
 from wicore.text.detokenizer import Detokenizer
@@ -39,6 +40,7 @@ class _Choice:
     text: list[str] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    constraint: Constraint | None = None
 
     def likelihood(self) -> float:
         """Mean log-probability of the tokens, whose log-probabilities must have been asked for."""
@@ -73,8 +75,10 @@ class Generation:
         priority: Priority,
         attempt: int = 1,
         log: Sequence[Event] = (),
+        constrain: Callable[[], Constraint] | None = None,
     ) -> None:
-        """`log` are the events that earlier attempts published, complete and in order."""
+        """`log` are the events that earlier attempts published, complete and in order; `constrain` makes what
+        a choice's output is held to, at its beginning."""
         self.job_id = job_id
         self.body = body
         self.prompt = prompt
@@ -83,7 +87,10 @@ class Generation:
         self._sampling = body.sampling()
         self._use = body.tool_use()
         self._seed = seed_of_job(job_id) if body.seed is None else body.seed
+        self._constrain = constrain
         self._choices = [_Choice(Detokenizer(tokenizer, body.stop)) for _ in range(body.sequences)]
+        self.error: WicoreError | None = None
+        """Why the job cannot go on, if it cannot; known when `take` has returned."""
         self.seq = 0
         """Sequence number of the last event."""
         for event in log:
@@ -115,12 +122,15 @@ class Generation:
                 )
 
     def take(self, index: int, token: SampledToken) -> bool:
-        """Add a token to a choice; whether it was the choice's last.
+        """Add a token, which the choice's sampling state has observed; whether it was the choice's last.
 
         Engines wait for this, so it does no more than that takes: without stop strings the text is made
         only in `events`.
         """
         choice, text = self._choices[index], None
+        if choice.constraint is not None and choice.constraint.error is not None:
+            self.error = choice.constraint.error  # what was drawn is no part of an answer
+            return True
         choice.ids.append(token.id)
         if token.id in self.prompt.stop_ids:
             choice.finish_reason, text = "stop", ""
@@ -128,6 +138,8 @@ class Generation:
             text = choice.detokenizer.push(token.id)
             if choice.detokenizer.stopped:
                 choice.finish_reason = "stop"
+        if choice.constraint is not None and choice.constraint.complete:
+            choice.finish_reason = "stop"
         if choice.finish_reason is None and len(choice.ids) >= self.prompt.max_tokens:
             choice.finish_reason = "length"
         self._taken.append(_Taken(self._next(), index, token, text, choice.finish_reason))
@@ -216,7 +228,8 @@ class Generation:
 
     def _sampling_state(self, index: int, generated: list[int]) -> SamplingState:
         seed = choice_seed(self._seed, index)
-        return SamplingState(self._sampling, seed, self.prompt.token_ids, generated)
+        constraint = self._choices[index].constraint = self._constrain() if self._constrain else None
+        return SamplingState(self._sampling, seed, self.prompt.token_ids, generated, constraint)
 
     def _logprob_entry(self, token: SampledToken) -> dict[str, object]:
         spell = self._tokenizer.piece_bytes

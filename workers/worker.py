@@ -2,7 +2,8 @@
 
 Threads
     engine     (the caller of `run`) owns scheduler, engine and every `Generation`; never waits for Redis.
-    intake     pops jobs when there is room, tokenises them, hands them to the engine thread.
+    intake     pops jobs when there is room, tokenises them and compiles their grammars, hands them to the
+               engine thread.
     keeper     renews leases, reaps those of dead workers, hears of cancels (LeaseKeeper).
     publisher  writes events and results (Publisher).
     look-ahead has the cached prefixes of waiting jobs brought nearer (LookAhead).
@@ -25,6 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 from redis import Redis
@@ -34,14 +36,18 @@ from wicore.config import Settings
 from wicore.engine.base import Engine, PendingStep, StepPlan
 from wicore.errors import Cancelled, EngineError, Expired, Unavailable, WicoreError
 from wicore.generation import Generation
+from wicore.grammar import grammar_of
+from wicore.grammar.compiler import Compiler
 from wicore.model import Model
 from wicore.queue.consumer import Delivery, LeaseConsumer, LeaseKeeper
 from wicore.queue.producer import Producer
 from wicore.queue.registry import Heartbeat
-from wicore.request import Priority, TerminalType, terminal_event
+from wicore.request import JobBody, Priority, TerminalType, terminal_event
+from wicore.sampling import Constraint
 from wicore.scheduler import Limits, Scheduler, SequenceRequest, TokenOut
 from wicore.stream.publisher import Publisher
 from wicore.stream.relay import read_log
+from wicore.text.prompt import Prompt
 from wicore.tiers.cache import TieredCache
 from workers.control import CancelListener, CeleryNode
 from workers.intake import Intake
@@ -98,6 +104,7 @@ class Worker:
         self._owner = owner
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._cache = TieredCache(settings, engine, self._wake)
+        self._grammars = Compiler(model.tokenizer, engine.info.vocab_size)
         limits = Limits(settings.scheduler.max_batch, settings.scheduler.token_budget)
         self._scheduler = Scheduler(limits, self._cache.manager)
         self._jobs: dict[str, _Job] = {}
@@ -324,7 +331,10 @@ class Worker:
         self._tokens += 1
         self._trial.observe(job.delivery)
         self._untold[job] = None
-        if job.generation.take(job.keys[out.key], out.token):
+        ended = job.generation.take(job.keys[out.key], out.token)
+        if job.generation.error is not None:
+            self._end(job, "failed", job.generation.error)
+        elif ended:
             self._end_choice(job, out.key)
 
     def _tell(self) -> None:
@@ -523,6 +533,12 @@ class Worker:
         self._look_ahead.wake()
         self._inbox.put(lambda: self._begin(job))
 
+    def _constrain(self, body: JobBody, prompt: Prompt) -> Callable[[], Constraint] | None:
+        """Makes what each output of the job is held to; compiles here, not on the engine's thread."""
+        if (grammar := grammar_of(body)) is None:
+            return None
+        return partial(self._grammars.constraint, grammar, prompt.stop_ids)
+
     def _prepare(self, delivery: Delivery) -> _Job:
         body = delivery.body
         prompt = admit(body, self._model, self._settings)
@@ -537,6 +553,7 @@ class Worker:
             priority=delivery.level,
             attempt=delivery.attempt,
             log=events,
+            constrain=self._constrain(body, prompt),
         )
         deadline = None
         if delivery.deadline_ms is not None:

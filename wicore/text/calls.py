@@ -80,10 +80,19 @@ def call_grammar(use: ToolUse) -> str:
         rules.append(r"TEXT: /[^\s\{\[`](.|\n)*/")
     for name, function in zip(names, use.functions, strict=True):
         head = json.dumps(f'{{"name": "{function.name}", "parameters": ')
-        options = _WHITE_SPACE if function.strict else _WHITE_SPACE | {"lenient": True}
-        schema = parameters_of(function) | {"type": "object", "x-guidance": options}
-        rules += [f'{name}: {head} {name}_arguments "}}"', f"{name}_arguments: %json {json.dumps(schema)}"]
+        rules += [f'{name}: {head} {name}_arguments "}}"', f"{name}_arguments: {_arguments(function)}"]
     return "\n".join(rules) + "\n"
+
+
+def arguments_grammar(function: FunctionDefinition) -> str:
+    """What `call_grammar` allows as the arguments of a function."""
+    return f"start: {_arguments(function)}\n"
+
+
+def _arguments(function: FunctionDefinition) -> str:
+    options = _WHITE_SPACE if function.strict else _WHITE_SPACE | {"lenient": True}
+    schema = parameters_of(function) | {"type": "object", "x-guidance": options}
+    return f"%json {json.dumps(schema)}"
 
 
 # --- reading ------------------------------------------------------------------------------------
