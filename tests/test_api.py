@@ -196,6 +196,19 @@ def test_the_best_of_several_choices_is_answered(client: FlaskClient, worker: An
     assert answer["usage"]["completion_tokens"] == 6
 
 
+def test_a_schema_that_cannot_be_enforced_is_refused_with_the_function_that_has_it(
+    client: FlaskClient,
+) -> None:
+    odd = {"type": "object", "properties": {"x": {"type": "string", "format": "odd"}}}
+    tools = [
+        {"type": "function", "function": {"name": "loose", "parameters": odd}},
+        {"type": "function", "function": {"name": "strict", "parameters": odd, "strict": True}},
+    ]
+    answer = client.post(CHAT, json={**HELLO, "tools": tools})
+    assert (answer.status_code, answer.json["error"]["param"]) == (400, "tools.1.function.parameters")
+    assert "odd" in answer.json["error"]["message"]
+
+
 def test_the_usage_tells_how_much_of_the_prompt_was_cached(client: FlaskClient, worker: Any) -> None:
     asked = {"prompt": [7] * 200, "max_tokens": 2, "n": 2}
     cached = [

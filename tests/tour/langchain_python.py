@@ -55,8 +55,8 @@ def main() -> None:
     assert bool(answer.content) != bool(answer.tool_calls)
 
     print("logprobs, choices, seed")
-    told = ChatOpenAI(**settings | {"temperature": 1}, max_tokens=4, seed=3, logprobs=True, top_logprobs=2)
-    generated = told.bind(n=2).generate([messages])
+    asked: Any = {"temperature": 1, "max_tokens": 4, "n": 2, "seed": 3, "logprobs": True, "top_logprobs": 2}
+    generated = ChatOpenAI(**settings | asked).generate([messages])
     assert len(generated.generations[0]) == 2
 
     print("completions")

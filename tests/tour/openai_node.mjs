@@ -114,5 +114,5 @@ for (const [name, stop] of Object.entries(stops)) {
   console.log(name);
   await stop();
 }
-const { version } = require("openai/package.json");
-console.log(`openai for node ${version}: ${Object.keys(stops).length} stops passed`);
+const { VERSION } = require("openai/version");
+console.log(`openai for node ${VERSION}: ${Object.keys(stops).length} stops passed`);
