@@ -186,7 +186,7 @@ class Tour:
     def text_or_a_call(self) -> None:
         for seed in range(3):
             message = self.calls(tool_choice="auto", temperature=1, seed=seed).choices[0].message
-            assert bool(message.content) != bool(message.tool_calls)
+            assert not (message.content and message.tool_calls)
 
     def tools_by_the_clients_helper(self) -> None:
         with self.client.chat.completions.stream(
