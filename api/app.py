@@ -5,8 +5,10 @@ from __future__ import annotations
 from flask import Flask
 
 from api import (
+    access_log,
     callers,
     dead,
+    files,
     http,
     jobs,
     metrics,
@@ -24,6 +26,7 @@ from wicore.config import Settings
 DOORS = (
     openai.door,
     responses.door,
+    files.door,
     jobs.door,
     dead.door,
     service.door,
@@ -42,6 +45,7 @@ def create_app(settings: Settings, services: Services | None = None) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = settings.api.max_body_bytes
     app.config["SOCK_SERVER_OPTIONS"] = sockets.server_options(settings.api)
     app.extensions[EXTENSION] = LazyServices(settings, services)
+    access_log.install(app, log_bodies=settings.telemetry.log_prompts)
     http.install(app)
     callers.install(app)
     rates.install(app)

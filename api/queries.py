@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, cast
 
 from flask import request
 
 from api import streams
 from wicore.errors import InvalidRequest
-
-Order = Literal["asc", "desc"]
-Entry = TypeVar("Entry")
+from wicore.queue.index import Order
 
 
 def check_known(*names: str) -> None:
@@ -29,11 +27,9 @@ def flag(name: str) -> bool:
     return text in ("true", "1")
 
 
-def number(name: str, default: int | None, low: int, high: int) -> int | None:
+def number(name: str, default: int, low: int, high: int) -> int:
     """A whole number from `low` to `high`."""
-    if name not in request.args:
-        return default
-    value = streams.sequence_number(request.args[name], name)
+    value = streams.sequence_number(request.args.get(name, default), name)
     if not low <= value <= high:
         raise InvalidRequest(f"{name}: must be from {low} to {high} (got {value})", param=name)
     return value

@@ -124,10 +124,9 @@ def lookup(name: str) -> Response:
     _check_included(record)
     if queries.flag("include_obfuscation"):
         raise InvalidRequest("include_obfuscation: unsupported; leave it out", param="include_obfuscation")
-    after = queries.number("starting_after", None, 0, streams.MAX_SEQ)
     if queries.flag("stream"):
-        return _resume(services, record, stored, -1 if after is None else after)
-    if after is not None:
+        return _resume(services, record, stored)
+    if "starting_after" in request.args:
         raise InvalidRequest("starting_after: only allowed when stream is true", param="starting_after")
     return http.reply(_object(services, record, stored))
 
@@ -138,7 +137,9 @@ def _check_included(record: JobRecord) -> None:
             raise InvalidRequest(f"include: must be {LOGPROBS!r} (got {wanted!r:.60})", param="include")
 
 
-def _resume(services: Services, record: JobRecord, stored: Stored, after: int) -> Response:
+def _resume(services: Services, record: JobRecord, stored: Stored) -> Response:
+    given = request.args.get("starting_after")
+    after = -1 if given is None else streams.sequence_number(given, "starting_after")
     batches = services.relay.follow(record.id, 0, streams.TICK_S)
     pieces = _pieces(services, record.id, stored, batches, stopping(), http.request_id(), after)
     with services.slots.taken_for_response():
@@ -171,7 +172,7 @@ def input_items(name: str) -> Response:
     if after is not None and after not in ids:
         raise InvalidRequest(f"after: no item {after!r:.60} here", param="after")
     rest = items if after is None else items[ids.index(after) + 1 :]
-    return http.reply(queries.page(rest[:limit], len(rest) > (limit or 0)))
+    return http.reply(queries.page(rest[:limit], len(rest) > limit))
 
 
 @door.post("/<name>/cancel")

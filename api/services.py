@@ -11,7 +11,7 @@ from typing import Any, cast
 from flask import current_app
 from redis import Redis
 
-from api import rates
+from api import rates, spans
 from api.keyring import Caller, KeyRing
 from api.slots import Slots
 from wicore.access.keys import Limits
@@ -20,6 +20,7 @@ from wicore.access.store import KeyStore
 from wicore.admission import admit
 from wicore.config import Settings
 from wicore.errors import ConfigError, Forbidden, RateLimited
+from wicore.files import FileRecord, Files, unknown_file
 from wicore.model import Model, load_model
 from wicore.queue.connection import connect
 from wicore.queue.dead import DeadLetters
@@ -27,6 +28,7 @@ from wicore.queue.producer import JobRecord, Producer, Submission, unknown_job
 from wicore.queue.registry import alive_workers
 from wicore.request import JobBody, JobStatus, Priority
 from wicore.stream.relay import Relay
+from wicore.telemetry.tracing import Tracer, tracer_of
 
 EXTENSION = "wicore"
 
@@ -43,8 +45,10 @@ class Services:
     relay: Relay
     keys: KeyRing
     limiter: RateLimiter
+    files: Files
     slots: Slots
     """Open websockets and event streams, bounded by `api.max_sockets`."""
+    tracer: Tracer | None = None
 
     def accept(
         self,
@@ -65,22 +69,28 @@ class Services:
         """
         limits = caller.limits
         self.check_allowed(body, limits)
-        prompt = admit(body, self.model, self.settings)
-        output = min(prompt.max_tokens, body.max_tokens or OUTPUT_GUESS)
-        with _rates_told():
+        priority = max(default, limits.level) if body.priority is None else body.priority
+        with spans.of_request(self.tracer, "submit") as span, _rates_told():
+            prompt = admit(body, self.model, self.settings)
+            tokens = len(prompt.token_ids)
+            output = min(prompt.max_tokens, body.max_tokens or OUTPUT_GUESS)
             job = self.producer.submit(
                 body,
-                max(default, limits.level) if body.priority is None else body.priority,
+                priority,
                 client=caller.client,
                 idempotency_key=idempotency_key,
-                prompt_tokens=len(prompt.token_ids),
+                prompt_tokens=tokens,
                 max_tokens=prompt.max_tokens,
                 fields=fields,
                 limits=limits,
-                reserve=len(prompt.token_ids) + output * body.n,
+                reserve=tokens + output * body.sequences,
+                traceparent=span.traceparent,
             )
             rates.remember(job.rates)
-        return job
+            span.attributes["wicore.job"] = job.id
+            span.attributes["wicore.priority"] = priority.name.lower()
+            span.attributes["gen_ai.usage.input_tokens"] = tokens
+            return job
 
     def check_allowed(self, body: JobBody, limits: Limits) -> None:
         """Raises Forbidden for a level or model that these limits leave out."""
@@ -122,6 +132,13 @@ class Services:
             self.record(job_id, caller)
         return self.producer.cancel(job_id)
 
+    def file(self, file_id: str, caller: Caller) -> FileRecord:
+        """Raises UnknownFile, also for a file that the caller may not see."""
+        record = self.files.get(file_id)
+        if not caller.may_see(record.client):
+            raise unknown_file(file_id)
+        return record
+
     def heartbeats(self) -> list[dict[str, Any]]:
         """Of all live workers. Raises Unavailable."""
         return alive_workers(self.redis, self.settings.redis.prefix)
@@ -162,7 +179,11 @@ def build(settings: Settings) -> Services:
         relay=Relay(client, prefix, settings.api.stream_buffer),
         keys=KeyRing(KeyStore(client, prefix), settings.api),
         limiter=RateLimiter(client, prefix),
+        files=Files(
+            client, prefix, max_bytes=settings.api.max_file_bytes, quota=settings.api.max_files_bytes
+        ),
         slots=Slots(settings.api.max_sockets),
+        tracer=tracer_of(settings.telemetry, "wicore-api"),
     )
 
 

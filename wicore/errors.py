@@ -98,6 +98,14 @@ class UnknownResponse(WicoreError):
     code = "unknown_response"
 
 
+class UnknownFile(WicoreError):
+    """No file has this id: it never was, was deleted, or has expired."""
+
+    status = 404
+    kind = "invalid_request_error"
+    code = "unknown_file"
+
+
 class UnknownModel(WicoreError):
     """The model named is not the one being served."""
 

@@ -19,6 +19,7 @@ from wicore.config import QueueSettings
 from wicore.errors import Conflict, InvalidRequest, QueueFull, Unavailable, UnknownJob
 from wicore.queue.codec import encode
 from wicore.queue.connection import unavailable_on_failure
+from wicore.queue.index import page_from
 from wicore.queue.schema import BELL, Keys
 from wicore.queue.scripts import Arg, Scripts
 from wicore.request import JOB_ID, JobBody, JobStatus, Priority, new_job_id
@@ -129,6 +130,7 @@ class Producer:
         limits: Limits = NO_LIMITS,
         reserve: int = 0,
         fields: Mapping[str, str] | None = None,
+        traceparent: str | None = None,
     ) -> Submission:
         """Write the record and put the job in its line in one atomic step; on return it is accepted.
 
@@ -136,8 +138,9 @@ class Producer:
         of one choice), where the caller knows them, say how much the job may take. `body.timeout_s` becomes
         the deadline; `body.queue_timeout_s` or `queue.max_wait_s` bounds the wait for the first start.
         `limits` are the client's: one request and `reserve` tokens are taken of them; when the job ends, the
-        tokens that it took are counted instead. `fields` go into the record. Sending the same id twice adds
-        nothing, so a caller may repeat a submit whose answer was lost, giving the same `job_id`.
+        tokens that it took are counted instead. `fields` go into the record, `traceparent` with the message.
+        Sending the same id twice adds nothing, so a caller may repeat a submit whose answer was lost, giving
+        the same `job_id`.
 
         Raises QueueFull when `max_jobs` or `max_tokens` wait on the level, RateLimited when the client is at
         one of its limits, Conflict when the client used the
@@ -150,7 +153,14 @@ class Producer:
                 f'id: must be 1 to 128 letters, digits, "_", ".", ":" or "-" (got {job_id!r:.60})', param="id"
             )
         tag = str(uuid.uuid4())
-        raw = encode(body, job_id=job_id, tag=tag, priority=priority, queue=self._keys.prefix)
+        raw = encode(
+            body,
+            job_id=job_id,
+            tag=tag,
+            priority=priority,
+            queue=self._keys.prefix,
+            traceparent=traceparent,
+        )
         record = {**record_fields(body), **(fields or {})}
         if prompt_tokens is not None:
             record["prompt_tokens"] = str(prompt_tokens)
@@ -259,28 +269,8 @@ class Producer:
         else:
             index = self._keys.jobs if status is None else self._keys.jobs_by_status(status)
         below = None if after is None else (self.record(after).created_ms, after)
-        page: list[JobRecord] = []
         with unavailable_on_failure(self._client):
-            while len(page) < limit:
-                ids = self._ids(index, below, limit - len(page))
-                if not ids:
-                    break
-                below = ids[-1]
-                page += self._records([job_id for _, job_id in ids])
-        return page
-
-    def _ids(self, index: str, below: tuple[int, str] | None, count: int) -> builtins.list[tuple[int, str]]:
-        """Next (created_ms, id) pairs of an index, in falling order, under `below`."""
-        if below is None:
-            found = self._client.zrange(index, 0, count - 1, desc=True, withscores=True)
-        else:
-            # Ties in the millisecond of `below` come along and are sorted out by id.
-            ties = self._client.zcount(index, below[0], below[0])
-            found = self._client.zrange(
-                index, below[0], "-inf", desc=True, byscore=True, offset=0, num=count + ties, withscores=True
-            )
-        pairs = [(int(score), member.decode()) for member, score in cast("list[tuple[bytes, float]]", found)]
-        return [pair for pair in pairs if below is None or pair < below][:count]
+            return page_from(self._client, index, below, limit, "desc", self._records)
 
     def _records(self, ids: Sequence[str]) -> builtins.list[JobRecord]:
         with self._client.pipeline(transaction=False) as pipe:

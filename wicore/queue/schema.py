@@ -33,6 +33,8 @@ With prefix `wicore` ({q} is a level's list, {level} 0, 3, 6 or 9, {id} a job, {
                                           output (line.lua)
     wicore:workers                hash    worker -> heartbeat JSON (registry.py; abandon)      see there
     wicore:capacity               string  slots of all live workers                            1 s
+    wicore:counts                 hash    jobs so far: accepted, leased, handed_back,          for ever
+                                          redelivered, and {status} they ended with
     wicore:webhooks               zset    ids whose webhook is owed, by when it is due, ms     until it ends
     wicore:steady                 string  since when the tasks' sweep has run without a gap    15 s
     wicore-tasks and its levels   list    Celery messages for workers/tasks.py; LPUSH in       until done
@@ -41,6 +43,12 @@ With prefix `wicore` ({q} is a level's list, {level} 0, 3, 6 or 9, {id} a job, {
     wicore:keys                   hash    digest -> API key as JSON (wicore/access/store.py)   for ever
     wicore:bucket:{client}        hash    its rate limits: requests, tokens (limits.lua)       until full
     celery-task-meta-{id}         string  the result in Celery's JSON                          retention
+    wicore:file:{file}            hash    a file: client, filename, purpose, bytes, pieces,    its own expiry
+                                          created_ms, expires_ms (files.py)
+    wicore:file:{file}:{n}        string  its content, in pieces of about 1 MiB                as the file; an
+                                                                                               upload's, 1 h
+    wicore:files                  zset    files by `created_ms`: the listing                   30 days
+    wicore:files:{client}         zset    the same of one client                               30 days
 
 Written by the scripts in lua/, whose heads say which, unless said otherwise here. "Retention": until
 `retention_s` after the job's end.
@@ -143,6 +151,10 @@ class Keys:
         return f"{self.prefix}:capacity"
 
     @property
+    def counts(self) -> str:
+        return f"{self.prefix}:counts"
+
+    @property
     def jobs(self) -> str:
         return f"{self.prefix}:jobs"
 
@@ -210,6 +222,19 @@ class Keys:
 
     def idempotency(self, digest: str) -> str:
         return f"{self.prefix}:idem:{digest}"
+
+    def file(self, file_id: str) -> str:
+        return f"{self.prefix}:file:{file_id}"
+
+    def file_piece(self, file_id: str, number: int) -> str:
+        return f"{self.prefix}:file:{file_id}:{number}"
+
+    @property
+    def files(self) -> str:
+        return f"{self.prefix}:files"
+
+    def files_of(self, client: str) -> str:
+        return f"{self.prefix}:files:{client}"
 
     def bucket(self, client: str) -> str:
         return f"{self.prefix}:bucket:{client}"

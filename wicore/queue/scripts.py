@@ -131,7 +131,7 @@ def _header(keys: Keys, settings: QueueSettings) -> str:
                 "jobs",
                 "finished",
             ),
-            *("control", "workers", "turns", "waiting", "pace", "capacity", "webhooks", "tasks"),
+            *("control", "workers", "turns", "waiting", "pace", "capacity", "counts", "webhooks", "tasks"),
         )
     }
     # Keys of one job, owner or level: the name up to that, which the scripts append.

@@ -15,7 +15,7 @@ export class DeadLetters {
 
   constructor() {
     this.total = h("span", { class: "unit" });
-    this.remark = h("p", { class: "hint", role: "status", hidden: true });
+    this.remark = h("p", { class: "hint", hidden: true });
     this.nothing = h("p", { class: "nothing" }, "Loading");
     this.list = h("ul", { class: "letters" });
     this.dropAll = button("Drop all", { class: "quiet", hidden: true, on: { click: () => this.#dropAll() } });

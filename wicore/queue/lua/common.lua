@@ -133,6 +133,7 @@ local function terminate(id, ending)
   end
   publish(id, seq, event)
   local status = STATUS[ending.type]
+  count(status)
   redis.call('HSET', job, 'status', status, 'finished_ms', ms(NOW), 'seq', seq)
   for _, name in ipairs({'result', 'usage', 'error', 'finish_reason'}) do
     if ending[name] then
@@ -202,6 +203,7 @@ local function create_record(id, tag, level, client, tokens)
   if client ~= '' then
     redis.call('ZADD', K.jobs_of_all .. client, NOW, id)
   end
+  count('accepted')
   move(id, nil, 'queued', NOW)
 end
 
@@ -229,6 +231,7 @@ local function undo_lease(id, tag, value)
     return
   end
   give_up_lease(id, tag, head[2])
+  count('handed_back')
   if head[1] == K.suspect then
     join_suspects(id, raw, true)
   else
