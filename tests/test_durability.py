@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 
 import pytest
@@ -14,10 +15,17 @@ from wicore.request import Event, Priority, parse_job
 from wicore.stream.publisher import Publisher
 
 pytestmark = pytest.mark.valkey
+DIGITS = {"type": "array", "items": {"enum": [1, 2, 3, "vier", "fünf"]}, "minItems": 120, "maxItems": 140}
 JOBS = {
     "greedy": {"temperature": 0.0},
     "seeded": {"temperature": 0.9, "top_p": 0.95, "seed": 11, "repetition_penalty": 1.2},
     "two choices": {"temperature": 0.8, "n": 2},
+    "json": {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "digits", "schema": DIGITS}},
+        "seed": 5,
+        "max_tokens": 2000,
+        "ignore_eos": False,
+    },
 }
 
 
@@ -63,6 +71,8 @@ def test_a_killed_worker_costs_no_token_and_changes_none(redis_client, valkey_ur
     kinds = [event["type"] for event in events if event["type"] != "token"]
     assert kinds == ["started", "resumed", "done"]
     assert texts(events) == texts(expected)
+    if "response_format" in fields:
+        assert len(json.loads(texts(events)[0])) in range(120, 141)
     assert Producer(redis_client).record(job).attempts == 2
     assert not redis_client.hlen("wicore:unacked")
     assert not redis_client.zcard("wicore:leases")
