@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 
 import pytest
@@ -14,6 +15,7 @@ from wicore.request import Event, Priority, parse_job
 from wicore.stream.publisher import Publisher
 
 pytestmark = pytest.mark.valkey
+DIGITS = {"type": "array", "items": {"enum": [1, 2, 3, "vier", "fünf"]}, "minItems": 120, "maxItems": 140}
 LONG_CALL = {
     "type": "object",
     "properties": {
@@ -37,6 +39,12 @@ JOBS: dict[str, dict[str, object]] = {
         "parallel_tool_calls": False,
         "ignore_eos": False,
         "max_tokens": 800,
+    },
+    "json": {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "digits", "schema": DIGITS}},
+        "seed": 5,
+        "max_tokens": 2000,
+        "ignore_eos": False,
     },
 }
 
@@ -89,6 +97,8 @@ def test_a_killed_worker_costs_no_token_and_changes_none(redis_client, valkey_ur
     assert record.result is not None
     assert record.result["choices"] == result["choices"]
     assert record.attempts == 2
+    if "response_format" in fields:
+        assert len(json.loads(texts(events)[0])) in range(120, 141)
     assert not redis_client.hlen("wicore:unacked")
     assert not redis_client.zcard("wicore:leases")
 

@@ -8,6 +8,7 @@ out only there. Verdicts are remembered, and the child stays, so that most check
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import select
@@ -109,5 +110,6 @@ class GrammarChecker:
 
 
 _checker = GrammarChecker()
+atexit.register(_checker.close)
 check_grammar = _checker.check
 """`GrammarChecker.check` of this process."""
