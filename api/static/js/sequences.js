@@ -33,7 +33,9 @@ export class Sequences {
 
   /** Take a `/status` in. */
   take(status, now) {
-    const sequences = status.workers.flatMap((worker) => (worker.sequences ?? []).map((one) => ({ ...one, worker: worker.id })));
+    const sequences = status.workers.flatMap((worker) =>
+      (worker.sequences ?? []).map((one) => ({ ...one, worker: worker.id })),
+    );
     sequences.sort((a, b) => a.waits - b.waits);
     const slots = status.workers.reduce((sum, worker) => sum + worker.slots, 0);
     const seen = new Set();
@@ -74,7 +76,8 @@ export class Sequences {
     const take = (event) => {
       if (isTerminal(event)) return end(event.type);
       const rows = rowsOf();
-      if (event.type === "token") this.#rows.get(`${job} ${event.index}`)?.takeToken(event, rows.length === 1);
+      if (event.type === "token")
+        this.#rows.get(`${job} ${event.index}`)?.takeToken(event, rows.length === 1);
     };
     // Jobs of others may be hidden from this key: their rows move with the heartbeats alone.
     this.#stream.follow(job, Math.max(1, tokens - BACK), take, () => {});
@@ -91,13 +94,18 @@ export class Sequences {
   }
 
   #draw() {
-    keepOrder(this.list, [...this.#rows.values()].map((row) => row.element));
+    const rows = [...this.#rows.values()].sort((a, b) => a.waits - b.waits);
+    keepOrder(
+      this.list,
+      rows.map((row) => row.element),
+    );
     this.none.hidden = this.#rows.size > 0;
   }
 }
 
 class Row {
   leaving = false;
+  waits = false;
   #tokens = 0;
   #text = "";
   #drawing = false;
@@ -113,7 +121,17 @@ class Row {
       "li",
       { class: "sequence" },
       h("span", { class: "level", data: { level: priority } }, priority),
-      h("button", { type: "button", class: "link mono", title: `Job ${job}`, "aria-haspopup": "dialog", on: { click: () => showJob(job) } }, shortId(job)),
+      h(
+        "button",
+        {
+          type: "button",
+          class: "link mono",
+          title: `Job ${job}`,
+          "aria-haspopup": "dialog",
+          on: { click: () => showJob(job) },
+        },
+        shortId(job),
+      ),
       h("span", { class: "tail-box" }, this.text),
       this.figures,
       this.age,
