@@ -43,7 +43,9 @@ def client(services: Services) -> FlaskClient:
 def test_a_service_without_workers_answers_all_the_same(client: FlaskClient) -> None:
     answer = client.get("/status")
     assert answer.status_code == 200
-    assert answer.json == {"version": __version__, "queue": NOTHING_WAITS, "workers": [], "kv": {}}
+    told = answer.json
+    assert told.pop("versions").keys() == {"wicore", "python", "redis"}
+    assert told == {"version": __version__, "queue": NOTHING_WAITS, "rates": {}, "workers": [], "kv": {}}
 
 
 @pytest.mark.valkey
@@ -61,6 +63,9 @@ def test_a_running_worker_is_shown_by_its_heartbeat(client: FlaskClient, setting
     assert (shown["id"], shown["slots"], shown["running"]) == ("w1", settings.scheduler.max_batch, 0)
     assert 0 <= shown["age_s"] < 5
     assert shown.keys().isdisjoint({"worker", "lifeline"})
+    assert shown["version"] == __version__
+    assert shown["latency"]["time_to_first_token"] == {"count": 0, "sum": 0}
+    assert shown["requests"]["running"] == 0
 
 
 @pytest.mark.valkey

@@ -43,6 +43,10 @@ class ApiSettings(_Section):
     """Gunicorn processes."""
     max_body_bytes: int = Field(20 * 2**20, ge=1024)
     """Longest request body; a longer one is refused."""
+    max_file_bytes: int = Field(64 * 2**20, ge=1024)
+    """Largest file that is taken by /v1/files; files lie in Redis."""
+    max_files_bytes: int = Field(512 * 2**20, ge=1024)
+    """What the files of one client may take together."""
     max_sockets: int = Field(2000, ge=1)
     """Open websockets and event streams a process."""
     keys: tuple[ConfiguredKey, ...] | None = Field(None, repr=False)
@@ -192,8 +196,12 @@ class HmtSettings(_Section):
 class TelemetrySettings(_Section):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe message that is logged."""
+    access_log: bool = True
+    """Write a line of JSON to standard output for each request to the API."""
     log_prompts: bool = False
-    """Write prompts and answers to the log; they are private unless you say otherwise."""
+    """Put the bodies of requests, and so prompts, in the access log; they are private unless you say so."""
+    otlp_endpoint: str | None = Field(None, pattern=r"^https?://[^\s/]+(/\S*)?$")
+    """Send traces of jobs to this collector, by OTLP over HTTP (http://host:4318); unset: no traces."""
 
 
 class Settings(_Section):

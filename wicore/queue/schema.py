@@ -27,12 +27,14 @@ With prefix `wicore` ({q} is a level's list, {level} 0, 3, 6 or 9, {id} a job, {
     wicore:jobs:{status}          zset    ids by `created_ms`: the listing by status           retention
     wicore:jobs:all:{client},     zset    the same of one client that has a name; what is      retention
       wicore:jobs:{status}:{client}         queued or running counts against its limit
-    wicore:finished               zset    `id client` by `finished_ms`: whom the sweep forgets retention
+    wicore:finished               zset    `id` or `id client` by `finished_ms`: for the sweep  retention
     wicore:deadlines              zset    waiting ids by when they expire                      while waiting
     wicore:pace                   hash    decayed sums over ended jobs: jobs, ms, tokens,      for ever
                                           output (line.lua)
     wicore:workers                hash    worker -> heartbeat JSON (registry.py; abandon)      see there
     wicore:capacity               string  slots of all live workers                            1 s
+    wicore:counts                 hash    jobs so far: accepted, leased, handed_back,          for ever
+                                          redelivered, and {status} they ended with
     wicore:webhooks               zset    ids whose webhook is owed, by when it is due, ms     until it ends
     wicore:steady                 string  since when the tasks' sweep has run without a gap    15 s
     wicore-tasks and its levels   list    Celery messages for workers/tasks.py; LPUSH in       until done
@@ -41,6 +43,12 @@ With prefix `wicore` ({q} is a level's list, {level} 0, 3, 6 or 9, {id} a job, {
     wicore:keys                   hash    digest -> API key as JSON (wicore/access/store.py)   for ever
     wicore:bucket:{client}        hash    its rate limits: requests, tokens (limits.lua)       until full
     celery-task-meta-{id}         string  the result in Celery's JSON                          retention
+    wicore:file:{file}            hash    a file: client, filename, purpose, bytes, pieces,    its own expiry
+                                          created_ms, expires_ms (files.py)
+    wicore:file:{file}:{n}        string  its content, in pieces of about 1 MiB                as the file; an
+                                                                                               upload's, 1 h
+    wicore:files                  zset    files by `created_ms`: the listing                   30 days
+    wicore:files:{client}         zset    the same of one client                               30 days
 
 Written by the scripts in lua/, whose heads say which, unless said otherwise here. "Retention": until
 `retention_s` after the job's end.
@@ -53,8 +61,10 @@ Fields of a record: `status`; `level` (0, 3, 6, 9); `client` (who takes turns wi
 leased); `leases`; `worker`; `attempts`; `seq` (last in the log); `created_ms`, `deadline_ms`, `start_by_ms`,
 `leased_ms`, `started_ms`, `first_token_ms`, `finished_ms`; `unread` (nobody has read the body yet); `kind`,
 `model`, `metadata`, `prompt_tokens`, `tokens` (expected in all), `charged` (to its client's turn);
+`reserved`, `reserved_rate` (tokens taken from its client's bucket until the end, and the rate then);
 `position`, `wait_ms` (told at acceptance); `cancel` (wished); `finish_reason`, `usage`, `result`, `error`
-(JSON); `finished_by` (fence of who ended it); `retry_of` (id of the dead letter);
+(JSON); `finished_by` (fence of who ended it); `retry_of` (id of the dead letter); `response` (JSON: what a
+response repeats and its conversation, so both live as long as the job's record);
 `webhook_url`, `webhook_status` (pending, delivered, failed), `webhook_attempts`, `webhook_error`.
 
 Invariants, between any two commands:
@@ -141,6 +151,10 @@ class Keys:
         return f"{self.prefix}:capacity"
 
     @property
+    def counts(self) -> str:
+        return f"{self.prefix}:counts"
+
+    @property
     def jobs(self) -> str:
         return f"{self.prefix}:jobs"
 
@@ -208,6 +222,19 @@ class Keys:
 
     def idempotency(self, digest: str) -> str:
         return f"{self.prefix}:idem:{digest}"
+
+    def file(self, file_id: str) -> str:
+        return f"{self.prefix}:file:{file_id}"
+
+    def file_piece(self, file_id: str, number: int) -> str:
+        return f"{self.prefix}:file:{file_id}:{number}"
+
+    @property
+    def files(self) -> str:
+        return f"{self.prefix}:files"
+
+    def files_of(self, client: str) -> str:
+        return f"{self.prefix}:files:{client}"
 
     def bucket(self, client: str) -> str:
         return f"{self.prefix}:bucket:{client}"

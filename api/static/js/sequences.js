@@ -65,22 +65,25 @@ export class Sequences {
   #follow({ job, tokens }) {
     if (this.#followed.has(job) || this.#followed.size >= FOLLOWED) return;
     this.#followed.add(job);
-    const rowsOf = () => [...this.#rows].filter(([key]) => key.startsWith(`${job} `));
     const end = (status) => {
       this.#followed.delete(job);
-      for (const [key, row] of rowsOf()) {
+      for (const [key, row] of this.#rowsOf(job)) {
         row.end(status);
         this.#leave(key, row);
       }
     };
     const take = (event) => {
       if (isTerminal(event)) return end(event.type);
-      const rows = rowsOf();
-      if (event.type === "token")
-        this.#rows.get(`${job} ${event.index}`)?.takeToken(event, rows.length === 1);
+      const alone = this.#rowsOf(job).length === 1;
+      if (event.type === "token") this.#rows.get(`${job} ${event.index}`)?.takeToken(event, alone);
     };
     // Jobs of others may be hidden from this key: their rows move with the heartbeats alone.
     this.#stream.follow(job, Math.max(1, tokens - BACK), take, () => {});
+  }
+
+  /** [key, row] pairs. */
+  #rowsOf(job) {
+    return [...this.#rows].filter(([, row]) => row.job === job);
   }
 
   #leave(key, row) {
@@ -89,6 +92,7 @@ export class Sequences {
     row.element.classList.add("ended");
     setTimeout(() => {
       if (this.#rows.get(key) === row) this.#rows.delete(key);
+      if (this.#rowsOf(row.job).length === 0) this.#followed.delete(row.job);
       this.#draw();
     }, LINGER_MS);
   }
@@ -111,7 +115,7 @@ class Row {
   #drawing = false;
 
   constructor({ job, priority, prompt_tokens: prompt, max_tokens: most, attempt }) {
-    Object.assign(this, { prompt, most, attempt });
+    Object.assign(this, { job, prompt, most, attempt });
     this.text = h("span", { class: "tail" });
     this.figures = h("span", { class: "row-figures" });
     this.age = h("span", { class: "row-age" });

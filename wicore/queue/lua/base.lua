@@ -1,10 +1,15 @@
--- Put before every script, after the key names K and the settings C (scripts.py); line.lua and common.lua follow.
+-- Put before every script, after the key names K and the settings C (scripts.py); line, limits and common follow.
 -- Scripts run alone in Redis: no other command sees, and no crash leaves, half of one.
 
 local clock = redis.call('TIME')
 local NOW = tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000)
 local TERMINAL = {succeeded = true, failed = true, cancelled = true, expired = true}
 local STATUS = {done = 'succeeded', failed = 'failed', cancelled = 'cancelled', expired = 'expired'}
+
+-- Of what passed through since the server has its data; for the metrics alone.
+local function count(what)
+  redis.call('HINCRBY', K.counts, what, 1)
+end
 
 local function ms(number)
   return string.format('%d', number)

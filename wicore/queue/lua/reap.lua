@@ -42,6 +42,7 @@ local function reap(tag, value)
   else
     give_up_lease(id, tag, fence)
     join_suspects(id, raw)
+    count('redelivered')
     suspects = suspects + 1
     return
   end
