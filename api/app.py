@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flask import Flask
 
-from api import dead, files, http, jobs, metrics, openai, responses, service, sockets, status
+from api import batches, dead, files, http, jobs, metrics, openai, responses, service, sockets, status
 from api.services import EXTENSION, LazyServices, Services
 from wicore.config import Settings
 
@@ -19,16 +19,7 @@ def create_app(settings: Settings, services: Services | None = None) -> Flask:
     app.config["SOCK_SERVER_OPTIONS"] = sockets.server_options(settings.api)
     app.extensions[EXTENSION] = LazyServices(settings, services)
     http.install(app)
-    for door in (
-        openai.door,
-        responses.door,
-        files.door,
-        jobs.door,
-        dead.door,
-        service.door,
-        status.door,
-        metrics.door,
-    ):
-        app.register_blueprint(door)
+    for module in (openai, responses, files, batches, jobs, dead, service, status, metrics):
+        app.register_blueprint(module.door)
     sockets.install(app)
     return app

@@ -13,6 +13,8 @@ from redis import Redis
 from api.callers import Caller
 from api.slots import Slots
 from wicore.admission import admit
+from wicore.batches.record import Batch
+from wicore.batches.store import Batches, unknown_batch
 from wicore.config import Settings
 from wicore.errors import ConfigError
 from wicore.files import FileRecord, Files, unknown_file
@@ -38,6 +40,7 @@ class Services:
     dead: DeadLetters
     relay: Relay
     files: Files
+    batches: Batches
     slots: Slots
     """Open websockets and event streams, bounded by `api.max_sockets`."""
 
@@ -87,6 +90,13 @@ class Services:
             raise unknown_file(file_id)
         return record
 
+    def batch(self, batch_id: str, caller: Caller) -> Batch:
+        """Raises UnknownBatch, also for a batch that the caller may not see."""
+        batch = self.batches.get(batch_id)
+        if not caller.may_see(batch.client):
+            raise unknown_batch(batch_id)
+        return batch
+
     def heartbeats(self) -> list[dict[str, Any]]:
         """Of all live workers. Raises Unavailable."""
         return alive_workers(self.redis, self.settings.redis.prefix)
@@ -108,6 +118,7 @@ def build(settings: Settings) -> Services:
             param="redis.url",
         )
     client, prefix = connect(url), settings.redis.prefix
+    files = Files(client, prefix, max_bytes=settings.api.max_file_bytes, quota=settings.api.max_files_bytes)
     return Services(
         settings=settings,
         model=load_model(settings),
@@ -115,9 +126,8 @@ def build(settings: Settings) -> Services:
         producer=Producer(client, prefix, settings.queue, wait_replicas=settings.redis.wait_replicas),
         dead=DeadLetters(client, prefix, settings.queue),
         relay=Relay(client, prefix, settings.api.stream_buffer),
-        files=Files(
-            client, prefix, max_bytes=settings.api.max_file_bytes, quota=settings.api.max_files_bytes
-        ),
+        files=files,
+        batches=Batches(client, files, prefix),
         slots=Slots(settings.api.max_sockets),
     )
 

@@ -35,6 +35,7 @@ Name = Literal[
     "cancel",
     "acquit",
     "forget",
+    "batch_line",
     "dead_list",
     "dead_get",
     "dead_drop",
@@ -131,10 +132,14 @@ def _header(keys: Keys, settings: QueueSettings) -> str:
                 "finished",
             ),
             *("control", "workers", "turns", "waiting", "pace", "capacity", "webhooks", "tasks"),
+            "batches_open",
         )
     }
     # Keys of one job, owner or level: the name up to that, which the scripts append.
-    families = ("job", "log", "events", "cancel", "message", "celery_result", "idempotency", "trial")
+    families = (
+        *("job", "log", "events", "cancel", "message", "celery_result", "idempotency", "trial"),
+        *("file", "batch"),
+    )
     names |= {name: getattr(keys, name)("") for name in families}
     names |= {"queue": keys.line(""), "clients": keys.clients(""), "backlog": keys.backlog("")}
     names["jobs_by_status"] = {status: keys.jobs_by_status(status) for status in _RECORD_STATES}

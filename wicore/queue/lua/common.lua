@@ -95,8 +95,14 @@ local function publish(id, seq, event)
   redis.call('PUBLISH', K.events .. id, event)
 end
 
--- Let record, log and listing entry go `retention_s` from now (the sweep in reap.lua does the listing).
+-- Let record, log and listing entry go `retention_s` from now (the sweep in reap.lua does the listing). A line of
+-- an open batch is handed to its collector instead, who starts it (batch_line.lua).
 local function start_retention(id)
+  local batch = redis.call('HGET', K.job .. id, 'batch')
+  if batch and redis.call('SISMEMBER', K.batches_open, batch) == 1 then
+    redis.call('RPUSH', K.batch .. batch .. ':ended', id)
+    return
+  end
   redis.call('EXPIRE', K.job .. id, C.retention_s)
   redis.call('EXPIRE', K.log .. id, C.retention_s)
   redis.call('ZADD', K.finished, NOW, id)
