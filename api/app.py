@@ -4,9 +4,38 @@ from __future__ import annotations
 
 from flask import Flask
 
-from api import batches, dead, files, http, jobs, metrics, openai, responses, service, sockets, status
+from api import (
+    access_log,
+    batches,
+    callers,
+    dead,
+    files,
+    http,
+    jobs,
+    metrics,
+    openai,
+    page,
+    rates,
+    responses,
+    service,
+    sockets,
+    status,
+)
 from api.services import EXTENSION, LazyServices, Services
 from wicore.config import Settings
+
+DOORS = (
+    openai.door,
+    responses.door,
+    files.door,
+    batches.door,
+    jobs.door,
+    dead.door,
+    service.door,
+    status.door,
+    metrics.door,
+    page.door,
+)
 
 
 def create_app(settings: Settings, services: Services | None = None) -> Flask:
@@ -18,8 +47,11 @@ def create_app(settings: Settings, services: Services | None = None) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = settings.api.max_body_bytes
     app.config["SOCK_SERVER_OPTIONS"] = sockets.server_options(settings.api)
     app.extensions[EXTENSION] = LazyServices(settings, services)
+    access_log.install(app, log_bodies=settings.telemetry.log_prompts)
     http.install(app)
-    for module in (openai, responses, files, batches, jobs, dead, service, status, metrics):
-        app.register_blueprint(module.door)
+    callers.install(app)
+    rates.install(app)
+    for door in DOORS:
+        app.register_blueprint(door)
     sockets.install(app)
     return app

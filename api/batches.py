@@ -51,6 +51,8 @@ def create() -> Response:
         raise InvalidRequest(
             f"input_file_id: its purpose must be batch (it is {file.purpose})", param="input_file_id"
         )
+    services.check_model_allowed(who.limits)
+    services.spend(who)
     expiry = form.output_expires_after
     batch = services.batches.create(
         client=who.client,
@@ -58,6 +60,7 @@ def create() -> Response:
         input_file=file,
         model=services.model.name,
         metadata=form.metadata,
+        limits=who.limits,
         lifetime_s=MAX_LIFETIME_S if expiry is None else expiry.seconds,
     )
     return http.reply(batch.public())

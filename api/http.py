@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import redis.exceptions
-from flask import Flask, Response, g, request
+from flask import Flask, Response, current_app, g, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge, UnsupportedMediaType
 
 from wicore.errors import InvalidRequest, TooLarge, Unavailable, WicoreError
@@ -87,6 +87,8 @@ def read_json() -> Any:
     limit = request.max_content_length
     if request.content_length is None and limit is not None and len(data) >= limit:
         raise RequestEntityTooLarge  # werkzeug cuts a chunked body off without a word
+    if current_app.config["LOG_BODIES"]:
+        g.body = data
     return loads(data)
 
 
@@ -105,6 +107,8 @@ def error_reply(err: WicoreError) -> Response:
     response = reply({"error": err.body()}, err.status)
     if err.status in (429, 503):
         response.headers["Retry-After"] = str(max(1, math.ceil(err.retry_after or 1)))
+    if err.status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
     return response
 
 

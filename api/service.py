@@ -8,6 +8,7 @@ from flask import Blueprint, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from api import http
+from api.callers import caller
 from api.services import current
 from wicore.admission import check_model
 from wicore.errors import InvalidRequest, WicoreError
@@ -54,6 +55,8 @@ def tokenize() -> Response:
     check_model(form.model, services.model)
     if (form.prompt is None) == (form.messages is None):
         raise InvalidRequest("prompt: send either prompt or messages", param="prompt")
+    services.check_model_allowed(caller().limits)
+    services.spend(caller())
     if form.messages is None:
         body = JobBody(kind="completion", prompt=form.prompt)
     else:

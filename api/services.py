@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 from flask import current_app
 from redis import Redis
 
-from api.callers import Caller
+from api import rates, spans
+from api.keyring import Caller, KeyRing
 from api.slots import Slots
+from wicore.access.keys import Limits
+from wicore.access.rates import RateLimiter, tokens_taken
+from wicore.access.store import KeyStore
 from wicore.admission import admit
 from wicore.batches.record import Batch
 from wicore.batches.store import Batches, unknown_batch
 from wicore.config import Settings
-from wicore.errors import ConfigError
+from wicore.errors import ConfigError, Forbidden, RateLimited
 from wicore.files import FileRecord, Files, unknown_file
 from wicore.model import Model, load_model
 from wicore.queue.connection import connect
@@ -25,6 +30,7 @@ from wicore.queue.producer import JobRecord, Producer, Submission, unknown_job
 from wicore.queue.registry import alive_workers
 from wicore.request import JobBody, JobStatus, Priority
 from wicore.stream.relay import Relay
+from wicore.telemetry.tracing import Tracer, tracer_of
 
 EXTENSION = "wicore"
 
@@ -39,10 +45,13 @@ class Services:
     producer: Producer
     dead: DeadLetters
     relay: Relay
+    keys: KeyRing
+    limiter: RateLimiter
     files: Files
     batches: Batches
     slots: Slots
     """Open websockets and event streams, bounded by `api.max_sockets`."""
+    tracer: Tracer | None = None
 
     def accept(
         self,
@@ -54,21 +63,55 @@ class Services:
     ) -> Submission:
         """Check what the form of a body cannot show (`admit`), then put the job on the queue.
 
-        The job is the caller's, and takes the caller's turn on its level. `fields` go into its record.
+        The job is the caller's, takes the caller's turn on its level, and counts against its limits. Without
+        a priority of its own it has the default, or the highest that the caller may use. `fields` go into its
+        record.
 
-        Raises UnknownModel, TooLarge, InvalidRequest, QueueFull, Conflict or Unavailable; then no job
-        was accepted.
+        Raises Forbidden, UnknownModel, TooLarge, InvalidRequest, QueueFull, RateLimited, Conflict or
+        Unavailable; then no job was accepted.
         """
-        prompt = admit(body, self.model, self.settings)
-        return self.producer.submit(
-            body,
-            default if body.priority is None else body.priority,
-            client=caller.client,
-            idempotency_key=idempotency_key,
-            prompt_tokens=len(prompt.token_ids),
-            max_tokens=prompt.max_tokens,
-            fields=fields,
-        )
+        limits = caller.limits
+        self.check_allowed(body, limits)
+        priority = max(default, limits.level) if body.priority is None else body.priority
+        with spans.of_request(self.tracer, "submit") as span, _rates_told():
+            prompt = admit(body, self.model, self.settings)
+            tokens = len(prompt.token_ids)
+            job = self.producer.submit(
+                body,
+                priority,
+                client=caller.client,
+                idempotency_key=idempotency_key,
+                prompt_tokens=tokens,
+                max_tokens=prompt.max_tokens,
+                fields=fields,
+                limits=limits,
+                reserve=tokens_taken(body, prompt),
+                traceparent=span.traceparent,
+            )
+            rates.remember(job.rates)
+            span.attributes["wicore.job"] = job.id
+            span.attributes["wicore.priority"] = priority.name.lower()
+            span.attributes["gen_ai.usage.input_tokens"] = tokens
+            return job
+
+    def check_allowed(self, body: JobBody, limits: Limits) -> None:
+        """Raises Forbidden for a level or model that these limits leave out."""
+        if body.priority is not None and body.priority < limits.level:
+            raise Forbidden(
+                f"priority: {body.priority.name.lower()} is above this key's highest, {limits.priority}",
+                param="priority",
+            )
+        self.check_model_allowed(limits)
+
+    def check_model_allowed(self, limits: Limits) -> None:
+        """Raises Forbidden when the model served is none of the key's."""
+        if limits.models is not None and self.model.name not in limits.models:
+            raise Forbidden(f"model: this key may not use {self.model.name!r}", param="model")
+
+    def spend(self, caller: Caller) -> None:
+        """Count a call that makes work and no job against the caller's limits; raises RateLimited."""
+        with _rates_told():
+            rates.remember(self.limiter.spend(caller.client, caller.limits))
 
     def record(self, job_id: str, caller: Caller) -> JobRecord:
         """Raises UnknownJob, also for a job that the caller may not see: nothing tells the two apart."""
@@ -76,6 +119,14 @@ class Services:
         if not caller.may_see(record.client):
             raise unknown_job(job_id)
         return record
+
+    def records(
+        self, status: JobStatus | None, limit: int, after: str | None, caller: Caller
+    ) -> list[JobRecord]:
+        """As `Producer.list`, of what the caller may see; raises UnknownJob for `after` as `record` does."""
+        if after is not None:
+            self.record(after, caller)
+        return self.producer.list(status, limit, after, caller.client if caller.restricted else None)
 
     def cancel(self, job_id: str, caller: Caller) -> JobStatus:
         """Call a job off, as `Producer.cancel`; raises UnknownJob as `record`."""
@@ -106,6 +157,16 @@ class Services:
         return [worker for worker in self.heartbeats() if worker["model"] == self.model.name]
 
 
+@contextmanager
+def _rates_told() -> Iterator[None]:
+    """Have also a refusal say how full the caller's buckets are."""
+    try:
+        yield
+    except RateLimited as err:
+        rates.remember(err.rates)
+        raise
+
+
 def build(settings: Settings) -> Services:
     """The real thing; no connection is made before the first command.
 
@@ -126,9 +187,12 @@ def build(settings: Settings) -> Services:
         producer=Producer(client, prefix, settings.queue, wait_replicas=settings.redis.wait_replicas),
         dead=DeadLetters(client, prefix, settings.queue),
         relay=Relay(client, prefix, settings.api.stream_buffer),
+        keys=KeyRing(KeyStore(client, prefix), settings.api),
+        limiter=RateLimiter(client, prefix),
         files=files,
         batches=Batches(client, files, prefix),
         slots=Slots(settings.api.max_sockets),
+        tracer=tracer_of(settings.telemetry, "wicore-api"),
     )
 
 

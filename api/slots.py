@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from api import traffic
 from wicore.errors import Unavailable
 
 
@@ -26,6 +27,7 @@ class Slots:
                     retry_after=5,
                 )
             self._taken += 1
+        traffic.streams_changed(1)
 
     @contextmanager
     def taken_for_response(self) -> Iterator[None]:
@@ -40,3 +42,4 @@ class Slots:
     def give(self) -> None:
         with self._lock:
             self._taken -= 1
+        traffic.streams_changed(-1)

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from wicore.access.keys import NO_LIMITS, Limits
 from wicore.batches.lines import Checker, Line, job_of, parse_line, split
-from wicore.errors import InvalidRequest
+from wicore.errors import Forbidden, InvalidRequest
 from wicore.request import JobBody, Priority
 from wicore.text.prompt import Prompt
 
@@ -89,11 +90,11 @@ def test_only_so_many_requests_and_faults_are_looked_at(monkeypatch: pytest.Monk
     assert checker.is_full
 
 
-def job(endpoint: Any, body: dict[str, Any]) -> Any:
+def job(endpoint: Any, body: dict[str, Any], limits: Limits = NO_LIMITS) -> Any:
     def check(body: JobBody) -> Prompt:
         return Prompt([1, 2], 5, frozenset())
 
-    return job_of(endpoint, Line(custom_id="a", method="POST", url=endpoint, body=body), check)
+    return job_of(endpoint, Line(custom_id="a", method="POST", url=endpoint, body=body), limits, check)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def job(endpoint: Any, body: dict[str, Any]) -> Any:
 def test_a_line_becomes_the_job_that_its_endpoint_would_make(endpoint: str, body: Any, kind: str) -> None:
     made = job(endpoint, {**body, "temperature": 0, "priority": "background"})
     assert (made.body.kind, made.body.temperature) == (kind, 0)
-    assert made.body.priority is Priority.BACKGROUND
+    assert made.priority is Priority.BACKGROUND
     assert ("response" in made.fields()) == (endpoint == "/v1/responses")
 
 
@@ -126,6 +127,14 @@ def test_a_request_that_cannot_be_served_names_the_field(endpoint: str, body: An
     with pytest.raises(InvalidRequest) as caught:
         job(endpoint, body)
     assert caught.value.param == param
+
+
+def test_a_request_is_no_higher_than_its_client_may_be() -> None:
+    low = Limits(priority="background")
+    assert job(CHAT, HELLO).priority is Priority.BATCH
+    assert job(CHAT, HELLO, low).priority is Priority.BACKGROUND
+    with pytest.raises(Forbidden, match="priority"):
+        job(CHAT, {**HELLO, "priority": "batch"}, low)
 
 
 def test_a_request_with_lone_surrogates_is_refused() -> None:

@@ -17,6 +17,7 @@ from tests.official import official, serving
 from tests.queue_site import Site
 from tests.services import running_worker, settings_for, tasks_process
 from tests.waiting import until
+from wicore.access.keys import Limits
 from wicore.batches import runner as runner_module
 from wicore.batches.runner import Runner
 from wicore.config import Settings
@@ -247,6 +248,42 @@ def test_a_full_queue_is_waited_for(ai: openai.OpenAI, site: Site, settings: Set
             site.finish(job)
             served += 1
     assert advance(runner, batch).completed == 5
+
+
+def limit(batch: Any, site: Site, **limits: Any) -> None:
+    """As if the batch had been sent with a key of these limits."""
+    site.redis.hset(site.keys.batch(batch.id), "limits", Limits(**limits).model_dump_json())
+
+
+def test_half_of_a_clients_parallel_jobs_are_left_to_its_other_calls(
+    ai: openai.OpenAI, runner: Runner, site: Site
+) -> None:
+    batch = send(ai, *(line(str(i)) for i in range(5)))
+    limit(batch, site, parallel=4)
+    advance(runner, batch, lambda record: record.next == 2)
+    runner.advance(batch.id)
+    assert runner.batches.get(batch.id).next == 2
+    consumer = site.worker()
+    while batch.id in runner.batches.open():
+        for job in consumer.pop(4):
+            site.finish(job)
+        runner.advance(batch.id)
+    assert runner.batches.get(batch.id).completed == 5
+
+
+def test_half_of_a_clients_rate_is_left_to_its_other_calls(
+    ai: openai.OpenAI, runner: Runner, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = send(ai, *(line(str(i)) for i in range(20)))
+    limit(batch, site, requests_per_minute=8)
+    advance(runner, batch, lambda record: record.next > 0)
+    now = time.monotonic()
+    for later, taken in ((0, 5), (1, 5), (9, 6), (10, 6)):  # the buckets themselves have not filled meanwhile
+        monkeypatch.setattr(runner_module.time, "monotonic", lambda later=later: now + later)
+        runner.advance(batch.id)
+        assert runner.batches.get(batch.id).next == taken
+    ai.batches.cancel(batch.id)
+    advance(runner, batch)
 
 
 def test_batches_take_turns(ai: openai.OpenAI, runner: Runner, site: Site) -> None:

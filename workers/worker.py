@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 from redis import Redis
 
+from wicore import __version__
 from wicore.admission import admit
 from wicore.config import Settings
 from wicore.engine.base import Engine, PendingStep, StepPlan
@@ -38,11 +39,14 @@ from wicore.model import Model
 from wicore.queue.consumer import Delivery, LeaseConsumer, LeaseKeeper
 from wicore.queue.producer import Producer
 from wicore.queue.registry import Heartbeat
-from wicore.request import Priority, TerminalType, terminal_event
+from wicore.request import Priority, TerminalType, terminal_event, usage_of
 from wicore.scheduler import Limits, Scheduler, SequenceRequest, TokenOut
 from wicore.stream.publisher import Publisher
 from wicore.stream.relay import read_log
+from wicore.telemetry.serving import Times
+from wicore.telemetry.tracing import tracer_of
 from wicore.tiers.cache import TieredCache
+from workers.account import Account
 from workers.control import CancelListener, CeleryNode
 from workers.intake import Intake
 from workers.lookahead import LookAhead
@@ -64,6 +68,7 @@ class _Job:
     """By choice index."""
     deadline: float | None
     """Monotonic time at which it expires."""
+    times: Times
     keys: dict[int, int] = field(default_factory=dict)
     """Choice index by sequence key, of the choices still running."""
     ending: tuple[TerminalType, WicoreError | None] | None = None
@@ -117,9 +122,12 @@ class Worker:
         self._step_ended = 0.0
         self._awaits_blocks = False
         """Every sequence waits for blocks under way."""
-        self._steps = self._tokens = self._accepted = 0
+        self._steps = self._tokens = self._prompt_tokens = self._accepted = 0
+        self._sampled: list[int] = []
+        """Keys of the sequences to which the last step gave a token."""
         self._between = _Mean()
         """Seconds from a step's result to the start of one that follows at once."""
+        self._account = Account(model.context, owner, tracer_of(settings.telemetry, "wicore-worker"))
         prefix, leases = settings.redis.prefix, settings.queue
         self._consumer = LeaseConsumer(redis, owner, prefix, leases)
         self._intake = Intake(
@@ -213,11 +221,45 @@ class Worker:
             "device_memory": dict(info.memory),
             "steps": self._steps,
             "tokens": self._tokens,
+            "prompt_tokens": self._prompt_tokens,
+            "ended": dict(self._publisher.ended),
+            "sequences": self._sequences(),
             "between_ms": round(self._between.mean * 1e3, 3),
             "preemptions": self._scheduler.preemptions,
             "kv": self._cache.report(),
             "jobs": self._accepted,
+            "version": __version__,
+            **self._account.stats.report(
+                time.monotonic(),
+                running=len(self._held),
+                sequences=self._scheduler.running,
+                waiting=self._scheduler.waiting,
+                num_preemptions=self._scheduler.preemptions,
+            ),
         }
+
+    def _sequences(self) -> list[dict[str, object]]:
+        """What is told of each choice that the engine has, oldest first: of those that run, and of as many
+        that wait, as may when more urgent ones came."""
+        told: list[dict[str, object]] = []
+        for key, job in list(self._by_key.items())[: 2 * self._settings.scheduler.max_batch]:
+            # The engine thread may have ended it meanwhile.
+            if (index := job.keys.get(key)) is not None:
+                delivery, generation = job.delivery, job.generation
+                told.append(
+                    {
+                        "job": delivery.job_id,
+                        "index": index,
+                        "priority": delivery.level.name.lower(),
+                        "attempt": delivery.attempt,
+                        "prompt_tokens": len(generation.prompt.token_ids),
+                        "tokens": generation.generated(index),
+                        "max_tokens": generation.prompt.max_tokens,
+                        "waits": self._scheduler.waits(key),
+                        "started_ms": delivery.popped_ms,
+                    }
+                )
+        return told
 
     def step_lasts_s(self) -> float:
         """How long the engine has been in the step under way; 0 between steps. For any thread."""
@@ -259,7 +301,7 @@ class Worker:
         self._tell()
         self._scheduler.catch_up()
         if ended is not None:
-            self._cache.observe(*ended)
+            self._observe(*ended)
         if self._step is not None:
             self._empty_inbox(None, block=False)
             self._offer_room()
@@ -276,6 +318,10 @@ class Worker:
             if following:
                 self._between.add(started - self._step_ended)
             self._step = _Step(plan, self._engine.start(plan), started)
+            for sequence in plan.sequences:
+                job = self._by_key.get(sequence.key)
+                if job is not None and job.times.scheduled is None:
+                    job.times.scheduled = started
 
     def _end_step(self) -> tuple[StepPlan, float] | None:
         """Wait for the step under way, if any, and take its result over; the plan, and how long it took."""
@@ -287,15 +333,26 @@ class Worker:
         self._step = self._step_started = None
         self._step_ended = time.monotonic()
         self._steps += 1
-        for out in self._scheduler.apply(result):
+        tokens = self._scheduler.apply(result)
+        for out in tokens:
             self._take(out)
+        self._sampled = [out.key for out in tokens]
         return plan, self._step_ended - started
+
+    def _observe(self, plan: StepPlan, seconds: float) -> None:
+        """What a step tells of the cache and of how jobs are served."""
+        self._cache.observe(plan, seconds)
+        computed = sum(len(sequence.tokens) for sequence in plan.sequences)
+        self._account.stats.step(self._sampled, computed, self._step_ended)
 
     def _take(self, out: TokenOut) -> None:
         job = self._by_key.get(out.key)
         if job is None:
             return
         self._tokens += 1
+        if job.times.first_token is None:
+            job.times.first_token = self._step_ended
+            self._account.stats.started(job.times, len(job.generation.prompt.token_ids))
         self._trial.observe(job.delivery)
         self._untold[job] = None
         if job.generation.take(job.keys[out.key], out.token):
@@ -320,6 +377,8 @@ class Worker:
             return
         kind, error = job.ending
         event = job.generation.end(kind, error.body() if error else None)
+        outcome = event.get("finish_reason") or kind
+        self._account.ended(job.delivery, job.times, outcome, job.generation.usage())
         created_s = job.delivery.created_ms // 1000
         result = job.generation.result(self._model.name, created_s) if kind == "done" else None
         self._publisher.finish(job.delivery, event, result)
@@ -343,6 +402,7 @@ class Worker:
             self._abandon(earlier)
         self._jobs[job.delivery.tag] = job
         self._untold[job] = None
+        self._prompt_tokens += len(job.generation.prompt.token_ids)
         try:
             for index, request in job.requests:
                 self._scheduler.add(request)
@@ -359,6 +419,7 @@ class Worker:
 
     def _end_choice(self, job: _Job, key: int) -> None:
         self._scheduler.remove(key)
+        self._account.stats.gone(key)
         del job.keys[key], self._by_key[key]
         self._release(job, 1)
         if job.generation.finished:
@@ -366,18 +427,21 @@ class Worker:
 
     def _end(self, job: _Job, kind: TerminalType, error: WicoreError | None = None) -> None:
         job.ending = kind, error
+        job.times.last_token = self._step_ended
         self._untold[job] = None
         self._forget(job)
 
     def _abandon(self, job: _Job) -> None:
         """Forget a job that is another worker's now, and what was to be said of it."""
         self._untold.pop(job, None)
+        self._account.left(job.delivery, job.times, "lost")
         self._forget(job)
 
     def _forget(self, job: _Job) -> None:
         self._jobs.pop(job.delivery.tag, None)
         for key in job.keys:
             self._scheduler.remove(key)
+            self._account.stats.gone(key)
             del self._by_key[key]
         self._release(job, len(job.keys))
         job.keys.clear()
@@ -419,6 +483,8 @@ class Worker:
         self._tell()
         self._publisher.stop(_FLUSH_S)
         self._keeper.stop()
+        for job in self._jobs.values():
+            self._account.left(job.delivery, job.times, "handed_back" if healthy else "failed")
         # What never got to the engine is to be blamed for nothing.
         left = [delivery for tag, delivery in list(self._held.items()) if healthy or tag not in self._jobs]
         try:
@@ -430,6 +496,7 @@ class Worker:
             log.warning("stopped; the leases of %d jobs run out, for %s", len(self._held), err.message)
         self._heartbeat.stop()
         self._consumer.close()
+        self._account.close()
         if healthy:
             self._cache.flush(_FLUSH_S, self._wait)
             self._cache.close()
@@ -471,6 +538,7 @@ class Worker:
 
     def _let_go(self, delivery: Delivery) -> None:
         self._keeper.release(delivery)
+        self._account.let_go(delivery)
         if self._held.get(delivery.tag) is delivery:
             del self._held[delivery.tag]
         self._trial.end(delivery)
@@ -484,9 +552,11 @@ class Worker:
         self._held[delivery.tag] = delivery
         self._accepted += 1
         self._keeper.hold(delivery)
+        times = self._account.popped(delivery)
         try:
-            job = self._prepare(delivery)
+            job = self._prepare(delivery, times)
         except WicoreError as err:
+            self._account.ended(delivery, times, "failed", usage_of(0, 0))
             event = terminal_event(delivery.job_id, delivery.seq + 1, "failed", error=err.body())
             self._publisher.finish(delivery, event)
             return
@@ -494,7 +564,7 @@ class Worker:
         self._look_ahead.wake()
         self._inbox.put(lambda: self._begin(job))
 
-    def _prepare(self, delivery: Delivery) -> _Job:
+    def _prepare(self, delivery: Delivery, times: Times) -> _Job:
         body = delivery.body
         prompt = admit(body, self._model, self._settings)
         events = (
@@ -517,4 +587,4 @@ class Worker:
             for index, request in generation.requests(self._next_key)
         ]
         self._next_key += body.n
-        return _Job(delivery, generation, requests, deadline)
+        return _Job(delivery, generation, requests, deadline, times)

@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from wicore.access.keys import Limits
 from wicore.batches.record import Batch, Endpoint, Which, job_id
-from wicore.errors import InvalidRequest, WicoreError, error_from_body
+from wicore.errors import Forbidden, InvalidRequest, WicoreError, error_from_body
 from wicore.openai import chat_request, completion_request
 from wicore.openai.responses_api import Stored, own_words, response_of, response_request
 from wicore.queue.producer import JobRecord
@@ -134,6 +135,7 @@ class LineJob:
 
     custom_id: str
     body: JobBody
+    priority: Priority
     prompt: Prompt
     stored: Stored | None
     """Of a response; also of one that asked not to be stored, until it is answered."""
@@ -146,10 +148,10 @@ class LineJob:
         return {"custom_id": self.custom_id, "response": kept}
 
 
-def job_of(endpoint: Endpoint, line: Line, check: Callable[[JobBody], Prompt]) -> LineJob:
-    """The job that a line asks for; `check` raises for one that cannot run.
+def job_of(endpoint: Endpoint, line: Line, limits: Limits, check: Callable[[JobBody], Prompt]) -> LineJob:
+    """The job that a line asks for, of a client with these limits; `check` raises for one that cannot run.
 
-    Raises InvalidRequest naming the field, or what `check` raises.
+    Raises InvalidRequest or Forbidden naming the field, or what `check` raises.
     """
     stored = None
     if endpoint == "/v1/responses":
@@ -163,9 +165,19 @@ def job_of(endpoint: Endpoint, line: Line, check: Callable[[JobBody], Prompt]) -
         request = (chat_request if endpoint == "/v1/chat/completions" else completion_request)(line.body)
         _refuse_set("stream", request.stream)
         body, prompt = request.body, check(request.body)
-    if body.priority not in (None, Priority.BATCH, Priority.BACKGROUND):
+    return LineJob(line.custom_id, body, _priority(body.priority, limits), prompt, stored)
+
+
+def _priority(wanted: Priority | None, limits: Limits) -> Priority:
+    """Never above batch, nor above what the client may use."""
+    if wanted not in (None, Priority.BATCH, Priority.BACKGROUND):
         raise InvalidRequest("priority: of a batch's request must be batch or background", param="priority")
-    return LineJob(line.custom_id, body, prompt, stored)
+    if wanted is not None and wanted < limits.level:
+        raise Forbidden(
+            f"priority: {wanted.name.lower()} is above this key's highest, {limits.priority}",
+            param="priority",
+        )
+    return max(Priority.BATCH, limits.level) if wanted is None else wanted
 
 
 def _refuse_set(name: str, value: Any) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+from wicore.access.keys import Limits
 from wicore.openai.responses_api import response_usage
 from wicore.request import usage_of
 
@@ -44,6 +45,8 @@ class Batch:
     input_file_id: str
     model: str
     metadata: dict[str, str]
+    limits: Limits
+    """Its client's when it was made."""
     lifetime_s: int
     """Of its output files."""
     created_ms: int
@@ -129,6 +132,7 @@ def batch_of(batch_id: str, fields: Mapping[bytes, bytes]) -> Batch:
         input_file_id=texts["input_file_id"],
         model=texts["model"],
         metadata=json.loads(texts["metadata"]),
+        limits=Limits.model_validate_json(texts["limits"]),
         lifetime_s=number("lifetime_s"),
         created_ms=number("created_ms"),
         deadline_ms=number("deadline_ms"),

@@ -16,6 +16,7 @@ from typing import Any, cast
 import redis
 from redis.client import Pipeline
 
+from wicore.access.rates import Rate, Rates, tokens_taken
 from wicore.admission import admit
 from wicore.batches.lines import (
     Answer,
@@ -32,14 +33,13 @@ from wicore.batches.lines import (
 from wicore.batches.record import Batch, job_id
 from wicore.batches.store import Batches
 from wicore.config import Settings
-from wicore.errors import QueueFull, Unavailable, UnknownFile, WicoreError
+from wicore.errors import QueueFull, RateLimited, Unavailable, UnknownFile, WicoreError
 from wicore.files import Files
 from wicore.model import Model
 from wicore.queue.connection import unavailable_on_failure
 from wicore.queue.producer import Producer, record_of
 from wicore.queue.schema import Keys
 from wicore.queue.scripts import Scripts
-from wicore.request import Priority
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class Runner:
         self._files = Files(client, prefix)
         self.batches = Batches(client, self._files, prefix)
         self._look_at: dict[tuple[str, str], float] = {}
+        self._rest_until: dict[str, float] = {}
 
     def advance(self, batch_id: str) -> bool:
         """Do a portion of what there is to do for an open batch; whether more can be done at once."""
@@ -154,39 +155,54 @@ class Runner:
 
     def _submit(self, batch: Batch) -> bool:
         """Make lines jobs while there is room for them; whether any was taken."""
-        room = min(PORTION, IN_FLIGHT - self._client.hlen(self._keys.batch_part(batch.id, "open")))
+        if time.monotonic() < self._rest_until.get(batch.client, 0.0):
+            return False
+        most = IN_FLIGHT if batch.limits.parallel is None else min(IN_FLIGHT, _half(batch.limits.parallel))
+        room = min(PORTION, most - self._client.hlen(self._keys.batch_part(batch.id, "open")))
         taken = False
         for number, content in self._waiting(batch, room):
             try:
                 known = self._submit_line(batch, number, content)
-            except QueueFull:
+            except (QueueFull, RateLimited):
                 break
             taken = self._tell(batch, number, known) or taken
+            if batch.client in self._rest_until:
+                break
         return taken
 
     def _submit_line(self, batch: Batch, number: int, content: bytes) -> LineJob | Answer:
-        """The job that the line is now, or why it is none. Raises QueueFull or Unavailable."""
+        """The job that the line is now, or why it is none. Raises QueueFull, RateLimited or Unavailable."""
         line, model = parse_line(content), self._model()
         try:
-            job = job_of(batch.endpoint, line, lambda body: admit(body, model, self._settings))
+            job = job_of(batch.endpoint, line, batch.limits, lambda body: admit(body, model, self._settings))
             left_s = max(0.001, (batch.deadline_ms - self._files.now_ms()) / 1000)
-            self._producer.submit(
+            submission = self._producer.submit(
                 job.body.model_copy(update={"timeout_s": min(left_s, job.body.timeout_s or left_s)}),
-                job.body.priority or Priority.BATCH,
+                job.priority,
                 job_id=job_id(batch.id, number),
                 client=batch.client,
                 prompt_tokens=len(job.prompt.token_ids),
                 max_tokens=job.prompt.max_tokens,
+                limits=batch.limits,
+                reserve=tokens_taken(job.body, job.prompt),
                 fields={"batch": batch.id, **job.fields()},
             )
-        except (QueueFull, Unavailable, redis.RedisError):
+        except (QueueFull, RateLimited, Unavailable, redis.RedisError):
             raise
         except WicoreError as err:
             return refused(batch.id, number, line.custom_id, err)
         except Exception:
             log.exception("line %d of %s", number, batch.id)
             return refused(batch.id, number, line.custom_id, WicoreError("Internal error"))
+        self._rest(batch.client, submission.rates)
         return job
+
+    def _rest(self, client: str, rates: Rates) -> None:
+        """Leave half of what the client's limits hold to its other calls."""
+        wait_ms = max((_until_half_ms(rate) for rate in rates), default=0.0)
+        self._rest_until.pop(client, None)
+        if wait_ms > 0:
+            self._rest_until[client] = time.monotonic() + wait_ms / 1000
 
     def _skip(self, batch: Batch, why: Why) -> bool:
         """Answer lines that will not become jobs any more; whether there were any."""
@@ -253,6 +269,16 @@ class Runner:
             text = answer.text.encode("utf-8", "replace")
             args += [answer.which, text, answer.outcome, answer.input_tokens, answer.output_tokens]
         return bool(self._scripts.call("batch_line", *args))
+
+
+def _half(limit: int) -> int:
+    return max(1, limit // 2)
+
+
+def _until_half_ms(rate: Rate) -> float:
+    """Buckets fill evenly."""
+    missing = rate.limit - rate.remaining
+    return rate.reset_ms * (1 - rate.limit / 2 / missing) if missing else 0.0
 
 
 def _custom_id(fields: dict[bytes, bytes]) -> str:

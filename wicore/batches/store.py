@@ -11,6 +11,7 @@ from typing import Any, cast
 import redis
 from redis.client import Pipeline
 
+from wicore.access.keys import Limits
 from wicore.batches.record import ENDED, WINDOW_S, Batch, Endpoint, Output, Status, batch_of, new_batch_id
 from wicore.errors import Conflict, UnknownBatch
 from wicore.files import FileRecord, Files, new_file_id
@@ -39,6 +40,7 @@ class Batches:
         input_file: FileRecord,
         model: str,
         metadata: Mapping[str, str],
+        limits: Limits,
         lifetime_s: int,
     ) -> Batch:
         """Accept a batch of the requests in a file; a runner then looks at them."""
@@ -52,6 +54,7 @@ class Batches:
                 "input_file_id": input_file.id,
                 "model": model,
                 "metadata": json.dumps(dict(metadata), ensure_ascii=False),
+                "limits": limits.model_dump_json(include=set(Limits.model_fields), exclude_none=True),
                 "lifetime_s": lifetime_s,
                 "created_ms": now_ms,
                 "deadline_ms": now_ms + WINDOW_S * 1000,

@@ -25,18 +25,23 @@ With prefix `wicore` ({q} is a level's list, {level} 0, 3, 6 or 9, {id} a job, {
     wicore:idem:{sha256}          string  an idempotency key: `body digest, id`                24 h
     wicore:jobs                   zset    all ids by `created_ms`: the listing                 retention
     wicore:jobs:{status}          zset    ids by `created_ms`: the listing by status           retention
-    wicore:finished               zset    ids by `finished_ms`: whom the sweep forgets         retention
+    wicore:jobs:all:{client},     zset    the same of one client that has a name; what is      retention
+      wicore:jobs:{status}:{client}         queued or running counts against its limit
+    wicore:finished               zset    `id` or `id client` by `finished_ms`: for the sweep  retention
     wicore:deadlines              zset    waiting ids by when they expire                      while waiting
     wicore:pace                   hash    decayed sums over ended jobs: jobs, ms, tokens,      for ever
                                           output (line.lua)
     wicore:workers                hash    worker -> heartbeat JSON (registry.py; abandon)      see there
     wicore:capacity               string  slots of all live workers                            1 s
+    wicore:counts                 hash    jobs so far: accepted, leased, handed_back,          for ever
+                                          redelivered, and {status} they ended with
     wicore:webhooks               zset    ids whose webhook is owed, by when it is due, ms     until it ends
     wicore:steady                 string  since when the tasks' sweep has run without a gap    15 s
     wicore-tasks and its levels   list    Celery messages for workers/tasks.py; LPUSH in       until done
                                           (terminate, any client); taken by stock Kombu,
                                           with its own wicore-tasks:unacked and the like
-    wicore:bucket:{key}           hash    token bucket (the API)                               see there
+    wicore:keys                   hash    digest -> API key as JSON (wicore/access/store.py)   for ever
+    wicore:bucket:{client}        hash    its rate limits: requests, tokens (limits.lua)       until full
     celery-task-meta-{id}         string  the result in Celery's JSON                          retention
     wicore:file:{file}            hash    a file: client, filename, purpose, bytes, pieces,    its own expiry
                                           created_ms, expires_ms (files.py)
@@ -66,6 +71,7 @@ Fields of a record: `status`; `level` (0, 3, 6, 9); `client` (who takes turns wi
 leased); `leases`; `worker`; `attempts`; `seq` (last in the log); `created_ms`, `deadline_ms`, `start_by_ms`,
 `leased_ms`, `started_ms`, `first_token_ms`, `finished_ms`; `unread` (nobody has read the body yet); `kind`,
 `model`, `metadata`, `prompt_tokens`, `tokens` (expected in all), `charged` (to its client's turn);
+`reserved`, `reserved_rate` (tokens taken from its client's bucket until the end, and the rate then);
 `position`, `wait_ms` (told at acceptance); `cancel` (wished); `finish_reason`, `usage`, `result`, `error`
 (JSON); `finished_by` (fence of who ended it); `retry_of` (id of the dead letter);
 `webhook_url`, `webhook_status` (pending, delivered, failed), `webhook_attempts`, `webhook_error`;
@@ -157,15 +163,26 @@ class Keys:
         return f"{self.prefix}:capacity"
 
     @property
+    def counts(self) -> str:
+        return f"{self.prefix}:counts"
+
+    @property
     def jobs(self) -> str:
         return f"{self.prefix}:jobs"
 
     def jobs_by_status(self, status: str) -> str:
         return f"{self.prefix}:jobs:{status}"
 
+    def jobs_of(self, client: str, status: str | None = None) -> str:
+        return f"{self.prefix}:jobs:{status or 'all'}:{client}"
+
     @property
     def finished(self) -> str:
         return f"{self.prefix}:finished"
+
+    @property
+    def keys(self) -> str:
+        return f"{self.prefix}:keys"
 
     @property
     def workers(self) -> str:
@@ -251,8 +268,8 @@ class Keys:
     def batches_open(self) -> str:
         return f"{self.prefix}:batches:open"
 
-    def bucket(self, key: str) -> str:
-        return f"{self.prefix}:bucket:{key}"
+    def bucket(self, client: str) -> str:
+        return f"{self.prefix}:bucket:{client}"
 
     @staticmethod
     def celery_result(job_id: str) -> str:
