@@ -7,6 +7,7 @@ from flask import Flask
 from api import (
     access_log,
     batches,
+    browsers,
     callers,
     dead,
     files,
@@ -51,6 +52,7 @@ def create_app(settings: Settings, services: Services | None = None) -> Flask:
     http.install(app)
     callers.install(app)
     rates.install(app)
+    browsers.install(app, settings.api)
     for door in DOORS:
         app.register_blueprint(door)
     sockets.install(app)

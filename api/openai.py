@@ -42,12 +42,13 @@ def _respond(asked: OpenAIRequest) -> Response:
     services = current()
     if asked.stream:
         # Before the jobs are accepted: a refused stream must leave none behind.
-        with services.slots.taken_for_response():
+        with services.slots.taken_for_response(caller().client):
             answer = _accept(services, asked, Priority.INTERACTIVE)
             response = streams.event_stream(services, answer.pieces(), answer.abandon)
     else:
-        answer = _accept(services, asked, Priority.NORMAL)
-        response = http.reply(answer.whole())
+        with services.slots.taken(caller().client):
+            answer = _accept(services, asked, Priority.NORMAL)
+            response = http.reply(answer.whole())
     response.headers["X-Job-Id"] = ", ".join(answer.job_ids)
     return response
 

@@ -13,7 +13,7 @@ from redis import Redis
 
 from api import rates, spans
 from api.keyring import Caller, KeyRing
-from api.slots import Slots
+from api.slots import Budget, Slots
 from wicore.access.keys import Limits
 from wicore.access.rates import RateLimiter, tokens_taken
 from wicore.access.store import KeyStore
@@ -33,6 +33,7 @@ from wicore.stream.relay import Relay
 from wicore.telemetry.tracing import Tracer, tracer_of
 
 EXTENSION = "wicore"
+ARRIVING_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,9 @@ class Services:
     files: Files
     batches: Batches
     slots: Slots
-    """Open websockets and event streams, bounded by `api.max_sockets`."""
+    """Open websockets, event streams and calls that wait, bounded by `api.max_sockets`."""
+    arriving: Budget
+    """What clients have sent a part of."""
     tracer: Tracer | None = None
 
     def accept(
@@ -191,7 +194,8 @@ def build(settings: Settings) -> Services:
         limiter=RateLimiter(client, prefix),
         files=files,
         batches=Batches(client, files, prefix),
-        slots=Slots(settings.api.max_sockets),
+        slots=Slots(settings.api.max_sockets, settings.api.max_client_sockets),
+        arriving=Budget(max(ARRIVING_BYTES, 2 * settings.api.max_body_bytes)),
         tracer=tracer_of(settings.telemetry, "wicore-api"),
     )
 

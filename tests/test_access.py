@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import pytest
+import simple_websocket
 from flask.testing import FlaskClient
 
 from api import keyring
@@ -15,7 +18,8 @@ from api.app import create_app
 from api.keyring import KeyRing
 from api.services import Services, build
 from tests.fixtures.service import HANDSHAKE
-from tests.services import settings_for
+from tests.services import settings_for, start_api, stop
+from tests.waiting import free_port
 from wicore.access.keys import Limits, client_id, digest_of
 from wicore.access.store import KeyStore, require_keys
 from wicore.config import Settings
@@ -351,3 +355,56 @@ def test_an_address_that_others_reach_serves_nobody_without_a_key(
     assert new_client(
         settings_for(valkey_url, api__host="0.0.0.0", api__allow_anonymous=True)
     ).get("/v1/jobs").status_code == 200  # fmt: skip
+
+
+# --- sockets of a running service -----------------------------------------------------------------
+
+
+@pytest.fixture
+def served(valkey_url: str) -> Iterator[Settings]:
+    """A process that serves, under a prefix of its own."""
+    settings = settings_for(
+        valkey_url,
+        engine__kind="null",
+        redis__prefix="keyed",
+        api__port=free_port(),
+        api__max_client_sockets=2,
+    )
+    process = start_api(settings)
+    yield settings
+    stop(process)
+
+
+def open_socket(settings: Settings, path: str, key: str) -> simple_websocket.Client:
+    """As a browser does it, which can send no header."""
+    url = f"ws://127.0.0.1:{settings.api.port}{path}"
+    return simple_websocket.Client(url, subprotocols=["wicore", f"wicore-key.{key}"])
+
+
+def test_sockets_are_let_in_by_subprotocol_and_closed_when_the_key_is_revoked(
+    redis_client: Any, served: Settings
+) -> None:
+    store = KeyStore(redis_client, "keyed")
+    keys = Keys(store)
+    with httpx.Client(base_url=f"http://127.0.0.1:{served.api.port}", timeout=20) as http:
+        job = http.post("/v1/jobs", json=TELL, headers=bearer(keys.anna)).json()["id"]
+
+        def refused(path: str, key: str) -> int:
+            offer = {"Sec-WebSocket-Protocol": f"wicore, wicore-key.{key}"}
+            return http.get(path, headers=HANDSHAKE | offer).status_code
+
+        assert refused(f"/v1/jobs/{job}/stream", keys.ben) == 404
+        assert refused("/v1/stream", "nobodys") == 401
+        annas = [open_socket(served, path, keys.anna) for path in (f"/v1/jobs/{job}/stream", "/v1/stream")]
+        assert refused("/v1/stream", keys.anna) == 429  # api.max_client_sockets are open
+    bens = open_socket(served, "/v1/stream", keys.ben)
+    assert {ws.subprotocol for ws in (*annas, bens)} == {"wicore"}
+    bens.send(json.dumps({"type": "resume", "job": job}))
+    assert json.loads(bens.receive(20))["error"]["code"] == "unknown_job"
+    store.revoke("anna")
+    for ws in annas:
+        with pytest.raises(simple_websocket.ConnectionClosed) as closed:
+            ws.receive(20)
+        assert closed.value.reason == 1008
+    assert bens.connected
+    bens.close()

@@ -1,8 +1,8 @@
 """How Gemma 3 is told of functions, how it calls them, and how it is told what they gave. Pure.
 
 Gemma 3 has no tokens for tools: all is text, in the forms that Google documents: declarations and calls in
-the JSON form of ai.google.dev/gemma/docs/capabilities/function-calling, results in `tool_output` blocks, as its
-examples have them. What the documents leave open is said here: several calls are a list.
+the JSON form of ai.google.dev/gemma/docs/capabilities/function-calling, results in `tool_output` blocks, as
+its examples have them. What the documents leave open is said here: several calls are a list.
 
 A grammar holds the answer to these forms, with the white space of Python's `json.dumps`, so that reading
 it back is exact: an answer that begins with "{" or "[" is a call, and no text begins so.
