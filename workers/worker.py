@@ -576,14 +576,13 @@ class Worker:
         self._look_ahead.wake()
         self._inbox.put(lambda: self._begin(job))
 
-from wicore.request import JobBody, Priority, TerminalType, terminal_event, usage_of
-from wicore.sampling import Constraint
-from wicore.scheduler import Limits, Scheduler, SequenceRequest, TokenOut
-from wicore.stream.publisher import Publisher
-from wicore.stream.relay import read_log
-from wicore.telemetry.serving import Times
-from wicore.telemetry.tracing import tracer_of
-from wicore.text.prompt import Prompt
+    def _constrain(self, body: JobBody, prompt: Prompt) -> Callable[[], Constraint] | None:
+        """Makes what each output of the job is held to; compiles here, not on the engine's thread."""
+        if (grammar := grammar_of(body)) is None:
+            return None
+        return partial(self._grammars.constraint, grammar, prompt.stop_ids)
+
+    def _prepare(self, delivery: Delivery, times: Times) -> _Job:
         body = delivery.body
         prompt = admit(body, self._model, self._settings)
         events = (
@@ -606,11 +605,5 @@ from wicore.text.prompt import Prompt
             (index, replace(request, chain=self._cache.manager.chain([*request.prompt, *request.generated])))
             for index, request in generation.requests(self._next_key)
         ]
-from wicore.request import JobBody, Priority, TerminalType, terminal_event, usage_of
-from wicore.sampling import Constraint
-from wicore.scheduler import Limits, Scheduler, SequenceRequest, TokenOut
-from wicore.stream.publisher import Publisher
-from wicore.stream.relay import read_log
-from wicore.telemetry.serving import Times
-from wicore.telemetry.tracing import tracer_of
-from wicore.text.prompt import Prompt
+        self._next_key += body.sequences
+        return _Job(delivery, generation, requests, deadline, times)
