@@ -243,12 +243,16 @@ class Runner:
         if now < self._look_at.get(known, 0.0):
             return
         self._look_at[known] = now + _LOOK_S
-        for number, custom_id in self._open(batch):
-            job = job_id(batch.id, number)
-            if not self._client.exists(self._keys.job(job)):
+        lines = self._open(batch)
+        with self._client.pipeline(transaction=False) as pipe:
+            for number, _ in lines:
+                pipe.exists(self._keys.job(job_id(batch.id, number)))
+            there = pipe.execute()
+        for (number, custom_id), is_there in zip(lines, there, strict=True):
+            if not is_there:
                 self._tell(batch, number, called_off(batch.id, number, custom_id, "request_lost"))
             elif batch.status == "cancelling":
-                self._producer.cancel(job)
+                self._producer.cancel(job_id(batch.id, number))
 
     def _open(self, batch: Batch) -> list[tuple[int, str]]:
         """(number, custom_id) of the lines that are jobs."""
