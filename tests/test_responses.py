@@ -214,10 +214,10 @@ def test_a_job_that_fails_gives_its_error(ai: openai.OpenAI, monkeypatch: pytest
 # --- follow up ------------------------------------------------------------------------------------
 
 
-def test_a_follow_up_has_the_whole_conversation(ai: openai.OpenAI, worker: Any, site: Site) -> None:
-    first = ai.responses.create(input="One", instructions="First.", **SHORT)
-    second = ai.responses.create(input="Two", previous_response_id=first.id, **SHORT)
-    worker.stop()
+def test_a_follow_up_has_the_whole_conversation(ai: openai.OpenAI, settings: Settings, site: Site) -> None:
+    with running_worker(settings):
+        first = ai.responses.create(input="One", instructions="First.", **SHORT)
+        second = ai.responses.create(input="Two", previous_response_id=first.id, **SHORT)
     third = ai.responses.create(
         input=[{"role": "user", "content": "Three"}],
         previous_response_id=second.id,
@@ -248,12 +248,11 @@ def test_an_open_response_cannot_be_followed_up(ai: openai.OpenAI) -> None:
         ai.responses.create(input="Two", previous_response_id=first.id)
 
 
-def test_truncation_makes_a_long_conversation_fit(ai: openai.OpenAI, worker: Any, site: Site) -> None:
+def test_truncation_makes_a_long_conversation_fit(ai: openai.OpenAI, site: Site) -> None:
     words = [{"role": role, "content": "so " * 40} for role in ("user", "assistant") * 5]
     talk: Any = [*words, {"role": "user", "content": "Well?"}]
     with pytest.raises(openai.APIStatusError):
         ai.responses.create(input=talk, **SHORT)
-    worker.stop()
     made = ai.responses.create(input=talk, truncation="auto", background=True, **SHORT)
     chat = asked(site, made)
     assert 1 < len(chat) < len(talk)
