@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 import redis
 from flask import request
@@ -124,6 +125,52 @@ def test_logprobs_come_when_they_are_asked_for(ai: openai.OpenAI, worker: Any) -
     assert all(entry.top_logprobs for entry in part.logprobs)
     kept = ai.responses.retrieve(made.id, include=["message.output_text.logprobs"])
     assert kept.output == made.output
+
+
+TOOL: Any = {
+    "type": "function",
+    "name": "weather",
+    "parameters": {"type": "object", "properties": {"in": {"enum": ["Rome", "Oslo"]}}, "required": ["in"]},
+}
+
+
+@pytest.fixture
+def real(redis_client: redis.Redis, valkey_url: str) -> Iterator[openai.OpenAI]:
+    """A service whose worker computes."""
+    settings = settings_for(valkey_url)
+    with running_worker(settings), serving(settings) as url, official(url) as client:
+        yield client
+
+
+class Choice(pydantic.BaseModel):
+    place: Literal["Rome", "Oslo"]
+
+
+def test_an_answer_keeps_to_its_format(real: openai.OpenAI) -> None:
+    parsed = real.responses.parse(model="tiny", input="Where?", text_format=Choice, temperature=0)
+    assert parsed.output_parsed is not None
+    assert parsed.output_parsed.place in ("Rome", "Oslo")
+    assert parsed.text is not None
+    assert parsed.text.format is not None
+    assert parsed.text.format.type == "json_schema"
+
+
+def test_calls_are_made_streamed_and_answered(real: openai.OpenAI) -> None:
+    asked: Any = {"model": "tiny", "tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False}
+    first = real.responses.create(input="How is the weather?", temperature=0, **asked)
+    (call,) = first.output
+    assert call.type == "function_call"
+    assert json.loads(call.arguments)["in"] in ("Rome", "Oslo")
+    assert (first.status, first.tools[0].type) == ("completed", "function")
+    *_, last = real.responses.create(input="How is the weather?", temperature=0, stream=True, **asked)
+    assert last.type == "response.completed"
+    assert last.response.output[0].arguments == call.arguments  # type: ignore[union-attr]
+    told: Any = [{"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}]
+    second = real.responses.create(
+        model="tiny", input=told, previous_response_id=first.id, tools=[TOOL], max_output_tokens=5
+    )
+    kinds = [item.type for item in real.responses.input_items.list(second.id, order="asc")]
+    assert kinds == ["message", "function_call", "function_call_output"]
 
 
 def test_a_response_that_is_not_stored_is_not_there_afterwards(ai: openai.OpenAI, worker: Any) -> None:
