@@ -6,6 +6,7 @@ from flask import Flask
 
 from api import (
     access_log,
+    batches,
     browsers,
     callers,
     dead,
@@ -28,6 +29,7 @@ DOORS = (
     openai.door,
     responses.door,
     files.door,
+    batches.door,
     jobs.door,
     dead.door,
     service.door,

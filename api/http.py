@@ -120,6 +120,8 @@ def as_wicore_error(err: BaseException, request_id: str) -> WicoreError:
 
 def error_reply(err: WicoreError) -> Response:
     response = reply({"error": err.body()}, err.status)
+    # OpenAI's clients go by it; by the status they would send a cancelled job again.
+    response.headers["x-should-retry"] = "true" if err.retryable else "false"
     if err.status in (429, 503):
         response.headers["Retry-After"] = str(max(1, math.ceil(err.retry_after or 1)))
     if err.status == 401:

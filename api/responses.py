@@ -104,7 +104,8 @@ def _find(services: Services, name: str) -> tuple[JobRecord, Stored]:
         record = services.record(name.removeprefix(PREFIX), caller()) if name.startswith(PREFIX) else None
     except UnknownJob:
         record = None
-    if record is None or record.response is None:
+    # A batch's request keeps it, whether or not it asked for it, until it is answered.
+    if record is None or record.response is None or not record.response["echo"]["store"]:
         raise _unknown(name)
     return record, Stored.from_json(record.response)
 

@@ -89,10 +89,14 @@ def make(client: FlaskClient, key: str, door: str) -> str:
     if "/v1/responses" in door:
         body = {"input": "Once", "background": True}
         answer = client.post("/v1/responses", json=body, headers=bearer(key))
-    elif "/v1/files" in door:
+    elif "/v1/files" in door or "/v1/batches" in door:
         form = {"purpose": "batch", "file": (io.BytesIO(b"{}"), "lines.jsonl")}
         answer = client.post("/v1/files", data=form, headers=bearer(key))
-    else:
+    if "/v1/batches" in door:
+        sent, endpoint = answer.json["id"], "/v1/chat/completions"
+        body = {"input_file_id": sent, "endpoint": endpoint, "completion_window": "24h"}
+        answer = client.post("/v1/batches", json=body, headers=bearer(key))
+    if "/v1/jobs" in door:
         answer = client.post("/v1/jobs", json=TELL, headers=bearer(key))
     return f"{door.split('/<')[0].split()[1]}/{answer.json['id']}"
 
@@ -122,6 +126,10 @@ DOORS = {
     "GET /v1/files/<file_id>": OWNER,
     "GET /v1/files/<file_id>/content": OWNER,
     "DELETE /v1/files/<file_id>": OWNER,
+    "POST /v1/batches": ANY_KEY,
+    "GET /v1/batches": ANY_KEY,
+    "GET /v1/batches/<batch_id>": OWNER,
+    "POST /v1/batches/<batch_id>/cancel": OWNER,
     "POST /v1/responses": ANY_KEY,
     "GET /v1/responses/<name>": OWNER,
     "DELETE /v1/responses/<name>": OWNER,
