@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flask import Flask
 
-from api import access, dead, http, jobs, metrics, openai, service, sockets, status
+from api import access, dead, docs, http, jobs, metrics, openai, openapi, service, sockets, status
 from api.services import EXTENSION, LazyServices, Services
 from wicore.config import Settings
 
@@ -20,7 +20,16 @@ def create_app(settings: Settings, services: Services | None = None) -> Flask:
     app.extensions[EXTENSION] = LazyServices(settings, services)
     access.install(app, log_bodies=settings.telemetry.log_prompts)
     http.install(app)
-    for door in (openai.door, jobs.door, dead.door, service.door, status.door, metrics.door):
+    for door in (
+        openai.door,
+        jobs.door,
+        dead.door,
+        service.door,
+        status.door,
+        metrics.door,
+        openapi.door,
+        docs.door,
+    ):
         app.register_blueprint(door)
     sockets.install(app)
     return app

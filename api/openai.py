@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from flask import Blueprint, Response, request
+from pydantic import BaseModel
 
-from api import http, streams
+from api import answers, http, openapi, streams
 from api.callers import caller
+from api.openapi import Schema, View
 from api.services import Services, current
 from wicore.admission import check_model
-from wicore.errors import Cancelled, Expired
+from wicore.errors import Cancelled, Conflict, Expired, QueueFull, UnknownModel, WorkerLost
 from wicore.openai import ChunkWriter, OpenAIRequest, chat_request, completion_request
-from wicore.request import TERMINAL_TYPES, Event, Priority
+from wicore.openai.published import chat_schema, completion_schema
+from wicore.request import TERMINAL_TYPES, Event, JobBody, Priority
 
 EXPIRY_GRACE_S = 5.0
 """How much longer than the job's own deadline a caller waits before giving the job up."""
@@ -22,12 +25,29 @@ EXPIRY_GRACE_S = 5.0
 door = Blueprint("openai", __name__, url_prefix="/v1")
 
 
+def _described(
+    name: str, answer: type[BaseModel], make: Callable[[Schema], Schema]
+) -> Callable[[View], View]:
+    return openapi.describe(
+        f"OpenAI's {name}",
+        tag="openai",
+        body=openapi.Derived(answer.__name__ + "Request", JobBody, make),
+        answers=answer,
+        stream=openapi.EVENTS,
+        parameters=(openapi.IDEMPOTENCY_KEY,),
+        errors=(UnknownModel, Conflict, Cancelled, QueueFull, WorkerLost, Expired),
+        headers={"X-Job-Id": "The job that answers it."},
+    )
+
+
 @door.post("/chat/completions")
+@_described("chat completions", answers.ChatCompletion, chat_schema)
 def chat_completions() -> Response:
     return _answer(chat_request(http.read_json()))
 
 
 @door.post("/completions")
+@_described("completions", answers.TextCompletion, completion_schema)
 def completions() -> Response:
     return _answer(completion_request(http.read_json()))
 
@@ -130,11 +150,13 @@ class _Call:
 
 
 @door.get("/models")
+@openapi.describe("The model that is served, as OpenAI lists models", tag="openai", answers=answers.Models)
 def models() -> Response:
     return http.reply({"object": "list", "data": [_model(current())]})
 
 
 @door.get("/models/<path:name>")
+@openapi.describe("A model", tag="openai", answers=answers.Model, errors=(UnknownModel,))
 def model(name: str) -> Response:
     services = current()
     check_model(name, services.model)

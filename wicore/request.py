@@ -7,7 +7,6 @@ OpenAI's API reference; `top_k`, `min_p` and `repetition_penalty` follow Hugging
 
 from __future__ import annotations
 
-import math
 import re
 import uuid
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic.config import JsonDict
 
 from wicore.errors import InvalidRequest
 
@@ -61,12 +61,6 @@ def new_job_id() -> str:
 # --- fields -------------------------------------------------------------------------------------
 
 
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError("must be a finite number")
-    return value
-
-
 def _as_list(value: Any) -> Any:
     if value is None:
         return []
@@ -80,6 +74,17 @@ def _priority_name(value: Any) -> Any:
     if isinstance(value, Priority):
         return value
     raise ValueError(f"must be one of {', '.join(names)}")
+
+
+DIGITS = "^[0-9]{1,10}$"
+
+
+def _token_id(value: Any) -> Any:
+    if isinstance(value, str):
+        if not re.fullmatch(DIGITS, value, re.ASCII):
+            raise ValueError("must be a token id, in digits")
+        return int(value)
+    return value
 
 
 def _encodable(value: str) -> str:
@@ -109,16 +114,22 @@ _HTTP_URL = TypeAdapter(AnyHttpUrl)
 
 Text = Annotated[str, AfterValidator(_encodable)]
 WebhookURL = Annotated[Text, AfterValidator(_webhook_url)]
-Number = Annotated[float, AfterValidator(_finite)]
-Stop = Annotated[
-    list[Annotated[Text, Field(min_length=1, max_length=256)]],
-    BeforeValidator(_as_list),
-    Field(max_length=16),
+Number = Annotated[float, Field(allow_inf_nan=False)]
+_StopText = Annotated[Text, Field(min_length=1, max_length=256)]
+_StopTexts = Annotated[list[_StopText], Field(max_length=16)]
+Stop = Annotated[_StopTexts, BeforeValidator(_as_list, json_schema_input_type=_StopTexts | _StopText | None)]
+PriorityName = Annotated[
+    Priority,
+    BeforeValidator(
+        _priority_name, json_schema_input_type=Literal["interactive", "normal", "batch", "background"]
+    ),
 ]
+TokenId = Annotated[int, BeforeValidator(_token_id), Field(ge=0)]
+"""As the name of a field, where JSON has only text."""
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 class SamplingParams(_Strict):
@@ -132,17 +143,18 @@ class SamplingParams(_Strict):
     """0 is off."""
     min_p: Annotated[Number, Field(ge=0, le=1)] = 0.0
     """Drop tokens less likely than this share of the likeliest; 0 is off."""
-    repetition_penalty: Annotated[Number, Field(gt=0, le=10)] = 1.0
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=10)] = 1.0
     """Divides (multiplies, if negative) the logit of every token in prompt or output; 1 is off."""
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] = 0.0
-    logit_bias: dict[Annotated[int, Field(ge=0, strict=False)], Annotated[Number, Field(ge=-100, le=100)]] = (
-        Field(default_factory=dict, max_length=1024)
+    logit_bias: dict[TokenId, Annotated[Number, Field(ge=-100, le=100)]] = Field(
+        default_factory=dict, max_length=1024, json_schema_extra={"propertyNames": {"pattern": DIGITS}}
     )
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
-    """None: the worker derives one from the job id, so that a resumed job continues alike."""
+    """The same seed and request give the same text; null: each job has its own."""
+    # Derived from the job id, so that a resumed job continues alike.
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
-    """How many alternatives to report with each token; 0 reports the token alone; None nothing."""
+    """How many alternatives to report with each token; 0 reports the token alone; null nothing."""
 
 
 class ContentPart(_Strict):
@@ -162,8 +174,35 @@ class Message(_Strict):
         return "".join(part.text for part in self.content)
 
 
+_ONE_PROMPT: JsonDict = {
+    "oneOf": [
+        {
+            "title": "chat",
+            "properties": {
+                "kind": {"const": "chat"},
+                "messages": {"type": "array", "minItems": 1},
+                "prompt": {"type": "null"},
+            },
+            "required": ["messages"],
+        },
+        {
+            "title": "completion",
+            "properties": {
+                "kind": {"const": "completion"},
+                "prompt": {"type": ["string", "array"], "minLength": 1},
+                "messages": {"type": "null"},
+            },
+            "required": ["kind", "prompt"],
+        },
+    ]
+}
+"""What `JobBody._one_prompt` checks, as JSON Schema says it."""
+
+
 class JobBody(SamplingParams):
     """The body of `POST /v1/jobs`: one request, flat, as OpenAI names the fields."""
+
+    model_config = ConfigDict(json_schema_extra=_ONE_PROMPT)
 
     kind: JobKind = "chat"
     model: Annotated[Text | None, Field(max_length=256)] = None
@@ -171,19 +210,20 @@ class JobBody(SamplingParams):
     prompt: (
         Text | Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True, min_length=1)] | None
     ) = None
-    """Text or token ids. Lists that may be long fail at the first fault: 20 MB of faults, each with its
-    report, would take half a minute and gigabytes."""
+    """Text or token ids."""
+    # Lists that may be long fail at the first fault: 20 MB of faults, each with its report, would take half a
+    # minute and gigabytes.
     max_tokens: Annotated[int | None, Field(ge=1)] = None
-    """None: 16 for completions (OpenAI's default), the rest of the context for chat."""
+    """Null: 16 for completions (OpenAI's default), the rest of the context for chat."""
     n: Annotated[int, Field(ge=1, le=16)] = 1
     stop: Stop = Field(default_factory=list)
     ignore_eos: bool = False
     """Go on to `max_tokens` whatever the model says; for benchmarks."""
-    priority: Annotated[Priority, BeforeValidator(_priority_name)] | None = None
+    priority: PriorityName | None = None
     timeout_s: Annotated[Number, Field(gt=0, le=7 * 86400)] | None = None
     """Seconds from acceptance until the job expires, wherever it is by then."""
     queue_timeout_s: Annotated[Number, Field(gt=0, le=7 * 86400)] | None = None
-    """Seconds from acceptance until the job expires unless it has started; None: `queue.max_wait_s`."""
+    """Seconds from acceptance until the job expires unless it has started; null: `queue.max_wait_s`."""
     user: Annotated[Text | None, Field(max_length=512)] = None
     metadata: dict[str, str] = Field(default_factory=dict, max_length=16)
     webhook_url: WebhookURL | None = None

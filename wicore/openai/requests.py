@@ -38,6 +38,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 """OpenAI's fields that change nothing at these values (or null) and are unsupported at any other."""
 
+MAX_PROMPTS = 1
+"""A job has one."""
 ALIASES = frozenset(
     {"stream", "stream_options", "max_completion_tokens", "logprobs", "top_logprobs", "best_of"}
 )
@@ -62,7 +64,7 @@ class _StreamOptions(_Form):
     include_usage: bool = False
 
 
-class _ChatForm(_Form):
+class ChatForm(_Form):
     stream: bool = False
     stream_options: _StreamOptions | None = None
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
@@ -70,7 +72,7 @@ class _ChatForm(_Form):
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
 
 
-class _CompletionForm(_Form):
+class CompletionForm(_Form):
     stream: bool = False
     stream_options: _StreamOptions | None = None
     best_of: Annotated[int | None, Field(ge=1)] = None
@@ -82,7 +84,7 @@ def chat_request(data: Any) -> OpenAIRequest:
     Raises InvalidRequest naming the first bad or unsupported field and what is allowed.
     """
     given = _supported(data, ALIASES - {"best_of"})
-    form = parse_model(_ChatForm, _take(given, _ChatForm))
+    form = parse_model(ChatForm, _take(given, ChatForm))
     if form.top_logprobs is not None and not form.logprobs:
         raise InvalidRequest("top_logprobs: needs logprobs to be true", param="top_logprobs")
     if form.logprobs:
@@ -103,7 +105,7 @@ def completion_request(data: Any) -> OpenAIRequest:
     Raises InvalidRequest naming the first bad or unsupported field and what is allowed.
     """
     given = _supported(data, ALIASES - {"max_completion_tokens", "top_logprobs"})
-    form = parse_model(_CompletionForm, _take(given, _CompletionForm))
+    form = parse_model(CompletionForm, _take(given, CompletionForm))
     if "prompt" in given:
         given["prompt"] = _single_prompt(given["prompt"])
     request = _request("completion", given, form)
@@ -115,7 +117,7 @@ def completion_request(data: Any) -> OpenAIRequest:
     return request
 
 
-def _request(kind: JobKind, given: dict[str, Any], form: _ChatForm | _CompletionForm) -> OpenAIRequest:
+def _request(kind: JobKind, given: dict[str, Any], form: ChatForm | CompletionForm) -> OpenAIRequest:
     if form.stream_options is not None and not form.stream:
         raise InvalidRequest("stream_options: only allowed when stream is true", param="stream_options")
     body = parse_job({**given, "kind": kind})
