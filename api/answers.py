@@ -207,6 +207,59 @@ class TextCompletion(Loose):
     usage: Usage
 
 
+class ResponseView(Loose):
+    """OpenAI's `response`; a stream is of its events, with `event:` and `data:` lines."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
+    background: bool
+    completed_at: int | None
+    model: str
+    output: list[dict[str, JsonValue]]
+    usage: dict[str, JsonValue] | None
+
+
+class ResponseDeleted(Answer):
+    id: str
+    object: Literal["response"]
+    deleted: Literal[True]
+
+
+class OpenAIPage(Answer):
+    object: Literal["list"]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class Items(OpenAIPage):
+    data: list[dict[str, JsonValue]]
+
+
+class File(Answer):
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    expires_at: int
+    filename: str
+    purpose: Literal["batch"]
+    status: Literal["processed"]
+    status_details: None
+
+
+class Files(OpenAIPage):
+    data: list[File]
+
+
+class FileDeleted(Answer):
+    id: str
+    object: Literal["file"]
+    deleted: Literal[True]
+
+
 # --- the service ----------------------------------------------------------------------------------
 
 

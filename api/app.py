@@ -4,9 +4,40 @@ from __future__ import annotations
 
 from flask import Flask
 
-from api import access, dead, docs, http, jobs, metrics, openai, openapi, service, sockets, status
+from api import (
+    access_log,
+    callers,
+    dead,
+    docs,
+    files,
+    http,
+    jobs,
+    metrics,
+    openai,
+    openapi,
+    page,
+    rates,
+    responses,
+    service,
+    sockets,
+    status,
+)
 from api.services import EXTENSION, LazyServices, Services
 from wicore.config import Settings
+
+DOORS = (
+    openai.door,
+    responses.door,
+    files.door,
+    jobs.door,
+    dead.door,
+    service.door,
+    status.door,
+    metrics.door,
+    page.door,
+    openapi.door,
+    docs.door,
+)
 
 
 def create_app(settings: Settings, services: Services | None = None) -> Flask:
@@ -18,18 +49,11 @@ def create_app(settings: Settings, services: Services | None = None) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = settings.api.max_body_bytes
     app.config["SOCK_SERVER_OPTIONS"] = sockets.server_options(settings.api)
     app.extensions[EXTENSION] = LazyServices(settings, services)
-    access.install(app, log_bodies=settings.telemetry.log_prompts)
+    access_log.install(app, log_bodies=settings.telemetry.log_prompts)
     http.install(app)
-    for door in (
-        openai.door,
-        jobs.door,
-        dead.door,
-        service.door,
-        status.door,
-        metrics.door,
-        openapi.door,
-        docs.door,
-    ):
+    callers.install(app)
+    rates.install(app)
+    for door in DOORS:
         app.register_blueprint(door)
     sockets.install(app)
     return app

@@ -20,10 +20,13 @@ os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="wicore-counts-
 from gunicorn.arbiter import Arbiter  # noqa: E402
 from prometheus_client.multiprocess import mark_process_dead  # noqa: E402
 
-from api import access  # noqa: E402
+from api import access_log  # noqa: E402
 from api.services import EXTENSION  # noqa: E402
+from wicore.access.store import KeyStore, require_keys  # noqa: E402
 from wicore.config import load_settings  # noqa: E402
-from wicore.errors import WicoreError  # noqa: E402
+from wicore.errors import ConfigError, Unavailable, WicoreError  # noqa: E402
+from wicore.exit_codes import ExitCode  # noqa: E402
+from wicore.queue.connection import connect  # noqa: E402
 
 _settings = load_settings()
 
@@ -44,13 +47,28 @@ graceful_timeout = 20
 limit_request_line = 8190
 limit_request_fields = 100
 limit_request_field_size = 8190
-# The app writes its own, as JSON: api/access.py.
+# The app writes its own, as JSON: api/access_log.py.
 accesslog = None
 errorlog = "-"
 loglevel = _settings.telemetry.log_level
 proc_name = "wicore-api"
 # Its path is one for all services of a user.
 control_socket_disable = True
+
+
+def on_starting(server: Any) -> None:
+    """Refuse to be open to the network. While Redis is away that is not known, and then nobody is let in."""
+    url, prefix = _settings.redis.url, _settings.redis.prefix
+    if url is None:  # which each process complains of
+        return
+    with connect(url) as client:
+        try:
+            require_keys(_settings.api, KeyStore(client, prefix))
+        except ConfigError as err:
+            server.log.error("%s", err.message)
+            sys.exit(ExitCode.CONFIG)
+        except Unavailable as err:
+            server.log.warning("%s", err.message)
 
 
 def when_ready(server: Any) -> None:
@@ -93,7 +111,7 @@ def on_exit(server: Any) -> None:
 def post_worker_init(worker: Any) -> None:
     """Load tokenizer and connections before the first request; tell streams when to end."""
     if _settings.telemetry.access_log:
-        access.write()
+        access_log.write()
     services = worker.wsgi.extensions[EXTENSION]
     services.stopping = lambda: not worker.alive
     try:

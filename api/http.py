@@ -118,6 +118,8 @@ def error_reply(err: WicoreError) -> Response:
     response = reply({"error": err.body()}, err.status)
     if err.status in (429, 503):
         response.headers["Retry-After"] = str(max(1, math.ceil(err.retry_after or 1)))
+    if err.status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
     return response
 
 

@@ -77,7 +77,7 @@ def listing() -> Response:
         raise InvalidRequest(f"status: must be one of {', '.join(STATUSES)} (got {status!r})", param="status")
     limit = page_size()
     # One more than asked for, to know whether more follow.
-    found = current().producer.list(status, limit + 1, request.args.get("after"))
+    found = current().records(status, limit + 1, request.args.get("after"), caller())
     page = [public(record) for record in found[:limit]]
     return http.reply({"object": "list", "data": page, "has_more": len(found) > limit})
 
@@ -123,7 +123,10 @@ def events(job_id: str) -> Response:
             # Tells an EventSource that reconnects after the last event to stop doing so.
             return Response(status=204)
         batches = itertools.chain([head], batches)
-    pieces = _pieces(job_id, batches, stopping(), http.request_id())
+    is_stopping, who = stopping(), caller()
+    pieces = _pieces(
+        job_id, batches, lambda: is_stopping() or not services.keys.is_live(who), http.request_id()
+    )
     with services.slots.taken_for_response():
         response = streams.event_stream(services, pieces, lambda: None)
     response.headers["X-Job-Id"] = job_id
@@ -131,13 +134,13 @@ def events(job_id: str) -> Response:
 
 
 def _pieces(
-    job_id: str, batches: Iterable[list[Event]], stopping: Callable[[], bool], request_id: str
+    job_id: str, batches: Iterable[list[Event]], leaves: Callable[[], bool], request_id: str
 ) -> Iterator[str]:
     yield f": job {job_id}\n\n"
     try:
         for batch in batches:
             yield "".join(streams.data(event, event["seq"]) for event in batch)
-            if stopping():
+            if leaves():
                 return
     except Exception as err:
         yield streams.data({"type": "error", "error": http.as_wicore_error(err, request_id).body()})

@@ -11,16 +11,14 @@ from pydantic import BaseModel
 
 from api import answers, http, openapi, streams
 from api.callers import caller
+from api.calls import Call
 from api.openapi import Schema, View
 from api.services import Services, current
 from wicore.admission import check_model
 from wicore.errors import Cancelled, Conflict, Expired, QueueFull, UnknownModel, WorkerLost
 from wicore.openai import ChunkWriter, OpenAIRequest, chat_request, completion_request
 from wicore.openai.published import chat_schema, completion_schema
-from wicore.request import TERMINAL_TYPES, Event, JobBody, Priority
-
-EXPIRY_GRACE_S = 5.0
-"""How much longer than the job's own deadline a caller waits before giving the job up."""
+from wicore.request import JobBody, Priority
 
 door = Blueprint("openai", __name__, url_prefix="/v1")
 
@@ -61,7 +59,7 @@ def _answer(asked: OpenAIRequest) -> Response:
             response = streams.event_stream(services, call.pieces(), call.abandon)
     else:
         call = _accept(services, asked, Priority.NORMAL)
-        response = http.reply(call.wait())
+        response = http.reply(call.result())
     response.headers["X-Job-Id"] = call.job_id
     return response
 
@@ -72,8 +70,8 @@ def _accept(services: Services, asked: OpenAIRequest, default: Priority) -> _Cal
     return _Call(services, job.id, asked, request.environ, http.request_id(), owns_job=job.created)
 
 
-class _Call:
-    """A client that waits for one job."""
+class _Call(Call):
+    """A client that waits for one job of OpenAI's doors."""
 
     def __init__(
         self,
@@ -85,22 +83,13 @@ class _Call:
         *,
         owns_job: bool,
     ) -> None:
-        self._services = services
-        self.job_id = job_id
+        super().__init__(services, job_id, environ, timeout_s=asked.body.timeout_s, owns_job=owns_job)
         self._asked = asked
-        self._environ = environ
         self._request_id = request_id
-        self._owns_job = owns_job
-        self._ended = False
-        timeout_s = asked.body.timeout_s
-        self._give_up_at = None if timeout_s is None else time.monotonic() + timeout_s + EXPIRY_GRACE_S
 
-    def wait(self) -> dict[str, Any]:
-        """The job's result. Raises the error that it ended with, or Cancelled when the client left."""
-        for batch in self._batches():
-            if batch and (error := streams.failure(batch[-1])):
-                raise error
-        result = self._services.producer.record(self.job_id).result
+    def result(self) -> dict[str, Any]:
+        """The job's result. Raises as `wait` does."""
+        result = self.wait().result
         assert result is not None  # `done` and the result are stored in one step
         return result
 
@@ -110,7 +99,7 @@ class _Call:
         writer = ChunkWriter(self.job_id, body.kind, model, int(time.time()), self._asked.include_usage)
         yield f": job {self.job_id}\n\n" + "".join(map(streams.data, writer.opening(body.n)))
         try:
-            for batch in self._batches():
+            for batch in self.batches():
                 yield "".join(streams.data(chunk) for event in batch for chunk in writer.chunks(event))
                 if batch and (error := streams.failure(batch[-1])):
                     raise error
@@ -118,35 +107,6 @@ class _Call:
             yield streams.data({"error": http.as_wicore_error(err, self._request_id).body()})
         else:
             yield "data: [DONE]\n\n"
-
-    def abandon(self) -> None:
-        """Cancel the job if its client left before the end and `api.cancel_on_disconnect` says so.
-
-        A response is also closed early when this process is told to stop; its job lives on then.
-        """
-        wanted = self._owns_job and self._services.settings.api.cancel_on_disconnect
-        if wanted and not self._ended and http.client_gone(self._environ):
-            self._services.producer.cancel(self.job_id)
-
-    def _batches(self) -> Iterator[list[Event]]:
-        """The job's events up to its end, an empty list for each idle tick."""
-        look_at = time.monotonic() + streams.TICK_S
-        for batch in self._services.relay.follow(self.job_id, 0, streams.TICK_S):
-            self._ended = bool(batch) and batch[-1]["type"] in TERMINAL_TYPES
-            yield batch
-            # By the clock, too: a job that never pauses gives no idle tick.
-            if not self._ended and (not batch or time.monotonic() >= look_at):
-                self._check_waiting()
-                look_at = time.monotonic() + streams.TICK_S
-
-    def _check_waiting(self) -> None:
-        if http.client_gone(self._environ):
-            self.abandon()
-            raise Cancelled("The client closed the connection")
-        if self._give_up_at is not None and time.monotonic() > self._give_up_at:
-            if self._owns_job:
-                self._services.producer.cancel(self.job_id)
-            raise Expired(f"timeout_s: the job did not finish within {self._asked.body.timeout_s:g} s")
 
 
 @door.get("/models")

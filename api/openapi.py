@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 from werkzeug.routing import Rule
 
-from api import http
+from api import callers, http
 from api.answers import Error
 from wicore import __version__, errors
 
@@ -25,6 +25,7 @@ Schema = dict[str, Any]
 View = TypeVar("View", bound=Callable[..., Any])
 
 JSON, EVENTS, TEXT, HTML = "application/json", "text/event-stream", "text/plain", "text/html"
+FORM, BYTES, ANY = "multipart/form-data", "application/octet-stream", "*/*"
 REF = "#/components/schemas/{model}"
 EXTENSION = "wicore-openapi"
 
@@ -58,6 +59,8 @@ class Operation:
     tag: str
     notes: str
     body: type[BaseModel] | Derived | None
+    media: str
+    """What the body is sent as."""
     answers: Mapping[int, type[BaseModel] | str | None]
     """By status: a model, sent as JSON; a media type; or nothing."""
     stream: str | None
@@ -74,6 +77,7 @@ def describe(
     tag: str,
     notes: str = "",
     body: type[BaseModel] | Derived | None = None,
+    media: str = JSON,
     answers: Mapping[int, type[BaseModel] | str | None] | type[BaseModel] | str,
     stream: str | None = None,
     parameters: Sequence[Parameter] = (),
@@ -82,7 +86,7 @@ def describe(
 ) -> Callable[[View], View]:
     """Say what a door is. `errors` are those beyond what every door of its kind can answer (`_errors`)."""
     found = answers if isinstance(answers, Mapping) else {200: answers}
-    said = Operation(summary, tag, notes, body, found, stream, parameters, errors, headers or {})
+    said = Operation(summary, tag, notes, body, media, found, stream, parameters, errors, headers or {})
 
     def mark(view: View) -> View:
         view.operation = said  # type: ignore[attr-defined]
@@ -99,10 +103,10 @@ IDEMPOTENCY_KEY = Parameter(
     "The same key and body within 24 hours give the same job.",
     "header",
 )
-_SEQ: Schema = {"type": "integer", "minimum": 0, "maximum": 2**53}
-FROM = Parameter("from", {**_SEQ, "default": 1}, "The first sequence number wanted.")
+SEQ: Schema = {"type": "integer", "minimum": 0, "maximum": 2**53}
+FROM = Parameter("from", {**SEQ, "default": 1}, "The first sequence number wanted.")
 LAST_EVENT_ID = Parameter(
-    "Last-Event-ID", _SEQ, "The last one seen, as browsers send it; wins over `from`.", "header"
+    "Last-Event-ID", SEQ, "The last one seen, as browsers send it; wins over `from`.", "header"
 )
 _REQUEST_ID = Parameter(
     "X-Request-Id", {"type": "string"}, "Comes back, and is in the log; made if it is missing.", "header"
@@ -112,12 +116,19 @@ _TRACEPARENT = Parameter(
 )
 
 
-def page_of(what: str, most: int, id_pattern: str | None = None) -> tuple[Parameter, Parameter]:
+ORDER = Parameter("order", {"type": "string", "enum": ["asc", "desc"], "default": "desc"}, "By time.")
+
+
+def page_of(
+    what: str, most: int, id_pattern: str | None = None, default: int = 20
+) -> tuple[Parameter, Parameter]:
     """`limit` and `after` of a listing of things whose ids have this form, or any."""
     form = {} if id_pattern is None else {"pattern": id_pattern}
     return (
         Parameter(
-            "limit", {"type": "integer", "minimum": 1, "maximum": most, "default": 20}, f"How many {what}."
+            "limit",
+            {"type": "integer", "minimum": 1, "maximum": most, "default": default},
+            f"How many {what}.",
         ),
         Parameter("after", {"type": "string", **form}, "The last id of the page before."),
     )
@@ -207,9 +218,11 @@ def _operation(rule: Rule, method: str, said: Operation) -> Schema:
         operation["description"] = said.notes
     if rule.websocket:
         operation["x-websocket"] = True
+    if callers.is_open(rule.rule):
+        operation["security"] = []
     if said.body is not None:
         name = said.body.name if isinstance(said.body, Derived) else said.body.__name__
-        operation["requestBody"] = {"required": True, "content": {JSON: {"schema": _ref(name)}}}
+        operation["requestBody"] = {"required": True, "content": {said.media: {"schema": _ref(name)}}}
     return operation
 
 
@@ -234,11 +247,22 @@ def _headers(meanings: Mapping[str, str]) -> Schema:
     }
 
 
+def _is_static(rule: Rule) -> bool:
+    """Whether the door needs nothing but this process."""
+    return rule.rule in ("/", "/health", "/openapi.json", "/docs") or rule.rule.startswith(callers.FILES)
+
+
 def _errors(rule: Rule, said: Operation) -> Schema:
     """The error answers: those that the door names, and those that any door with its parts can give."""
     kinds: list[type[errors.WicoreError]] = [*said.errors, errors.WicoreError]
-    if rule.rule not in ("/health", "/openapi.json", "/docs", "/docs/style.css"):
+    if not _is_static(rule):
         kinds.append(errors.Unavailable)
+    if not callers.is_open(rule.rule):
+        kinds.append(errors.Unauthenticated)
+    if rule.rule.startswith(callers.OPERATORS):
+        kinds.append(errors.Forbidden)
+    if errors.QueueFull in kinds:
+        kinds.append(errors.RateLimited)
     if said.body is not None or said.parameters or rule.websocket:
         kinds.append(errors.InvalidRequest)
     if said.body is not None:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 
 from api import answers, http, openapi
+from api.callers import caller
 from api.services import current
 from wicore.admission import check_model
 from wicore.errors import InvalidRequest, UnknownModel, WicoreError
@@ -74,6 +75,8 @@ def tokenize() -> Response:
     check_model(form.model, services.model)
     if (form.prompt is None) == (form.messages is None):
         raise InvalidRequest("prompt: send either prompt or messages", param="prompt")
+    services.check_model_allowed(caller().limits)
+    services.spend(caller())
     if form.messages is None:
         body = JobBody(kind="completion", prompt=form.prompt)
     else:

@@ -17,7 +17,7 @@ from simple_websocket import ConnectionClosed
 from wsproto.utilities import LocalProtocolError
 
 from api import http, streams
-from api.callers import Caller
+from api.keyring import Caller
 from api.services import Services
 from wicore.errors import Conflict, InvalidRequest, RateLimited, WicoreError
 from wicore.request import Priority, parse_job
@@ -28,7 +28,7 @@ MAX_FOLLOWED = 256
 MAX_WAITING = 16
 """Commands received and not yet looked at; then nothing more is read from the client."""
 MAX_REF = 256
-SERVICE_RESTART, TRY_AGAIN_LATER = 1012, 1013
+NOT_ALLOWED, SERVICE_RESTART, TRY_AGAIN_LATER = 1008, 1012, 1013
 GONE = (ConnectionClosed, OSError, LocalProtocolError)
 
 
@@ -63,6 +63,8 @@ class Session:
                 message = self._ws.receive(timeout=streams.TICK_S)
                 if self._stopping():
                     self._leave(SERVICE_RESTART, "restarting; resume your jobs")
+                elif not self._services.keys.is_live(self._caller):
+                    self._leave(NOT_ALLOWED, "the key was revoked")
                 elif message is not None:
                     self._handle(message)
         finally:

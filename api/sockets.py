@@ -1,7 +1,8 @@
 """The websocket doors: one job's events, and many jobs over one socket.
 
-Frames are JSON text (RFC 6455). Close codes: 1000 the job is over, 1012 this process is stopping (connect
-again and resume), 1013 the reader was too slow (resume), 1009 a frame was too big, 1011 a fault here.
+Frames are JSON text (RFC 6455). Close codes: 1000 the job is over, 1008 the key was revoked, 1009 a frame was
+too big, 1011 a fault here, 1012 this process is stopping (connect again and resume), 1013 the reader was too
+slow (resume).
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from flask import Blueprint, Flask, g, request
 from flask_sock import Sock
 
 from api import http, openapi, streams
-from api.callers import caller
+from api.callers import SUBPROTOCOL, caller
 from api.services import current, stopping
-from api.session import GONE, SERVICE_RESTART, Session, error_frame
+from api.session import GONE, NOT_ALLOWED, SERVICE_RESTART, Session, error_frame
 from wicore.config import ApiSettings
 from wicore.errors import InvalidRequest, UnknownJob
 
@@ -34,7 +35,11 @@ SERVER_SOCKETS = frozenset({"gunicorn.socket", "werkzeug.socket"})
 
 def server_options(settings: ApiSettings) -> dict[str, Any]:
     """What every websocket is opened with; a message is bounded as a request body is."""
-    return {"ping_interval": PING_S, "max_message_size": settings.max_body_bytes}
+    return {
+        "ping_interval": PING_S,
+        "max_message_size": settings.max_body_bytes,
+        "subprotocols": [SUBPROTOCOL],
+    }
 
 
 def install(app: Flask) -> None:
@@ -140,6 +145,9 @@ def _follow_one(ws: Any, job_id: str) -> None:
             return
         if is_stopping():
             ws.close(SERVICE_RESTART, "restarting; resume")
+            return
+        if not services.keys.is_live(caller()):
+            ws.close(NOT_ALLOWED, "the key was revoked")
             return
     # simple_websocket's client looks at frames that came with the handshake's answer only when more comes:
     # a close in the same read, as for a job that has ended, would make it miss them all.

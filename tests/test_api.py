@@ -169,7 +169,7 @@ def test_a_job_that_does_not_succeed_gives_its_error_and_status(
 def test_a_call_past_its_own_deadline_gives_up_and_cancels_the_job(
     client: FlaskClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api.openai.EXPIRY_GRACE_S", 0.0)
+    monkeypatch.setattr("api.calls.EXPIRY_GRACE_S", 0.0)
     monkeypatch.setattr("api.streams.TICK_S", 0.01)
     answer = client.post(CHAT, json={**HELLO, "timeout_s": 0.02})
     assert (answer.status_code, answer.json["error"]["code"]) == (504, "expired")

@@ -21,9 +21,10 @@ import psutil
 import pytest
 
 from tests.fixtures.service import LONG, Socket, record, service_settings, submit, wait_for_status
-from tests.services import start_api, stop
+from tests.services import api_process, start_api, stop
 from tests.waiting import free_port, until
 from wicore.config import Settings
+from wicore.exit_codes import ExitCode
 from wicore.queue.embedded import EmbeddedValkey
 
 pytestmark = pytest.mark.valkey
@@ -191,6 +192,14 @@ def test_events_resume_after_the_last_event_id(http: httpx.Client) -> None:
     assert [int(x[4:]) for x in whole.splitlines() if x.startswith("id: ")] == list(range(1, 9))
     rest = http.get(f"/v1/jobs/{job}/events", headers={"Last-Event-ID": "5"}).text
     assert [int(x[4:]) for x in rest.splitlines() if x.startswith("id: ")] == [6, 7, 8]
+
+
+def test_an_address_that_others_reach_is_not_served_without_a_key(whole_service: Settings) -> None:
+    api = whole_service.api.model_copy(update={"port": free_port(), "host": "0.0.0.0"})
+    process = api_process(whole_service.model_copy(update={"api": api}), stderr=subprocess.PIPE)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == ExitCode.CONFIG
+    assert b"wicore keys create" in told
 
 
 # --- stopping, dying, coming back -----------------------------------------------------------------

@@ -76,7 +76,7 @@ def test_usage_is_streamed_on_request() -> None:
     [
         ("tools", {"tools": [{"type": "function"}]}),
         ("tool_choice", {"tool_choice": "auto"}),
-        ("response_format", {"response_format": {"type": "json_object"}}),
+        ("response_format.type", {"response_format": {"type": "xml"}}),
         ("store", {"store": 0}),
         ("kind", {"kind": "chat"}),
         ("best_of", {"best_of": 2}),

@@ -66,6 +66,7 @@ def test_a_reader_that_stops_reading_is_dropped_to_resume_and_holds_little_back(
         settings=SimpleNamespace(api=ApiSettings(stream_buffer=16)),
         relay=relay,
         record=known,
+        keys=SimpleNamespace(is_live=lambda caller: True),
     )
     session = Session(ws, services, lambda: False, "request", Caller(""))
     served = threading.Thread(target=session.run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from wicore.config import Settings
 from wicore.errors import InvalidRequest, UnknownModel
+from wicore.grammar import grammar_of
 from wicore.model import Model
 from wicore.request import JobBody
 from wicore.text.prompt import Prompt, prepare
@@ -19,6 +20,8 @@ def admit(body: JobBody, model: Model, settings: Settings) -> Prompt:
     slots = settings.scheduler.max_batch
     if body.n > slots:
         raise InvalidRequest(f"n: must be at most scheduler.max_batch, {slots} (got {body.n})", param="n")
+    if (grammar := grammar_of(body)) is not None:
+        raise InvalidRequest(f"{grammar.param}: not yet supported; leave it out", param=grammar.param)
     check_webhook(body.webhook_url, settings.webhooks)
     return prepare(body, model.tokenizer, model.checkpoint.config, model.context)
 

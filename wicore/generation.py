@@ -141,6 +141,10 @@ class Generation:
     def usage(self) -> dict[str, int]:
         return usage_of(len(self.prompt.token_ids), sum(len(choice.ids) for choice in self._choices))
 
+    def generated(self, index: int) -> int:
+        """Tokens that a choice has, those of earlier attempts included."""
+        return len(self._choices[index].ids)
+
     def result(self, model: str, created_s: int) -> dict[str, object]:
         """The job's result, in OpenAI's form. Call it after `events`, which makes the text."""
         with_logprobs = self._sampling.logprobs is not None

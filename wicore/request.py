@@ -7,6 +7,7 @@ OpenAI's API reference; `top_k`, `min_p` and `repetition_penalty` follow Hugging
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
 from collections.abc import Mapping
@@ -115,6 +116,7 @@ _HTTP_URL = TypeAdapter(AnyHttpUrl)
 Text = Annotated[str, AfterValidator(_encodable)]
 WebhookURL = Annotated[Text, AfterValidator(_webhook_url)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Seconds = Annotated[Number, Field(gt=0, le=7 * 86400)]
 _StopText = Annotated[Text, Field(min_length=1, max_length=256)]
 _StopTexts = Annotated[list[_StopText], Field(max_length=16)]
 Stop = Annotated[_StopTexts, BeforeValidator(_as_list, json_schema_input_type=_StopTexts | _StopText | None)]
@@ -174,6 +176,60 @@ class Message(_Strict):
         return "".join(part.text for part in self.content)
 
 
+def _bounded_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    if _depth(schema) > MAX_SCHEMA_DEPTH:
+        raise ValueError(f"must nest objects and arrays at most {MAX_SCHEMA_DEPTH} deep")
+    try:
+        size = len(json.dumps(schema, ensure_ascii=False, allow_nan=False).encode())
+    except UnicodeEncodeError:
+        raise ValueError("must be valid Unicode, without lone surrogates") from None
+    except (TypeError, ValueError):
+        raise ValueError("must be JSON, without NaN or infinite numbers") from None
+    if size > MAX_SCHEMA_BYTES:
+        raise ValueError(f"must be at most {MAX_SCHEMA_BYTES} bytes of JSON, not {size}")
+    return schema
+
+
+def _depth(value: Any) -> int:
+    """How deep objects and arrays nest in a JSON value, counted no further than just over the limit."""
+    depth, level = 0, [value]
+    while level and depth <= MAX_SCHEMA_DEPTH:
+        inner = [part for part in level if isinstance(part, dict | list)]
+        level = [part for outer in inner for part in (outer.values() if isinstance(outer, dict) else outer)]
+        depth += 1 if inner else 0
+    return depth
+
+
+MAX_SCHEMA_DEPTH = 64
+MAX_SCHEMA_BYTES = 128 * 1024
+
+JsonSchema = Annotated[dict[str, Any], AfterValidator(_bounded_schema)]
+"""A JSON schema from a stranger: small enough to be walked and stored. What it says is not checked."""
+
+
+class JsonSchemaFormat(_Strict):
+    """OpenAI's `json_schema`. Output is always held to the schema, whatever `strict` says."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: Annotated[Text | None, Field(max_length=4096)] = None
+    schema_: Annotated[JsonSchema, Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(_Strict):
+    """OpenAI's `response_format`."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _schema_when_asked_for(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            must = "is required" if self.json_schema is None else "is not allowed"
+            raise ValueError(f"json_schema {must} when type is {self.type!r}")
+        return self
+
+
 _ONE_PROMPT: JsonDict = {
     "oneOf": [
         {
@@ -219,10 +275,12 @@ class JobBody(SamplingParams):
     stop: Stop = Field(default_factory=list)
     ignore_eos: bool = False
     """Go on to `max_tokens` whatever the model says; for benchmarks."""
+    response_format: ResponseFormat | None = None
+    """What the output must be; null: any text."""
     priority: PriorityName | None = None
-    timeout_s: Annotated[Number, Field(gt=0, le=7 * 86400)] | None = None
+    timeout_s: Seconds | None = None
     """Seconds from acceptance until the job expires, wherever it is by then."""
-    queue_timeout_s: Annotated[Number, Field(gt=0, le=7 * 86400)] | None = None
+    queue_timeout_s: Seconds | None = None
     """Seconds from acceptance until the job expires unless it has started; null: `queue.max_wait_s`."""
     user: Annotated[Text | None, Field(max_length=512)] = None
     metadata: dict[str, str] = Field(default_factory=dict, max_length=16)
@@ -238,12 +296,21 @@ class JobBody(SamplingParams):
             raise ValueError(f"{want}: required and not empty when kind is {self.kind!r}")
         return self
 
+    @model_validator(mode="after")
+    def _an_end(self) -> JobBody:
+        if self.ignore_eos and self.response_format is not None and self.response_format.type != "text":
+            raise ValueError(
+                f"ignore_eos: not allowed with response_format {self.response_format.type!r}:"
+                " its output ends where it is complete"
+            )
+        return self
+
     def sampling(self) -> SamplingParams:
         return SamplingParams(**{name: getattr(self, name) for name in SamplingParams.model_fields})
 
     def wire(self) -> dict[str, Any]:
         """JSON form that `parse_job` reads back to an equal body; defaults are left out."""
-        data = self.model_dump(mode="json", exclude_defaults=True)
+        data = self.model_dump(mode="json", exclude_defaults=True, by_alias=True)
         data["kind"] = self.kind
         if self.priority is not None:
             data["priority"] = self.priority.name.lower()
@@ -279,7 +346,9 @@ def _invalid(err: ValidationError) -> InvalidRequest:
     same_field = [error for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]
     first = max(same_field, key=lambda error: len(error["loc"]))
     if first["type"] == "extra_forbidden":
-        param = _cut(".".join(map(str, first["loc"])), 100)
+        *path, name = first["loc"]
+        known = [part for part in path if isinstance(part, int) or _is_key(part)]
+        param = _cut(".".join(map(str, [*known, name])), 100)
         return InvalidRequest(f"{param}: unknown or unsupported field; remove it", param=param)
     # Union branches and validator names appear in `loc`; what a caller knows are keys and indexes.
     known = [part for part in first["loc"] if isinstance(part, int) or _is_key(part)]

@@ -122,7 +122,7 @@ class Worker:
         self._step_ended = 0.0
         self._awaits_blocks = False
         """Every sequence waits for blocks under way."""
-        self._steps = self._tokens = self._accepted = 0
+        self._steps = self._tokens = self._prompt_tokens = self._accepted = 0
         self._sampled: list[int] = []
         """Keys of the sequences to which the last step gave a token."""
         self._between = _Mean()
@@ -221,6 +221,9 @@ class Worker:
             "device_memory": dict(info.memory),
             "steps": self._steps,
             "tokens": self._tokens,
+            "prompt_tokens": self._prompt_tokens,
+            "ended": dict(self._publisher.ended),
+            "sequences": self._sequences(),
             "between_ms": round(self._between.mean * 1e3, 3),
             "preemptions": self._scheduler.preemptions,
             "kv": self._cache.report(),
@@ -234,6 +237,29 @@ class Worker:
                 num_preemptions=self._scheduler.preemptions,
             ),
         }
+
+    def _sequences(self) -> list[dict[str, object]]:
+        """What is told of each choice that the engine has, oldest first: of those that run, and of as many
+        that wait, as may when more urgent ones came."""
+        told: list[dict[str, object]] = []
+        for key, job in list(self._by_key.items())[: 2 * self._settings.scheduler.max_batch]:
+            # The engine thread may have ended it meanwhile.
+            if (index := job.keys.get(key)) is not None:
+                delivery, generation = job.delivery, job.generation
+                told.append(
+                    {
+                        "job": delivery.job_id,
+                        "index": index,
+                        "priority": delivery.level.name.lower(),
+                        "attempt": delivery.attempt,
+                        "prompt_tokens": len(generation.prompt.token_ids),
+                        "tokens": generation.generated(index),
+                        "max_tokens": generation.prompt.max_tokens,
+                        "waits": self._scheduler.waits(key),
+                        "started_ms": delivery.popped_ms,
+                    }
+                )
+        return told
 
     def step_lasts_s(self) -> float:
         """How long the engine has been in the step under way; 0 between steps. For any thread."""
@@ -376,6 +402,7 @@ class Worker:
             self._abandon(earlier)
         self._jobs[job.delivery.tag] = job
         self._untold[job] = None
+        self._prompt_tokens += len(job.generation.prompt.token_ids)
         try:
             for index, request in job.requests:
                 self._scheduler.add(request)

@@ -154,7 +154,7 @@ class Job:
         return self._client._events(self.id, start)
 
     def stream(self) -> Iterator[str]:
-        """The text of its first choice as it comes. Raises as `events`, and the error that the job ends with."""
+        """The text of its first choice as it comes. Raises as `events`, and the error that it ends with."""
         for event in self.events():
             if event["type"] == "token" and event["index"] == 0:
                 yield event["text"]
@@ -162,7 +162,7 @@ class Job:
                 raise err
 
     def result(self) -> dict[str, Any]:
-        """Wait for its end; what a completion door would have answered. Raises the error that it ends with."""
+        """Wait for its end; what a completion door would answer. Raises the error that it ends with."""
         record = self.record()
         if record["status"] not in wire.ENDED:
             for _ in self.events(record["seq"] + 1):

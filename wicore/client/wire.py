@@ -35,6 +35,7 @@ ATTEMPTS = 3
 PAGE = 100
 """Most that the service lists at a time."""
 NO_CONTENT = 204
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 _SILENCE_S = 40
 """The service sends a comment every 15 s, so a longer silence is a dead connection."""
 
@@ -103,7 +104,7 @@ def may_repeat(err: httpx.TransportError, attempt: int) -> bool:
 
 
 def failure_of(event: Event) -> WicoreError | None:
-    """The error that a last event, or the record of a job that has ended, stands for; None if it ended well."""
+    """The error that a last event, or the record of an ended job, stands for; None if it ended well."""
     kind = event.get("status") or event["type"]
     if kind in ("done", "succeeded"):
         return None
@@ -117,7 +118,7 @@ def failure_of(event: Event) -> WicoreError | None:
 
 
 class EventReader:
-    """Lines of an event stream to the data of its events; one that the end of the stream cuts off is dropped."""
+    """Lines of a stream to the data of its events; one that the end of the stream cuts off is dropped."""
 
     def __init__(self) -> None:
         self._data: list[str] = []
@@ -144,7 +145,8 @@ class Follower:
         self.last = start - 1
         self.ended = False
         self._patience_s, self._clock = patience_s, clock
-        self._progressed()
+        self._pause = _FIRST_PAUSE_S
+        self._deadline = clock() + patience_s
 
     @property
     def path(self) -> str:
@@ -184,12 +186,12 @@ class Follower:
                 f"{self._url}: no event of job {self._job} for {self._patience_s:g} s ({why}); the job goes "
                 f"on without you: `wicore watch {self._job} --from {self.last + 1}`"
             )
-        pause, self._pause = self._pause, min(2 * self._pause, 2.0)
+        pause, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE_S)
         return pause
 
     def _progressed(self) -> None:
         self._deadline = self._clock() + self._patience_s
-        self._pause = 0.1
+        self._pause = _FIRST_PAUSE_S
 
 
 def _is_loopback(url: str) -> bool:

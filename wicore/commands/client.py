@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 
+from wicore.access.keys import is_loopback
 from wicore.errors import Cancelled, Expired, Unavailable, WicoreError, error_from_body
 from wicore.request import TERMINAL_TYPES, Event
 
@@ -21,16 +22,27 @@ _PAGE = 100
 """Most dead letters that the service lists at a time."""
 
 
+KEY_VARIABLE = "WICORE_API_KEY"
+"""Where the commands find the key that they send; an option would show in the list of processes."""
+
+
 class Client:
     """One service. Every failure is a WicoreError: the service's own, or Unavailable."""
 
-    def __init__(self, url: str, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, url: str, patience_s: float = PATIENCE_S, key: str | None = None) -> None:
+        """`key`: None is that of the environment, if there is one."""
+        key = os.environ.get(KEY_VARIABLE) if key is None else key
         self.url = url.rstrip("/")
         self.patience_s = patience_s
         # The service sends a comment every 15 s, so a silence of 40 s is a dead connection.
         timeout = httpx.Timeout(40, connect=5)
         # A proxy from the environment cannot know this machine's own ports.
-        self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=not _is_loopback(url))
+        self._http = httpx.Client(
+            base_url=self.url,
+            timeout=timeout,
+            trust_env=not is_loopback(httpx.URL(url).host),
+            headers={"Authorization": f"Bearer {key}"} if key else None,
+        )
 
     def __enter__(self) -> Client:
         return self
@@ -178,12 +190,3 @@ def _error(response: httpx.Response) -> WicoreError:
 
 def _reason(err: httpx.TransportError) -> str:
     return str(err) or type(err).__name__
-
-
-def _is_loopback(url: str) -> bool:
-    host = httpx.URL(url).host
-    if host == "localhost":
-        return True
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return False

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from wicore.openai.requests import MAX_PROMPTS, NEUTRAL, ChatForm, CompletionForm
+from wicore.openai.responses_api import NEUTRAL as RESPONSES_NEUTRAL
 
 Schema = dict[str, Any]
 
@@ -29,6 +30,25 @@ def completion_schema(job: Schema) -> Schema:
     schema["properties"]["prompt"] = _several(schema["properties"]["prompt"], MAX_PROMPTS)
     schema["allOf"] = [_STREAM_OPTIONS]
     return schema
+
+
+def response_schema(body: Schema) -> Schema:
+    """Of `POST /v1/responses`, from that of ResponseBody."""
+    properties = {name: _or_null(part) for name, part in body["properties"].items() if name != "logprobs"}
+    properties |= {name: {"enum": [None, *values]} for name, values in RESPONSES_NEUTRAL.items()}
+    properties |= {"tools": {"enum": [None, []]}, "tool_choice": {"enum": [None, "auto", "none"]}}
+    properties["input"] = body["properties"]["input"]
+    stored = {"properties": {"store": {"const": True}}}
+    return {
+        "type": "object",
+        "properties": dict(sorted(properties.items())),
+        "required": ["input"],
+        "additionalProperties": False,
+        "allOf": [
+            {"anyOf": [{"properties": {"background": {"enum": [None, False]}}}, stored]},
+            _STREAM_OPTIONS,
+        ],
+    }
 
 
 def _schema(job: Schema, form: type[BaseModel], without: Iterable[str], needs: str) -> Schema:

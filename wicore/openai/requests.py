@@ -26,7 +26,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "prediction": (),
     "prompt_cache_key": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "safety_identifier": (),
     "service_tier": ("auto", "default"),
     "store": (False,),

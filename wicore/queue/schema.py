@@ -25,7 +25,9 @@ With prefix `wicore` ({q} is a level's list, {level} 0, 3, 6 or 9, {id} a job, {
     wicore:idem:{sha256}          string  an idempotency key: `body digest, id`                24 h
     wicore:jobs                   zset    all ids by `created_ms`: the listing                 retention
     wicore:jobs:{status}          zset    ids by `created_ms`: the listing by status           retention
-    wicore:finished               zset    ids by `finished_ms`: whom the sweep forgets         retention
+    wicore:jobs:all:{client},     zset    the same of one client that has a name; what is      retention
+      wicore:jobs:{status}:{client}         queued or running counts against its limit
+    wicore:finished               zset    `id` or `id client` by `finished_ms`: for the sweep  retention
     wicore:deadlines              zset    waiting ids by when they expire                      while waiting
     wicore:pace                   hash    decayed sums over ended jobs: jobs, ms, tokens,      for ever
                                           output (line.lua)
@@ -38,8 +40,15 @@ With prefix `wicore` ({q} is a level's list, {level} 0, 3, 6 or 9, {id} a job, {
     wicore-tasks and its levels   list    Celery messages for workers/tasks.py; LPUSH in       until done
                                           (terminate, any client); taken by stock Kombu,
                                           with its own wicore-tasks:unacked and the like
-    wicore:bucket:{key}           hash    token bucket (the API)                               see there
+    wicore:keys                   hash    digest -> API key as JSON (wicore/access/store.py)   for ever
+    wicore:bucket:{client}        hash    its rate limits: requests, tokens (limits.lua)       until full
     celery-task-meta-{id}         string  the result in Celery's JSON                          retention
+    wicore:file:{file}            hash    a file: client, filename, purpose, bytes, pieces,    its own expiry
+                                          created_ms, expires_ms (files.py)
+    wicore:file:{file}:{n}        string  its content, in pieces of about 1 MiB                as the file; an
+                                                                                               upload's, 1 h
+    wicore:files                  zset    files by `created_ms`: the listing                   30 days
+    wicore:files:{client}         zset    the same of one client                               30 days
 
 Written by the scripts in lua/, whose heads say which, unless said otherwise here. "Retention": until
 `retention_s` after the job's end.
@@ -52,8 +61,10 @@ Fields of a record: `status`; `level` (0, 3, 6, 9); `client` (who takes turns wi
 leased); `leases`; `worker`; `attempts`; `seq` (last in the log); `created_ms`, `deadline_ms`, `start_by_ms`,
 `leased_ms`, `started_ms`, `first_token_ms`, `finished_ms`; `unread` (nobody has read the body yet); `kind`,
 `model`, `metadata`, `prompt_tokens`, `tokens` (expected in all), `charged` (to its client's turn);
+`reserved`, `reserved_rate` (tokens taken from its client's bucket until the end, and the rate then);
 `position`, `wait_ms` (told at acceptance); `cancel` (wished); `finish_reason`, `usage`, `result`, `error`
-(JSON); `finished_by` (fence of who ended it); `retry_of` (id of the dead letter);
+(JSON); `finished_by` (fence of who ended it); `retry_of` (id of the dead letter); `response` (JSON: what a
+response repeats and its conversation, so both live as long as the job's record);
 `webhook_url`, `webhook_status` (pending, delivered, failed), `webhook_attempts`, `webhook_error`.
 
 Invariants, between any two commands:
@@ -150,9 +161,16 @@ class Keys:
     def jobs_by_status(self, status: str) -> str:
         return f"{self.prefix}:jobs:{status}"
 
+    def jobs_of(self, client: str, status: str | None = None) -> str:
+        return f"{self.prefix}:jobs:{status or 'all'}:{client}"
+
     @property
     def finished(self) -> str:
         return f"{self.prefix}:finished"
+
+    @property
+    def keys(self) -> str:
+        return f"{self.prefix}:keys"
 
     @property
     def workers(self) -> str:
@@ -205,8 +223,21 @@ class Keys:
     def idempotency(self, digest: str) -> str:
         return f"{self.prefix}:idem:{digest}"
 
-    def bucket(self, key: str) -> str:
-        return f"{self.prefix}:bucket:{key}"
+    def file(self, file_id: str) -> str:
+        return f"{self.prefix}:file:{file_id}"
+
+    def file_piece(self, file_id: str, number: int) -> str:
+        return f"{self.prefix}:file:{file_id}:{number}"
+
+    @property
+    def files(self) -> str:
+        return f"{self.prefix}:files"
+
+    def files_of(self, client: str) -> str:
+        return f"{self.prefix}:files:{client}"
+
+    def bucket(self, client: str) -> str:
+        return f"{self.prefix}:bucket:{client}"
 
     @staticmethod
     def celery_result(job_id: str) -> str:

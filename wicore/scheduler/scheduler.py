@@ -88,6 +88,12 @@ class Scheduler:
         """How many more sequences could be taken without making any wait for a slot."""
         return max(0, self._limits.max_batch - len(self._present))
 
+    def waits(self, key: int) -> bool:
+        """Whether a sequence is not in the steps: it waits for a slot or blocks, or was preempted. For any
+        thread."""
+        sequence = self._present.get(key)
+        return sequence is not None and not sequence.running
+
     @property
     def idle(self) -> bool:
         return not self._present

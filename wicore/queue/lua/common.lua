@@ -1,4 +1,4 @@
--- Put before every script, after line.lua: how jobs begin and end.
+-- Put before every script, after limits.lua: how jobs begin and end.
 
 local DEAD_KEPT = 10000
 local TASKS_KEPT = 1000
@@ -99,7 +99,8 @@ end
 local function start_retention(id)
   redis.call('EXPIRE', K.job .. id, C.retention_s)
   redis.call('EXPIRE', K.log .. id, C.retention_s)
-  redis.call('ZADD', K.finished, NOW, id)
+  local client = redis.call('HGET', K.job .. id, 'client')
+  redis.call('ZADD', K.finished, NOW, client == '' and id or id .. ' ' .. client)
 end
 
 -- Owe the webhook of a job that ends now. The entry is what counts; the Celery message makes it prompt. It may
@@ -142,8 +143,10 @@ local function terminate(id, ending)
   if ending.fence then
     redis.call('HSET', job, 'finished_by', ending.fence)
   end
+  local usage = ending.usage and cjson.decode(ending.usage)
+  settle_rate(id, usage)
   if record.fence then
-    settle(id, ending.type, ending.usage and cjson.decode(ending.usage))
+    settle(id, ending.type, usage)
     drop_lease(record.tag, record.fence)
     redis.call('HDEL', job, 'fence')
   else
@@ -197,6 +200,9 @@ local function create_record(id, tag, level, client, tokens)
   redis.call('HSET', K.job .. id, 'status', 'queued', 'tag', tag, 'level', level, 'created_ms', ms(NOW), 'seq', 0,
     'client', client, 'tokens', tokens)
   redis.call('ZADD', K.jobs, NOW, id)
+  if client ~= '' then
+    redis.call('ZADD', K.jobs_of_all .. client, NOW, id)
+  end
   count('accepted')
   move(id, nil, 'queued', NOW)
 end
