@@ -9,8 +9,9 @@ from typing import Any
 import httpx
 
 from wicore.client import wire
-from wicore.client.wire import Body, Event
+from wicore.client.wire import Body
 from wicore.errors import QueueFull, RateLimited, WicoreError
+from wicore.request import TERMINAL_TYPES, Event
 
 
 class AsyncClient:
@@ -120,7 +121,7 @@ class AsyncJob:
         async for event in self.events():
             if event["type"] == "token" and event["index"] == 0:
                 yield event["text"]
-            elif event["type"] in wire.ENDINGS and (err := wire.failure_of(event)) is not None:
+            elif event["type"] in TERMINAL_TYPES and (err := wire.failure_of(event)) is not None:
                 raise err
 
     async def result(self) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from typing import Any
 import httpx
 
 from wicore.client import wire
-from wicore.client.wire import Body, Event
+from wicore.client.wire import Body
 from wicore.errors import QueueFull, RateLimited, WicoreError
+from wicore.request import TERMINAL_TYPES, Event
 
 
 class Client:
@@ -158,7 +159,7 @@ class Job:
         for event in self.events():
             if event["type"] == "token" and event["index"] == 0:
                 yield event["text"]
-            elif event["type"] in wire.ENDINGS and (err := wire.failure_of(event)) is not None:
+            elif event["type"] in TERMINAL_TYPES and (err := wire.failure_of(event)) is not None:
                 raise err
 
     def result(self) -> dict[str, Any]:

@@ -5,7 +5,6 @@ Server-sent events follow the WHATWG HTML standard, section 9.2.6.
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import time
@@ -16,19 +15,17 @@ from typing import Any
 
 import httpx
 
+from wicore.access.keys import is_loopback
 from wicore.errors import Cancelled, Expired, Unavailable, WicoreError, error_from_body
+from wicore.request import STATUS_OF_TERMINAL, TERMINAL_TYPES, Event
 
 Body = Mapping[str, Any]
-Event = dict[str, Any]
-"""As docs/api.md has it: `job`, `seq`, `type`, and what goes with the type."""
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 KEY_VARIABLE = "WICORE_API_KEY"
 PATIENCE_S = 60.0
 """How long a stream may make no progress, over all attempts to reconnect, before it is given up."""
-ENDINGS = frozenset({"done", "failed", "cancelled", "expired"})
-"""Types of a job's last event."""
-ENDED = frozenset({"succeeded", "failed", "cancelled", "expired"})
+ENDED = frozenset(STATUS_OF_TERMINAL.values())
 """Statuses of a job that has had its last event."""
 ATTEMPTS = 3
 """Times that a call is sent whose answer was lost on the way."""
@@ -48,7 +45,7 @@ def options_of(url: str, api_key: str | None) -> dict[str, Any]:
         "headers": {"Authorization": f"Bearer {key}"} if key else {},
         "timeout": httpx.Timeout(_SILENCE_S, connect=5),
         # A proxy from the environment cannot know this machine's own ports.
-        "trust_env": not _is_loopback(url),
+        "trust_env": not is_loopback(httpx.URL(url).host),
     }
 
 
@@ -164,7 +161,7 @@ class Follower:
         if event["seq"] <= self.last:
             return None
         self.last = event["seq"]
-        self.ended = event["type"] in ENDINGS
+        self.ended = event["type"] in TERMINAL_TYPES
         self._progressed()
         return event
 
@@ -192,12 +189,3 @@ class Follower:
     def _progressed(self) -> None:
         self._deadline = self._clock() + self._patience_s
         self._pause = _FIRST_PAUSE_S
-
-
-def _is_loopback(url: str) -> bool:
-    host = httpx.URL(url).host
-    if host == "localhost":
-        return True
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return False
