@@ -56,10 +56,6 @@ def _upload_schema(fields: openapi.Schema) -> openapi.Schema:
             "file": {"type": "string", "format": "binary"},
         },
         "required": ["file", "purpose"],
-        "dependentRequired": {
-            "expires_after[anchor]": ["expires_after[seconds]"],
-            "expires_after[seconds]": ["expires_after[anchor]"],
-        },
     }
 
 
@@ -67,6 +63,7 @@ def _upload_schema(fields: openapi.Schema) -> openapi.Schema:
 @openapi.describe(
     "Upload a file",
     tag="files",
+    notes="`expires_after[anchor]` and `expires_after[seconds]` come together or not at all.",
     body=openapi.Derived("FileUpload", UploadForm, _upload_schema),
     media=openapi.FORM,
     answers=answers.File,

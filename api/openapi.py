@@ -196,7 +196,8 @@ def _operation(rule: Rule, method: str, said: Operation) -> Schema:
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
         for name in sorted(rule.arguments)
     ]
-    everywhere = [_REQUEST_ID, *([_TRACEPARENT] if said.body is not None else [])]
+    makes_jobs = errors.QueueFull in said.errors
+    everywhere = [_REQUEST_ID, *([_TRACEPARENT] if makes_jobs else [])]
     parameters += [
         {
             "name": one.name,

@@ -15,6 +15,7 @@ from api.openapi import document_of, operations
 from tests.services import settings_for
 from wicore.errors import InvalidRequest
 from wicore.openai import chat_request, completion_request
+from wicore.openai.responses_api import response_request
 from wicore.request import parse_job
 
 Schema = dict[str, Any]
@@ -98,6 +99,7 @@ def test_the_page_for_people_shows_every_operation_and_schema_and_needs_no_scrip
 # --- as strict as the validators ------------------------------------------------------------------
 
 HELLO = [{"role": "user", "content": "Hello"}]
+SCHEMA = {"name": "a", "schema": {"type": "object"}}
 COMMON: list[tuple[Schema, bool]] = [
     ({}, True),
     ({"temperature": 2}, True),
@@ -157,6 +159,10 @@ CASES: list[tuple[str, Callable[[Any], Any], list[tuple[Schema, bool]]]] = [
             ({"kind": "completion", "messages": None, "prompt": "Once"}, True),
             ({"prompt": "Once"}, False),
             ({"messages": HELLO, "stream": False}, False),
+            ({"messages": HELLO, "response_format": {"type": "json_object"}}, True),
+            ({"messages": HELLO, "response_format": {"type": "json_schema"}}, False),
+            ({"messages": HELLO, "response_format": {"type": "text", "json_schema": SCHEMA}}, False),
+            ({"messages": HELLO, "response_format": {"type": "json_schema", "json_schema": SCHEMA}}, True),
         ],
     ),
     (
@@ -194,6 +200,29 @@ CASES: list[tuple[str, Callable[[Any], Any], list[tuple[Schema, bool]]]] = [
         ],
     ),
 ]
+
+
+CASES.append(
+    (
+        "ResponseRequest",
+        response_request,
+        [
+            ({"input": "Hello"}, True),
+            ({"input": ""}, False),
+            ({}, False),
+            ({"input": [{"role": "user", "content": "Hello"}], "temperature": None}, True),
+            ({"input": [{"type": "image", "content": "Hello"}]}, False),
+            ({"input": "Hello", "logprobs": 1}, False),
+            ({"input": "Hello", "background": True, "store": False}, False),
+            ({"input": "Hello", "background": True}, True),
+            ({"input": "Hello", "stream_options": {}}, False),
+            ({"input": "Hello", "reasoning": {"effort": "none"}}, True),
+            ({"input": "Hello", "reasoning": {"effort": "high"}}, False),
+            ({"input": "Hello", "include": ["message.output_text.logprobs"]}, True),
+            ({"input": "Hello", "include": ["x"]}, False),
+        ],
+    )
+)
 
 
 def cases() -> Iterator[Any]:

@@ -216,8 +216,22 @@ class JsonSchemaFormat(_Strict):
     strict: bool | None = None
 
 
+_SCHEMA_WHEN_ASKED_FOR: JsonDict = {
+    "oneOf": [
+        {
+            "properties": {"type": {"const": "json_schema"}, "json_schema": {"type": "object"}},
+            "required": ["json_schema"],
+        },
+        {"properties": {"type": {"enum": ["text", "json_object"]}, "json_schema": {"type": "null"}}},
+    ]
+}
+"""What `ResponseFormat._schema_when_asked_for` checks, as JSON Schema says it."""
+
+
 class ResponseFormat(_Strict):
     """OpenAI's `response_format`."""
+
+    model_config = ConfigDict(json_schema_extra=_SCHEMA_WHEN_ASKED_FOR)
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None

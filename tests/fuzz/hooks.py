@@ -32,8 +32,22 @@ def _ids(prompt: Any) -> Any:
     return prompt if isinstance(prompt, str) else int(prompt) % VOCABULARY
 
 
+def _conversation(items: Any) -> Any:
+    """Its messages, in turn; calls of tools must each be made and answered, in order."""
+    if isinstance(items, str):
+        return items
+    messages = [one for one in items if one.get("type", "message") == "message"]
+    return _turns(messages) if messages else "Hello"
+
+
 SETTLED: Mapping[str, Callable[[Any], Any]] = {
     "messages": _turns,
+    "input": _conversation,
+    # Whether an output can be held to it is found out by compiling it.
+    "response_format": lambda form: {"type": "text"},
+    "text": lambda config: None,
+    # The id of a response that is there and complete.
+    "previous_response_id": lambda name: None,
     "prompt": _ids,
     "logit_bias": lambda biases: {str(int(name) % VOCABULARY): bias for name, bias in biases.items()},
     # The one that is served; any other is a 404, and all that is behind it would stay untried.
@@ -46,6 +60,7 @@ SETTLED: Mapping[str, Callable[[Any], Any]] = {
     # At most the context, less the prompt.
     "max_tokens": lambda tokens: 1 + tokens % 64,
     "max_completion_tokens": lambda tokens: 1 + tokens % 64,
+    "max_output_tokens": lambda tokens: 1 + tokens % 64,
 }
 """Fields that are not null, to what obeys the rule."""
 
@@ -58,6 +73,10 @@ def settle(body: Body) -> Body:
     }
     if settled.get("best_of") is not None:
         settled["best_of"] = settled.get("n") or 1  # a relation of two fields
+    for name in ("anchor", "seconds"):  # come together
+        other = {"anchor": ("seconds", 3600), "seconds": ("anchor", "created_at")}[name]
+        if f"expires_after[{name}]" in settled:
+            settled.setdefault(f"expires_after[{other[0]}]", other[1])
     return settled
 
 
