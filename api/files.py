@@ -53,9 +53,13 @@ def _upload_schema(fields: openapi.Schema) -> openapi.Schema:
             **own,
             "expires_after[anchor]": {"const": "created_at"},
             "expires_after[seconds]": lifetime,
-            "file": {"type": "string", "format": "binary"},
+            "file": {"type": "string", "format": "binary", "minLength": 1},
         },
         "required": ["file", "purpose"],
+        "dependentRequired": {
+            "expires_after[anchor]": ["expires_after[seconds]"],
+            "expires_after[seconds]": ["expires_after[anchor]"],
+        },
     }
 
 
@@ -63,7 +67,6 @@ def _upload_schema(fields: openapi.Schema) -> openapi.Schema:
 @openapi.describe(
     "Upload a file",
     tag="files",
-    notes="`expires_after[anchor]` and `expires_after[seconds]` come together or not at all.",
     body=openapi.Derived("FileUpload", UploadForm, _upload_schema),
     media=openapi.FORM,
     answers=answers.File,
