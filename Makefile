@@ -8,11 +8,12 @@ CANDIDATES := python3.11 python3.12 python3.13 python3 python3.10
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
 PYTHON = $(shell for p in $(CANDIDATES); do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help run test browser chaos fuzz format bench constraints clean
+.PHONY: help run test tour browser chaos fuzz format bench constraints clean
 
 help:
 	@echo "make run          fetch Gemma 3 270M and serve it on http://127.0.0.1:8000"
 	@echo "make test         lint, types and tests"
+	@echo "make tour         every supported call with OpenAI's, LiteLLM's and LangChain's newest clients"
 	@echo "make browser      test the page in Chromium, which must be there; needs npm for axe-core"
 	@echo "make chaos        5,000 jobs, 150 faults, nothing lost; at most 10 minutes"
 	@echo "make fuzz         20 minutes of random requests, judged by the service's own description"
@@ -30,6 +31,9 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal
+
+tour: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.tour
 
 browser: $(VENV)/.installed-browser
 	$(BIN)/python -m pytest tests/browser

@@ -260,6 +260,21 @@ class FileDeleted(Answer):
     deleted: Literal[True]
 
 
+class Batch(Loose):
+    """OpenAI's `batch`."""
+
+    id: str
+    object: Literal["batch"]
+    endpoint: str
+    input_file_id: str
+    status: str
+    created_at: int
+
+
+class Batches(OpenAIPage):
+    data: list[Batch]
+
+
 # --- the service ----------------------------------------------------------------------------------
 
 

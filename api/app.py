@@ -6,6 +6,8 @@ from flask import Flask
 
 from api import (
     access_log,
+    batches,
+    browsers,
     callers,
     dead,
     docs,
@@ -29,6 +31,7 @@ DOORS = (
     openai.door,
     responses.door,
     files.door,
+    batches.door,
     jobs.door,
     dead.door,
     service.door,
@@ -53,6 +56,7 @@ def create_app(settings: Settings, services: Services | None = None) -> Flask:
     http.install(app)
     callers.install(app)
     rates.install(app)
+    browsers.install(app, settings.api)
     for door in DOORS:
         app.register_blueprint(door)
     sockets.install(app)

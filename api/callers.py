@@ -6,6 +6,7 @@ from typing import cast
 
 from flask import Flask, g, request
 
+from api import browsers
 from api.keyring import Caller
 from api.services import current
 from wicore.errors import Forbidden
@@ -46,6 +47,8 @@ def _admit() -> None:
         return
     if request.method == "OPTIONS":  # comes without a key before a page's call; Flask answers it
         return
+    if not caller().keyed:
+        browsers.check_origin(current().settings.api)
     if not caller().admin and rule.startswith(OPERATORS):
         raise Forbidden(f"{rule}: only for operators' keys (made by `wicore keys create NAME --admin`)")
 

@@ -83,7 +83,11 @@ def upload() -> Response:
         # Reading them reads the body; what is large goes to a temporary file on the way.
         fields, files = request.form, request.files
     except RequestEntityTooLarge:
-        raise TooLarge(f"file: larger than the {limit} bytes that api.max_file_bytes allows") from None
+        raise TooLarge(
+            f"file: larger than the {limit} bytes that api.max_file_bytes allows", param="file"
+        ) from None
+    if not fields and not files:
+        raise InvalidRequest("body: is no multipart form, or one that breaks off")
     form = parse_model(UploadForm, _nested(fields))
     for name in files.keys() - {"file"}:
         raise InvalidRequest(f"{name}: unknown or unsupported field; remove it", param=name)

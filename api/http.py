@@ -16,6 +16,8 @@ import redis.exceptions
 from flask import Flask, Response, current_app, g, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge, UnsupportedMediaType
 
+from api.services import current
+from api.slots import Budget
 from wicore.errors import InvalidRequest, TooLarge, Unavailable, WicoreError
 from wicore.queue.connection import is_outage
 
@@ -26,6 +28,7 @@ MAX_KEYS = 2048
 """No field has that many; a million unknown ones would take seconds to report."""
 MAX_WHOLE = 2**63
 """No field takes a larger whole number."""
+PIECE = 2**16
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 
@@ -89,8 +92,8 @@ def read_json() -> Any:
             f"Content-Type: must be application/json, with the JSON as the body (got {request.mimetype})"
         )
     try:
-        data = request.get_data(cache=False)
-    except HTTPException:
+        data = _whole_body(current().arriving)
+    except (HTTPException, WicoreError):
         raise
     except Exception as err:
         # Nothing but what the client sent can fail here, e.g. gunicorn's InvalidChunkSize.
@@ -101,6 +104,18 @@ def read_json() -> Any:
     if current_app.config["LOG_BODIES"]:
         g.body = data
     return loads(data)
+
+
+def _whole_body(arriving: Budget) -> bytes:
+    """Read it piece by piece, each counted until all are there; raises Unavailable when too much arrives."""
+    pieces: list[bytes] = []
+    try:
+        while piece := request.stream.read(PIECE):
+            arriving.change(len(piece))
+            pieces.append(piece)
+        return b"".join(pieces)
+    finally:
+        arriving.change(-sum(map(len, pieces)))
 
 
 def as_wicore_error(err: BaseException, request_id: str) -> WicoreError:
@@ -116,6 +131,8 @@ def as_wicore_error(err: BaseException, request_id: str) -> WicoreError:
 
 def error_reply(err: WicoreError) -> Response:
     response = reply({"error": err.body()}, err.status)
+    # OpenAI's clients go by it; by the status they would send a cancelled job again.
+    response.headers["x-should-retry"] = "true" if err.retryable else "false"
     if err.status in (429, 503):
         response.headers["Retry-After"] = str(max(1, math.ceil(err.retry_after or 1)))
     if err.status == 401:

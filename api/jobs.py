@@ -127,7 +127,7 @@ def events(job_id: str) -> Response:
     pieces = _pieces(
         job_id, batches, lambda: is_stopping() or not services.keys.is_live(who), http.request_id()
     )
-    with services.slots.taken_for_response():
+    with services.slots.taken_for_response(who.client):
         response = streams.event_stream(services, pieces, lambda: None)
     response.headers["X-Job-Id"] = job_id
     return response

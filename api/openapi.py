@@ -259,9 +259,7 @@ def _errors(rule: Rule, said: Operation) -> Schema:
     if not _is_static(rule):
         kinds.append(errors.Unavailable)
     if not callers.is_open(rule.rule):
-        kinds.append(errors.Unauthenticated)
-    if rule.rule.startswith(callers.OPERATORS):
-        kinds.append(errors.Forbidden)
+        kinds += [errors.Unauthenticated, errors.Forbidden]
     if errors.QueueFull in kinds:
         kinds.append(errors.RateLimited)
     if said.body is not None or said.parameters or rule.websocket:

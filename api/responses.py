@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from flask import Blueprint, Response, request
@@ -74,15 +75,16 @@ def create() -> Response:
     stored = asked.stored(earlier)
     if asked.form.stream:
         # Before the job is accepted: a refused stream must leave none behind.
-        with services.slots.taken_for_response():
+        with services.slots.taken_for_response(caller().client):
             job = _accept(services, asked, stored, Priority.INTERACTIVE)
             call = _call(services, asked, job)
             pieces = _pieces(services, job.id, stored, call.batches(), lambda: False, http.request_id())
             response = streams.event_stream(services, pieces, call.abandon)
     else:
-        job = _accept(services, asked, stored, Priority.NORMAL)
-        if not asked.form.background:
-            _call(services, asked, job).wait()
+        with nullcontext() if asked.form.background else services.slots.taken(caller().client):
+            job = _accept(services, asked, stored, Priority.NORMAL)
+            if not asked.form.background:
+                _call(services, asked, job).wait()
         response = http.reply(response_of(services.record(job.id, caller()), stored, services.model.name))
     response.headers["X-Job-Id"] = job.id
     return response
@@ -129,7 +131,8 @@ def _find(services: Services, name: str) -> tuple[JobRecord, Stored]:
         record = services.record(name.removeprefix(PREFIX), caller()) if name.startswith(PREFIX) else None
     except UnknownJob:
         record = None
-    if record is None or record.response is None:
+    # A batch's request keeps it, whether or not it asked for it, until it is answered.
+    if record is None or record.response is None or not record.response["echo"]["store"]:
         raise _unknown(name)
     return record, Stored.from_json(record.response)
 
@@ -182,7 +185,7 @@ def _resume(services: Services, record: JobRecord, stored: Stored) -> Response:
     after = -1 if given is None else streams.sequence_number(given, "starting_after")
     batches = services.relay.follow(record.id, 0, streams.TICK_S)
     pieces = _pieces(services, record.id, stored, batches, stopping(), http.request_id(), after)
-    with services.slots.taken_for_response():
+    with services.slots.taken_for_response(caller().client):
         response = streams.event_stream(services, pieces, lambda: None)
     response.headers["X-Job-Id"] = record.id
     return response

@@ -19,7 +19,7 @@ from flask_sock import Sock
 from api import http, openapi, streams
 from api.callers import SUBPROTOCOL, caller
 from api.services import current, stopping
-from api.session import GONE, NOT_ALLOWED, SERVICE_RESTART, Session, error_frame
+from api.session import GONE, MAX_WAITING, NOT_ALLOWED, SERVICE_RESTART, Session, error_frame
 from wicore.config import ApiSettings
 from wicore.errors import InvalidRequest, UnknownJob
 
@@ -58,7 +58,7 @@ def _before_handshake() -> None:
     if request.view_args:
         g.first_wanted = streams.first_wanted()
         services.record(request.view_args["job_id"], caller())
-    services.slots.take()
+    services.slots.take(caller().client)
     g.slots = services.slots
     environ = request.environ
     # Compression would cost 256 KiB and a good part of the CPU time of a socket, for frames this short.
@@ -70,7 +70,7 @@ def _before_handshake() -> None:
 def _release(_error: BaseException | None) -> None:
     slots = g.pop("slots", None)
     if slots is not None:
-        slots.give()
+        slots.give(caller().client)
 
 
 class WholeSends:
@@ -134,6 +134,7 @@ def _follow_one(ws: Any, job_id: str) -> None:
     """`WS /v1/jobs/{id}/stream?from=N`: the job's events; whatever the client sends is refused."""
     services, is_stopping = current(), stopping()
     ws.max_message_size = MAX_UNWANTED_BYTES
+    ws.sock.hold_input = lambda: ws.connected and len(ws.input_buffer) >= MAX_WAITING
     opened = time.monotonic()
     for batch in services.relay.follow(job_id, g.first_wanted - 1, streams.TICK_S):
         for event in batch:

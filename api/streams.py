@@ -12,6 +12,7 @@ from typing import Any
 from flask import Response, request
 
 from api import http
+from api.callers import caller
 from api.services import Services
 from wicore.errors import Cancelled, Expired, InvalidRequest, WicoreError, error_from_body
 from wicore.request import TERMINAL_TYPES, Event
@@ -32,8 +33,10 @@ def event_stream(services: Services, pieces: Iterator[str], on_close: Callable[[
     runs exactly once, whether the stream ended, broke, or was never started.
     """
 
+    client = caller().client
+
     def close() -> None:
-        services.slots.give()
+        services.slots.give(client)
         on_close()
 
     response = Response(_kept_alive(pieces), mimetype="text/event-stream")

@@ -100,6 +100,7 @@ def test_the_page_for_people_shows_every_operation_and_schema_and_needs_no_scrip
 
 HELLO = [{"role": "user", "content": "Hello"}]
 SCHEMA = {"name": "a", "schema": {"type": "object"}}
+TOOL = {"type": "function", "function": {"name": "look"}}
 COMMON: list[tuple[Schema, bool]] = [
     ({}, True),
     ({"temperature": 2}, True),
@@ -135,6 +136,17 @@ CHAT: list[tuple[Schema, bool]] = [
     ({"messages": None}, False),
     ({"messages": []}, False),
     ({"messages": [{"role": "tool", "content": "a"}]}, False),
+    ({"messages": [{"role": "tool", "content": "a", "tool_call_id": "b"}]}, True),
+    ({"messages": [{"role": "user", "content": "a", "tool_call_id": "b"}]}, False),
+    ({"messages": [{"role": "user"}]}, False),
+    ({"messages": [{"role": "assistant", "refusal": "no", "audio": None}]}, True),
+    ({"messages": [{"role": "assistant", "audio": {}, "content": "a"}]}, False),
+    ({"messages": [{"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}]}, True),
+    ({"messages": [{"role": "assistant", "content": [{"type": "refusal", "text": "no"}]}]}, False),
+    ({"messages": HELLO, "echo": True}, False),
+    ({"messages": HELLO, "best_of": 2}, False),
+    ({"messages": HELLO, "tools": [TOOL], "tool_choice": "required"}, True),
+    ({"messages": HELLO, "tools": [TOOL | {"type": "custom"}]}, False),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "more": 1}]}]}, False),
     ({"messages": "Hello"}, False),
 ]
@@ -146,6 +158,9 @@ COMPLETION: list[tuple[Schema, bool]] = [
     ({"prompt": [1, 2]}, True),
     ({"prompt": [-1]}, False),
     ({"prompt": [1.5]}, False),
+    ({"prompt": "Once", "tools": [TOOL]}, False),
+    ({"prompt": "Once", "tool_choice": "auto"}, False),
+    ({"prompt": "Once", "echo": True, "best_of": 2}, True),
 ]
 CASES: list[tuple[str, Callable[[Any], Any], list[tuple[Schema, bool]]]] = [
     (

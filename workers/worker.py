@@ -2,7 +2,8 @@
 
 Threads
     engine     (the caller of `run`) owns scheduler, engine and every `Generation`; never waits for Redis.
-    intake     pops jobs when there is room, tokenises them, hands them to the engine thread.
+    intake     pops jobs when there is room, tokenises them and compiles their grammars, hands them to the
+               engine thread.
     keeper     renews leases, reaps those of dead workers, hears of cancels (LeaseKeeper).
     publisher  writes events and results (Publisher).
     look-ahead has the cached prefixes of waiting jobs brought nearer (LookAhead).
@@ -25,6 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 from redis import Redis
@@ -35,16 +37,20 @@ from wicore.config import Settings
 from wicore.engine.base import Engine, PendingStep, StepPlan
 from wicore.errors import Cancelled, EngineError, Expired, Unavailable, WicoreError
 from wicore.generation import Generation
+from wicore.grammar import grammar_of
+from wicore.grammar.compiler import Compiler
 from wicore.model import Model
 from wicore.queue.consumer import Delivery, LeaseConsumer, LeaseKeeper
 from wicore.queue.producer import Producer
 from wicore.queue.registry import Heartbeat
-from wicore.request import Priority, TerminalType, terminal_event, usage_of
+from wicore.request import JobBody, Priority, TerminalType, terminal_event, usage_of
+from wicore.sampling import Constraint
 from wicore.scheduler import Limits, Scheduler, SequenceRequest, TokenOut
 from wicore.stream.publisher import Publisher
 from wicore.stream.relay import read_log
 from wicore.telemetry.serving import Times
 from wicore.telemetry.tracing import tracer_of
+from wicore.text.prompt import Prompt
 from wicore.tiers.cache import TieredCache
 from workers.account import Account
 from workers.control import CancelListener, CeleryNode
@@ -103,6 +109,7 @@ class Worker:
         self._owner = owner
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._cache = TieredCache(settings, engine, self._wake)
+        self._grammars = Compiler(model.tokenizer, engine.info.vocab_size)
         limits = Limits(settings.scheduler.max_batch, settings.scheduler.token_budget)
         self._scheduler = Scheduler(limits, self._cache.manager)
         self._jobs: dict[str, _Job] = {}
@@ -355,7 +362,10 @@ class Worker:
             self._account.stats.started(job.times, len(job.generation.prompt.token_ids))
         self._trial.observe(job.delivery)
         self._untold[job] = None
-        if job.generation.take(job.keys[out.key], out.token):
+        ended = job.generation.take(job.keys[out.key], out.token)
+        if job.generation.error is not None:
+            self._end(job, "failed", job.generation.error)
+        elif ended:
             self._end_choice(job, out.key)
 
     def _tell(self) -> None:
@@ -380,7 +390,8 @@ class Worker:
         outcome = event.get("finish_reason") or kind
         self._account.ended(job.delivery, job.times, outcome, job.generation.usage())
         created_s = job.delivery.created_ms // 1000
-        result = job.generation.result(self._model.name, created_s) if kind == "done" else None
+        model = self._model
+        result = job.generation.result(model.name, created_s, model.fingerprint) if kind == "done" else None
         self._publisher.finish(job.delivery, event, result)
 
     def _empty_inbox(self, until: float | None, *, block: bool) -> None:
@@ -409,15 +420,16 @@ class Worker:
                 job.keys[request.key] = index
                 self._by_key[request.key] = job
         except WicoreError as err:
-            self._release(job, job.generation.body.n - len(job.keys))
+            self._release(job, job.generation.body.sequences - len(job.keys))
             self._end(job, "failed", err)
             return
         # Choices that an earlier attempt finished need no slot; all of them, if it died before the end.
-        self._release(job, job.generation.body.n - len(job.requests))
+        self._release(job, job.generation.body.sequences - len(job.requests))
         if job.generation.finished:
             self._end(job, "done")
 
     def _end_choice(self, job: _Job, key: int) -> None:
+        job.generation.found_cached(self._scheduler.cached(key))
         self._scheduler.remove(key)
         self._account.stats.gone(key)
         del job.keys[key], self._by_key[key]
@@ -560,9 +572,15 @@ class Worker:
             event = terminal_event(delivery.job_id, delivery.seq + 1, "failed", error=err.body())
             self._publisher.finish(delivery, event)
             return
-        self._room.claim(delivery.body.n, delivery.level)
+        self._room.claim(delivery.body.sequences, delivery.level)
         self._look_ahead.wake()
         self._inbox.put(lambda: self._begin(job))
+
+    def _constrain(self, body: JobBody, prompt: Prompt) -> Callable[[], Constraint] | None:
+        """Makes what each output of the job is held to; compiles here, not on the engine's thread."""
+        if (grammar := grammar_of(body)) is None:
+            return None
+        return partial(self._grammars.constraint, grammar, prompt.stop_ids)
 
     def _prepare(self, delivery: Delivery, times: Times) -> _Job:
         body = delivery.body
@@ -578,6 +596,7 @@ class Worker:
             priority=delivery.level,
             attempt=delivery.attempt,
             log=events,
+            constrain=self._constrain(body, prompt),
         )
         deadline = None
         if delivery.deadline_ms is not None:
@@ -586,5 +605,5 @@ class Worker:
             (index, replace(request, chain=self._cache.manager.chain([*request.prompt, *request.generated])))
             for index, request in generation.requests(self._next_key)
         ]
-        self._next_key += body.n
+        self._next_key += body.sequences
         return _Job(delivery, generation, requests, deadline, times)

@@ -22,7 +22,19 @@ def _turns(messages: list[Body]) -> list[Body]:
     lead = next((i for i, one in enumerate(messages) if one["role"] not in ("system", "developer")), None)
     lead = max(0, len(messages) - 1) if lead is None else lead
     roles = ("user", "assistant")
-    return messages[:lead] + [one | {"role": roles[i % 2]} for i, one in enumerate(messages[lead:])]
+    said = [{"role": one["role"], "content": _content(one.get("content"))} for one in messages]
+    return said[:lead] + [one | {"role": roles[i % 2]} for i, one in enumerate(said[lead:])]
+
+
+def _content(content: Any) -> Any:
+    """Text alone: refusals, and the calls that stand for a content, are for some roles only."""
+    if isinstance(content, list) and all(part.get("text") is not None for part in content):
+        return [{"type": part["type"], "text": part["text"]} | _part(part) for part in content]
+    return content if isinstance(content, str) else "Hello"
+
+
+def _part(part: Body) -> Body:
+    return {"type": part["type"] if part["type"].endswith("_text") else "text"}
 
 
 def _ids(prompt: Any) -> Any:
@@ -43,6 +55,10 @@ def _conversation(items: Any) -> Any:
 SETTLED: Mapping[str, Callable[[Any], Any]] = {
     "messages": _turns,
     "input": _conversation,
+    # Their names must be unique, and those of the choice among them.
+    "tools": lambda tools: [],
+    "tool_choice": lambda choice: "none",
+    "parallel_tool_calls": lambda parallel: None,
     # Whether an output can be held to it is found out by compiling it.
     "response_format": lambda form: {"type": "text"},
     "text": lambda config: None,
@@ -71,8 +87,11 @@ def settle(body: Body) -> Body:
         name: SETTLED[name](value) if name in SETTLED and value is not None else value
         for name, value in body.items()
     }
+    # Relations of several fields.
     if settled.get("best_of") is not None:
-        settled["best_of"] = settled.get("n") or 1  # a relation of two fields
+        settled["best_of"] = settled.get("n") or 1
+    if settled.get("echo"):
+        settled["logprobs"] = None
     return settled
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -12,10 +12,13 @@ from wicore.openai.responses_api import NEUTRAL as RESPONSES_NEUTRAL
 
 Schema = dict[str, Any]
 
+_NULL: Schema = {"type": "null"}
+
 
 def chat_schema(job: Schema) -> Schema:
     """Of `POST /v1/chat/completions`, from that of JobBody."""
-    schema = _schema(job, ChatForm, without=("prompt", "logprobs"), needs="messages")
+    schema = _schema(job, ChatForm, needs="messages")
+    schema["properties"] |= {"prompt": _NULL, "best_of": _NULL, "echo": {"enum": [None, False]}}
     schema["allOf"] = [
         _unless("top_logprobs", {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]}),
         _unless("max_completion_tokens", {"properties": {"max_tokens": {"type": "null"}}}),
@@ -26,7 +29,13 @@ def chat_schema(job: Schema) -> Schema:
 
 def completion_schema(job: Schema) -> Schema:
     """Of `POST /v1/completions`, from that of JobBody."""
-    schema = _schema(job, CompletionForm, without=("messages",), needs="prompt")
+    schema = _schema(job, CompletionForm, needs="prompt")
+    schema["properties"] |= {
+        "messages": _NULL,
+        "tools": {"enum": [None, []]},
+        "tool_choice": {"enum": [None, "none"]},
+        "parallel_tool_calls": _NULL,
+    }
     schema["properties"]["prompt"] = _several(schema["properties"]["prompt"], MAX_PROMPTS)
     schema["allOf"] = [_STREAM_OPTIONS]
     return schema
@@ -36,7 +45,6 @@ def response_schema(body: Schema) -> Schema:
     """Of `POST /v1/responses`, from that of ResponseBody."""
     properties = {name: _or_null(part) for name, part in body["properties"].items() if name != "logprobs"}
     properties |= {name: {"enum": [None, *values]} for name, values in RESPONSES_NEUTRAL.items()}
-    properties |= {"tools": {"enum": [None, []]}, "tool_choice": {"enum": [None, "auto", "none"]}}
     properties["input"] = body["properties"]["input"]
     stored = {"properties": {"store": {"const": True}}}
     return {
@@ -51,8 +59,17 @@ def response_schema(body: Schema) -> Schema:
     }
 
 
-def _schema(job: Schema, form: type[BaseModel], without: Iterable[str], needs: str) -> Schema:
-    left = {name: part for name, part in job["properties"].items() if name not in {"kind", *without}}
+def nullable(body: Schema) -> Schema:
+    """Of a body whose fields may be null, which means the same as leaving them out."""
+    required = body.get("required", ())
+    properties = body["properties"].items()
+    return body | {
+        "properties": {name: part if name in required else _or_null(part) for name, part in properties}
+    }
+
+
+def _schema(job: Schema, form: type[BaseModel], needs: str) -> Schema:
+    left = {name: part for name, part in job["properties"].items() if name != "kind"}
     own = form.model_json_schema()
     properties = left | {
         name: _inlined(part, own.get("$defs", {})) for name, part in own["properties"].items()

@@ -2,7 +2,8 @@
 
 A decode pass is padded to a bucket of rows and replayed as a CUDA graph, which is captured after the bucket's
 first use; other passes are launched kernel by kernel. Where one decode pass is the whole step, its graph goes
-on to the head and the sampler. Else the rows that sample are gathered, and come last.
+on to the head and the sampler, unless masks are still to be made for some rows: that is done while the layers
+run. Else the rows that sample are gathered, and come last.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wicore.engine.base import KVLayout, Pool, SequenceInput, SequenceOutput, StepResult
-from wicore.engine.tensorrt.attention import MASS_ONLY, TILE_POSITIONS, Attention, StepTables
+from wicore.engine.tensorrt.attention import MASS_ONLY, StepTables
+from wicore.engine.tensorrt.attention_settings import TILE_POSITIONS
 from wicore.engine.tensorrt.bodies import Body
 from wicore.engine.tensorrt.device import Device, Graph
 from wicore.engine.tensorrt.limits import MASS_ROWS, Limits
 from wicore.engine.tensorrt.passes import Pass, Piece, cut
+from wicore.engine.tensorrt.prompt_attention import prompt_tiles
 from wicore.engine.tensorrt.step_arrays import BlockTables, Upload, pass_arrays
 from wicore.engine.tensorrt.timing import median_ms
 from wicore.engine.tensorrt.weights import DeviceWeights
@@ -173,7 +176,12 @@ class Runner:
         if rows:
             self._parts.sampler.pack(states)
             self._parts.sampler.upload(self.stream)
-        self._decode(work, tables, bucket, bool(rows))
+        sampler = self._parts.sampler
+        late = bool(rows) and sampler.constrained
+        self._decode(work, tables, bucket, bool(rows) and not late)
+        if late:
+            self._head(bucket, self._buffers.normed)
+            self._draw(bucket)
         return rows
 
     def _several(self, passes: Sequence[Pass], tables: BlockTables, samples: Sequence[Piece]) -> list[int]:
@@ -192,8 +200,13 @@ class Runner:
             done += count
         if samples:
             self._head(done, self._buffers.gathered)
-            self._parts.sampler.launch(self.stream, done, self._buffers.logits)
+            self._draw(done)
         return list(range(done))
+
+    def _draw(self, rows: int) -> None:
+        """Draw from the logits of a step that is enqueued up to them, and runs while masks are made."""
+        self._parts.sampler.upload_masks(self.stream)
+        self._parts.sampler.launch(self.stream, rows, self._buffers.logits)
 
     def _run_pass(self, work: Pass, tables: BlockTables, *, every_row: bool = False) -> int:
         """The address of the indices of its rows that sample."""
@@ -396,7 +409,7 @@ def _chunks(work: Pass) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _tiles(work: Pass) -> NDArray[np.int32]:
-    return Attention.tiles([] if work.decode else _chunks(work))
+    return prompt_tiles([] if work.decode else _chunks(work))
 
 
 def _listed(work: Pass) -> NDArray[np.int32]:

@@ -33,6 +33,8 @@
 
 #include "hopper.cuh"
 
+WGMMA_OF_TILES(TILE_N)
+
 #define A_BOX (TILE_M / CLUSTER_N)
 #define B_BOXES (TILE_N / B_BOX)
 #define OUT_N (GLU ? TILE_N / 2 : TILE_N)  // columns of y in a tile
@@ -64,24 +66,6 @@ struct Raster {
     m = first + rest - n * height;
   }
 };
-
-// Row and column of a quarter of lanes are exchanged: value i of lane t (of four) and value t of lane i.
-__device__ __forceinline__ void transpose_quad(uint32_t (&v)[4], int t) {
-#pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2) {
-    bool high = t & bit;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & bit) continue;
-      uint32_t got = __shfl_xor_sync(0xffffffffu, high ? v[i] : v[i + bit], bit);
-      if (high) {
-        v[i] = got;
-      } else {
-        v[i + bit] = got;
-      }
-    }
-  }
-}
 
 // gelu(gate) up / 64 by tanh: gate / (1 + exp(-2 z)) with z = sqrt(2 / pi) (gate + 0.044715 gate^3).
 __device__ __forceinline__ float gated(float gate, float up) {
