@@ -10,11 +10,13 @@ from api import (
     browsers,
     callers,
     dead,
+    docs,
     files,
     http,
     jobs,
     metrics,
     openai,
+    openapi,
     page,
     rates,
     responses,
@@ -36,6 +38,8 @@ DOORS = (
     status.door,
     metrics.door,
     page.door,
+    openapi.door,
+    docs.door,
 )
 
 

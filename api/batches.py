@@ -8,13 +8,14 @@ from typing import Annotated, Literal
 from flask import Blueprint, Response, request
 from pydantic import BaseModel, ConfigDict, Field
 
-from api import http, queries
+from api import answers, http, openapi, queries
 from api.callers import caller
 from api.files import ExpiresAfter
 from api.services import current
 from wicore.batches.record import Endpoint
-from wicore.errors import InvalidRequest, UnknownFile
+from wicore.errors import Conflict, InvalidRequest, QueueFull, UnknownBatch, UnknownFile, UnknownModel
 from wicore.files import MAX_LIFETIME_S
+from wicore.openai.published import nullable
 from wicore.openai.responses_api.request import Metadata
 from wicore.request import Text, parse_model
 
@@ -36,6 +37,13 @@ class BatchBody(BaseModel):
 
 
 @door.post("")
+@openapi.describe(
+    "Create a batch",
+    tag="batches",
+    body=openapi.Derived("BatchRequest", BatchBody, nullable),
+    answers=answers.Batch,
+    errors=(UnknownModel, QueueFull),
+)
 def create() -> Response:
     services, who = current(), caller()
     data = http.read_json()
@@ -67,6 +75,13 @@ def create() -> Response:
 
 
 @door.get("")
+@openapi.describe(
+    "List batches",
+    tag="batches",
+    answers=answers.Batches,
+    parameters=openapi.page_of("batches", MAX_PAGE),
+    errors=(UnknownBatch,),
+)
 def listing() -> Response:
     queries.check_known("limit", "after")
     services, who = current(), caller()
@@ -81,11 +96,15 @@ def listing() -> Response:
 
 
 @door.get("/<batch_id>")
+@openapi.describe("A batch", tag="batches", answers=answers.Batch, errors=(UnknownBatch,))
 def lookup(batch_id: str) -> Response:
     return http.reply(current().batch(batch_id, caller()).public())
 
 
 @door.post("/<batch_id>/cancel")
+@openapi.describe(
+    "Cancel a batch", tag="batches", answers=answers.Batch, errors=(UnknownBatch, Conflict, InvalidRequest)
+)
 def cancel(batch_id: str) -> Response:
     services = current()
     batch = services.batch(batch_id, caller())

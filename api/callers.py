@@ -13,7 +13,7 @@ from wicore.errors import Forbidden
 
 __all__ = ["SUBPROTOCOL", "Caller", "caller", "install"]
 
-OPEN = frozenset({"/", "/health", "/ready", "/openapi.json"})
+OPEN = frozenset({"/", "/health", "/ready", "/openapi.json", "/docs"})
 """Doors that ask for no key, by their rule; so do the files of the page. They tell nothing of anybody."""
 FILES = "/static/"
 OPERATORS = ("/status", "/metrics", "/v1/dead")
@@ -36,9 +36,14 @@ def install(app: Flask) -> None:
     app.before_request(_admit)
 
 
+def is_open(rule: str) -> bool:
+    """Whether a door, by its rule, asks for no key."""
+    return rule in OPEN or rule.startswith(FILES)
+
+
 def _admit() -> None:
     rule = request.url_rule.rule if request.url_rule is not None else None
-    if rule is None or rule in OPEN or rule.startswith(FILES):
+    if rule is None or is_open(rule):
         return
     if request.method == "OPTIONS":  # comes without a key before a page's call; Flask answers it
         return

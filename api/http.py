@@ -19,12 +19,15 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge, Unsupporte
 from api.services import current
 from api.slots import Budget
 from wicore.errors import InvalidRequest, TooLarge, Unavailable, WicoreError
+from wicore.queue.connection import is_outage
 
 log = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 MAX_KEYS = 2048
 """No field has that many; a million unknown ones would take seconds to report."""
+MAX_WHOLE = 2**63
+"""No field takes a larger whole number."""
 PIECE = 2**16
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
@@ -48,7 +51,9 @@ def loads(data: bytes | str) -> Any:
     """
     try:
         text = data.decode() if isinstance(data, bytes) else data
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_bounded_object)
+        return json.loads(
+            text, parse_float=_number, parse_constant=_refuse_constant, object_pairs_hook=_bounded_object
+        )
     except UnicodeDecodeError as err:
         raise InvalidRequest(f"body: not valid UTF-8 at byte {err.start}") from None
     except json.JSONDecodeError as err:
@@ -58,6 +63,12 @@ def loads(data: bytes | str) -> Any:
         raise InvalidRequest("body: JSON nested too deeply") from None
     except ValueError as err:
         raise InvalidRequest(f"body: not valid JSON: {err}") from None
+
+
+def _number(text: str) -> int | float:
+    """7.0 is 7: JSON knows one kind of number, and its schemas call both integers."""
+    value = float(text)
+    return int(value) if abs(value) < MAX_WHOLE and value.is_integer() else value
 
 
 def _bounded_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -111,7 +122,7 @@ def as_wicore_error(err: BaseException, request_id: str) -> WicoreError:
     """Any failure as one a caller may see. Only an unforeseen one is logged, with its traceback."""
     if isinstance(err, WicoreError):
         return err
-    if isinstance(err, redis.exceptions.RedisError):
+    if isinstance(err, redis.exceptions.RedisError) and is_outage(err):
         log.warning("redis failed: %s", err, extra={"request_id": request_id})
         return Unavailable("Redis is not reachable; try again", retry_after=2)
     log.error("internal error in request %s", request_id, exc_info=err, extra={"request_id": request_id})

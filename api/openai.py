@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flask import Blueprint, Response, request
+from pydantic import BaseModel
 
-from api import http, streams
+from api import answers, http, openapi, streams
 from api.callers import caller
 from api.calls import Call
+from api.openapi import Schema, View
 from api.services import Services, current
 from wicore.admission import check_model
-from wicore.errors import Unavailable, WicoreError
+from wicore.errors import (
+    Cancelled,
+    Conflict,
+    Expired,
+    QueueFull,
+    Unavailable,
+    UnknownModel,
+    WicoreError,
+    WorkerLost,
+)
 from wicore.openai import (
     ChunkWriter,
     OpenAIRequest,
@@ -22,18 +33,36 @@ from wicore.openai import (
     completion_request,
     summed_usage,
 )
-from wicore.request import Priority
+from wicore.openai.published import chat_schema, completion_schema
+from wicore.request import JobBody, Priority
 from wicore.text.prompt import prompt_text
 
 door = Blueprint("openai", __name__, url_prefix="/v1")
 
 
+def _described(
+    name: str, answer: type[BaseModel], make: Callable[[Schema], Schema]
+) -> Callable[[View], View]:
+    return openapi.describe(
+        f"OpenAI's {name}",
+        tag="openai",
+        body=openapi.Derived(answer.__name__ + "Request", JobBody, make),
+        answers=answer,
+        stream=openapi.EVENTS,
+        parameters=(openapi.IDEMPOTENCY_KEY,),
+        errors=(UnknownModel, Conflict, Cancelled, QueueFull, WorkerLost, Expired),
+        headers={"X-Job-Id": "The job that answers it."},
+    )
+
+
 @door.post("/chat/completions")
+@_described("chat completions", answers.ChatCompletion, chat_schema)
 def chat_completions() -> Response:
     return _respond(chat_request(http.read_json()))
 
 
 @door.post("/completions")
+@_described("completions", answers.TextCompletion, completion_schema)
 def completions() -> Response:
     return _respond(completion_request(http.read_json()))
 
@@ -164,11 +193,13 @@ class _Answer:
 
 
 @door.get("/models")
+@openapi.describe("The model that is served, as OpenAI lists models", tag="openai", answers=answers.Models)
 def models() -> Response:
     return http.reply({"object": "list", "data": [_model(current())]})
 
 
 @door.get("/models/<path:name>")
+@openapi.describe("A model", tag="openai", answers=answers.Model, errors=(UnknownModel,))
 def model(name: str) -> Response:
     services = current()
     check_model(name, services.model)

@@ -9,17 +9,29 @@ from typing import Any
 
 from flask import Blueprint, Response, request
 
-from api import http, queries, streams
+from api import answers, http, openapi, queries, streams
 from api.callers import caller
 from api.calls import Call
 from api.services import Services, current, stopping
 from wicore.admission import admit
-from wicore.errors import InvalidRequest, UnknownJob, UnknownResponse
+from wicore.errors import (
+    Cancelled,
+    Conflict,
+    Expired,
+    InvalidRequest,
+    QueueFull,
+    UnknownJob,
+    UnknownModel,
+    UnknownResponse,
+    WorkerLost,
+)
+from wicore.openai.published import response_schema
 from wicore.openai.responses_api import (
     LOGPROBS,
     PREFIX,
     EventWriter,
     Item,
+    ResponseBody,
     ResponseRequest,
     Stored,
     numbered,
@@ -40,7 +52,22 @@ ENDED = frozenset(STATUS_OF_TERMINAL.values())
 door = Blueprint("responses", __name__, url_prefix="/v1/responses")
 
 
+INCLUDE = openapi.Parameter(
+    "include", {"type": "array", "items": {"const": LOGPROBS}}, "Beyond what is always there."
+)
+
+
 @door.post("")
+@openapi.describe(
+    "Create a response",
+    tag="responses",
+    body=openapi.Derived("ResponseRequest", ResponseBody, response_schema),
+    answers=answers.ResponseView,
+    stream=openapi.EVENTS,
+    parameters=(openapi.IDEMPOTENCY_KEY,),
+    errors=(UnknownModel, Conflict, Cancelled, QueueFull, WorkerLost, Expired),
+    headers={"X-Job-Id": "The job that answers it."},
+)
 def create() -> Response:
     services = current()
     asked = response_request(http.read_json())
@@ -120,6 +147,19 @@ def _unknown(name: str) -> UnknownResponse:
 
 
 @door.get("/<name>")
+@openapi.describe(
+    "A response",
+    tag="responses",
+    answers=answers.ResponseView,
+    stream=openapi.EVENTS,
+    parameters=(
+        openapi.Parameter("stream", {"type": "boolean"}, "As server-sent events, from the first on."),
+        openapi.Parameter("starting_after", openapi.SEQ, "Only events after this one; of a stream."),
+        INCLUDE,
+        openapi.Parameter("include_obfuscation", {"const": False}, "Events are not padded."),
+    ),
+    errors=(UnknownResponse,),
+)
 def lookup(name: str) -> Response:
     queries.check_known("stream", "starting_after", "include", "include_obfuscation")
     services = current()
@@ -162,6 +202,13 @@ def _object(services: Services, record: JobRecord, stored: Stored) -> dict[str, 
 
 
 @door.get("/<name>/input_items")
+@openapi.describe(
+    "What a response was asked",
+    tag="responses",
+    answers=answers.Items,
+    parameters=(*openapi.page_of("items", 100), openapi.ORDER, INCLUDE),
+    errors=(UnknownResponse,),
+)
 def input_items(name: str) -> Response:
     queries.check_known("limit", "order", "after", "include")
     record, stored = _find(current(), name)
@@ -179,6 +226,12 @@ def input_items(name: str) -> Response:
 
 
 @door.post("/<name>/cancel")
+@openapi.describe(
+    "Cancel a response made in the background",
+    tag="responses",
+    answers=answers.ResponseView,
+    errors=(InvalidRequest, UnknownResponse),
+)
 def cancel(name: str) -> Response:
     services = current()
     record, stored = _find(services, name)
@@ -204,6 +257,9 @@ def _await_end(services: Services, job_id: str) -> None:
 
 
 @door.delete("/<name>")
+@openapi.describe(
+    "Delete a response", tag="responses", answers=answers.ResponseDeleted, errors=(UnknownResponse,)
+)
 def delete(name: str) -> Response:
     services = current()
     record, _ = _find(services, name)

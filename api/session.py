@@ -137,7 +137,7 @@ class Session:
 
     def _resume(self, command: dict[str, Any], tags: dict[str, Any]) -> None:
         job_id = self._job_of(command, tags, "from")
-        first = streams.sequence_number(command.get("from", 1), "from")
+        first = streams.first_of(command.get("from", 1))
         if job_id in self._followed:
             raise Conflict(f"job: {job_id} is followed on this socket already", param="job")
         self._check_room()

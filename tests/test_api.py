@@ -364,6 +364,20 @@ def test_events_resume_where_the_client_left_off(
     assert [e["seq"] for e in events_of(resumed.text)] == [4, 5]
 
 
+def test_zero_asks_for_all_events_and_a_bad_number_is_refused_beside_a_good_one(
+    client: FlaskClient, worker: Any
+) -> None:
+    job = submit(client)
+    assert [e["seq"] for e in events_of(client.get(f"/v1/jobs/{job}/events?from=0").text)] == [1, 2, 3, 4, 5]
+    answer = client.get(f"/v1/jobs/{job}/events?from=x", headers={"Last-Event-ID": "3"})
+    assert (answer.status_code, answer.json["error"]["param"]) == (400, "from")
+
+
+def test_a_whole_number_may_be_written_with_a_point(client: FlaskClient) -> None:
+    body = b'{"kind": "completion", "prompt": [5.0, 7], "max_tokens": 3e0, "seed": -0.0}'
+    assert client.post("/v1/jobs", data=body).status_code == 202
+
+
 def test_a_browser_that_reconnects_after_the_end_is_told_to_stop(client: FlaskClient, worker: Any) -> None:
     job = submit(client)
     assert client.get(f"/v1/jobs/{job}/events").text  # until its end
@@ -506,7 +520,7 @@ BAD_BODIES = [
     (DEEP, 400, "nested too deeply"),
     (chat_with(b'"temperature":NaN'), 400, "NaN"),
     (chat_with(b'"temperature":-Infinity'), 400, "Infinity"),
-    (chat_with(b'"temperature":1e999'), 400, "temperature: must be a finite number"),
+    (chat_with(b'"temperature":1e999'), 400, "temperature: Input should be a finite number"),
     (chat_with(b'"seed":' + b"9" * 5000), 400, "not valid JSON"),
     (chat_with(b'"seed":' + b"9" * 50), 400, "seed: "),
     (chat_with(b'"max_tokens":0'), 400, "max_tokens: "),
@@ -514,6 +528,7 @@ BAD_BODIES = [
     (chat_with(b'"max_tokens":1000000000'), 413, "over the context of 4096; ask for at most"),
     (chat_with(b'"max_tokens":"5"'), 400, "max_tokens: "),
     (chat_with(b'"max_tokens":1.5'), 400, "max_tokens: "),
+    (chat_with(b'"repetition_penalty":1e-30'), 400, "repetition_penalty: "),
     (chat_with(b'"n":17'), 400, "n: "),
     (chat_with(b'"model":"gpt-4"'), 404, "'gpt-4' is not served here"),
     (chat_with(b'"colour":"red"'), 400, "colour: unknown or unsupported field"),

@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
-
-
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError("must be a finite number")
-    return value
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 def _encodable(value: str) -> str:
@@ -52,7 +45,7 @@ MAX_SCHEMA_DEPTH = 64
 MAX_SCHEMA_BYTES = 128 * 1024
 
 Text = Annotated[str, AfterValidator(_encodable)]
-Number = Annotated[float, AfterValidator(_finite)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
 JsonSchema = Annotated[dict[str, Any], AfterValidator(_bounded_schema)]
 """A JSON schema from a stranger: small enough to be walked and stored. What it says is not checked."""
 
@@ -60,4 +53,4 @@ JsonSchema = Annotated[dict[str, Any], AfterValidator(_bounded_schema)]
 class Strict(BaseModel):
     """A body that takes no field it does not know, and no value of another type."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.config import JsonDict, JsonValue
 
 from wicore.fields import JsonSchema, Strict, Text
 
@@ -34,8 +35,27 @@ def _function_alone(value: Any) -> Any:
 FunctionType = Annotated[Literal["function"], BeforeValidator(_function_alone)]
 
 
+_NULL: JsonDict = {"type": "null"}
+_EMPTY: JsonDict = {"enum": [None, ""]}
+_ONE_TEXT: JsonDict = {
+    "oneOf": [
+        {
+            "properties": {"type": {"const": "text"}, "text": {"type": "string"}, "refusal": _NULL},
+            "required": ["text"],
+        },
+        {
+            "properties": {"type": {"const": "refusal"}, "refusal": {"type": "string"}, "text": _NULL},
+            "required": ["refusal"],
+        },
+    ]
+}
+"""What `ContentPart._one_text` checks, as JSON Schema says it."""
+
+
 class ContentPart(Strict):
     """A piece of a message's content; assistants also have refusals."""
+
+    model_config = ConfigDict(json_schema_extra=_ONE_TEXT)
 
     type: Annotated[Literal["text", "refusal"], BeforeValidator(_served_part)]
     text: Text | None = None
@@ -82,8 +102,44 @@ _NOT_MADE_HERE: Mapping[str, tuple[Any, ...]] = {
 """Fields of answers that clients send back as they got them, at the values that say nothing."""
 
 
+_SAYS: JsonDict = {"properties": {"content": {"type": ["string", "array"]}}, "required": ["content"]}
+_CALLS_NOTHING: JsonDict = {"refusal": _EMPTY, "tool_calls": {"maxItems": 0}}
+_BY_ROLE: list[JsonValue] = [
+    {
+        "properties": {
+            "role": {"enum": ["system", "developer", "user"]},
+            "tool_call_id": _EMPTY,
+            **_CALLS_NOTHING,
+        },
+        "allOf": [_SAYS],
+    },
+    {
+        "properties": {"role": {"const": "tool"}, "tool_call_id": {"type": "string"}, **_CALLS_NOTHING},
+        "required": ["tool_call_id"],
+        "allOf": [_SAYS],
+    },
+    {
+        "properties": {"role": {"const": "assistant"}, "tool_call_id": _EMPTY},
+        "anyOf": [
+            _SAYS,
+            {"properties": {"refusal": {"type": "string", "minLength": 1}}, "required": ["refusal"]},
+            {"properties": {"tool_calls": {"type": "array", "minItems": 1}}, "required": ["tool_calls"]},
+        ],
+    },
+]
+
+
+def _say_roles(schema: JsonDict) -> None:
+    """Say what `Message` checks beyond its fields, as far as JSON Schema can."""
+    schema["oneOf"] = _BY_ROLE
+    fields = cast(JsonDict, schema["properties"])
+    fields |= {name: {"enum": list(values)} for name, values in _NOT_MADE_HERE.items()}
+
+
 class Message(Strict):
     """One chat turn. Gemma has no system role: system text is put before the first user turn."""
+
+    model_config = ConfigDict(json_schema_extra=_say_roles)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None

@@ -18,11 +18,13 @@ from pydantic import (
     AnyHttpUrl,
     BaseModel,
     BeforeValidator,
+    ConfigDict,
     Field,
     TypeAdapter,
     ValidationError,
     model_validator,
 )
+from pydantic.config import JsonDict
 
 from wicore.errors import InvalidRequest
 from wicore.fields import MAX_SCHEMA_BYTES as MAX_SCHEMA_BYTES
@@ -82,6 +84,17 @@ def _priority_name(value: Any) -> Any:
     raise ValueError(f"must be one of {', '.join(names)}")
 
 
+DIGITS = "^[0-9]{1,10}$"
+
+
+def _token_id(value: Any) -> Any:
+    if isinstance(value, str):
+        if not re.fullmatch(DIGITS, value, re.ASCII):
+            raise ValueError("must be a token id, in digits")
+        return int(value)
+    return value
+
+
 def _webhook_url(value: str) -> str:
     """The URL in ASCII, with its host in IDNA."""
     try:
@@ -100,12 +113,17 @@ _HTTP_URL = TypeAdapter(AnyHttpUrl)
 
 WebhookURL = Annotated[Text, AfterValidator(_webhook_url)]
 Seconds = Annotated[Number, Field(gt=0, le=7 * 86400)]
-PriorityName = Annotated[Priority, BeforeValidator(_priority_name)]
-Stop = Annotated[
-    list[Annotated[Text, Field(min_length=1, max_length=256)]],
-    BeforeValidator(_as_list),
-    Field(max_length=16),
+_StopText = Annotated[Text, Field(min_length=1, max_length=256)]
+_StopTexts = Annotated[list[_StopText], Field(max_length=16)]
+Stop = Annotated[_StopTexts, BeforeValidator(_as_list, json_schema_input_type=_StopTexts | _StopText | None)]
+PriorityName = Annotated[
+    Priority,
+    BeforeValidator(
+        _priority_name, json_schema_input_type=Literal["interactive", "normal", "batch", "background"]
+    ),
 ]
+TokenId = Annotated[int, BeforeValidator(_token_id), Field(ge=0)]
+"""As the name of a field, where JSON has only text."""
 
 
 class SamplingParams(Strict):
@@ -119,17 +137,18 @@ class SamplingParams(Strict):
     """0 is off."""
     min_p: Annotated[Number, Field(ge=0, le=1)] = 0.0
     """Drop tokens less likely than this share of the likeliest; 0 is off."""
-    repetition_penalty: Annotated[Number, Field(gt=0, le=10)] = 1.0
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=10)] = 1.0
     """Divides (multiplies, if negative) the logit of every token in prompt or output; 1 is off."""
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] = 0.0
-    logit_bias: dict[Annotated[int, Field(ge=0, strict=False)], Annotated[Number, Field(ge=-100, le=100)]] = (
-        Field(default_factory=dict, max_length=1024)
+    logit_bias: dict[TokenId, Annotated[Number, Field(ge=-100, le=100)]] = Field(
+        default_factory=dict, max_length=1024, json_schema_extra={"propertyNames": {"pattern": DIGITS}}
     )
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
-    """None: the worker derives one from the job id, so that a resumed job continues alike."""
+    """The same seed and request give the same text; null: each job has its own."""
+    # Derived from the job id, so that a resumed job continues alike.
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
-    """How many alternatives to report with each token; 0 reports the token alone; None nothing."""
+    """How many alternatives to report with each token; 0 reports the token alone; null nothing."""
 
 
 class JsonSchemaFormat(Strict):
@@ -141,8 +160,22 @@ class JsonSchemaFormat(Strict):
     strict: bool | None = None
 
 
+_SCHEMA_WHEN_ASKED_FOR: JsonDict = {
+    "oneOf": [
+        {
+            "properties": {"type": {"const": "json_schema"}, "json_schema": {"type": "object"}},
+            "required": ["json_schema"],
+        },
+        {"properties": {"type": {"enum": ["text", "json_object"]}, "json_schema": {"type": "null"}}},
+    ]
+}
+"""What `ResponseFormat._schema_when_asked_for` checks, as JSON Schema says it."""
+
+
 class ResponseFormat(Strict):
     """OpenAI's `response_format`."""
+
+    model_config = ConfigDict(json_schema_extra=_SCHEMA_WHEN_ASKED_FOR)
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
@@ -155,8 +188,40 @@ class ResponseFormat(Strict):
         return self
 
 
+_BY_KIND: JsonDict = {
+    "oneOf": [
+        {
+            "title": "chat",
+            "properties": {
+                "kind": {"const": "chat"},
+                "messages": {"type": "array", "minItems": 1},
+                "prompt": {"type": "null"},
+                "best_of": {"type": "null"},
+                "echo": {"const": False},
+            },
+            "required": ["messages"],
+        },
+        {
+            "title": "completion",
+            "properties": {
+                "kind": {"const": "completion"},
+                "prompt": {"type": ["string", "array"], "minLength": 1},
+                "messages": {"type": "null"},
+                "tools": {"maxItems": 0},
+                "tool_choice": {"enum": [None, "none"]},
+                "parallel_tool_calls": {"type": "null"},
+            },
+            "required": ["kind", "prompt"],
+        },
+    ]
+}
+"""What a job's fields may be by its kind, as JSON Schema says it; see the validators of `JobBody`."""
+
+
 class JobBody(SamplingParams):
     """The body of `POST /v1/jobs`: one request, flat, as OpenAI names the fields."""
+
+    model_config = ConfigDict(json_schema_extra=_BY_KIND)
 
     kind: JobKind = "chat"
     model: Annotated[Text | None, Field(max_length=256)] = None
@@ -164,10 +229,11 @@ class JobBody(SamplingParams):
     prompt: (
         Text | Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True, min_length=1)] | None
     ) = None
-    """Text or token ids. Lists that may be long fail at the first fault: 20 MB of faults, each with its
-    report, would take half a minute and gigabytes."""
+    """Text or token ids."""
+    # Lists that may be long fail at the first fault: 20 MB of faults, each with its report, would take half a
+    # minute and gigabytes.
     max_tokens: Annotated[int | None, Field(ge=1)] = None
-    """None: 16 for completions (OpenAI's default), the rest of the context for chat."""
+    """Null: 16 for completions (OpenAI's default), the rest of the context for chat."""
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     best_of: Annotated[int | None, Field(ge=1, le=MAX_CHOICES)] = None
     """Of completions: choices that are generated; the result has the `n` likeliest of them."""
@@ -175,19 +241,19 @@ class JobBody(SamplingParams):
     """Of completions: the text of each choice in the result begins with the prompt."""
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] = Field(default_factory=list)
     tool_choice: ToolChoice | None = None
-    """None: `auto` if there are tools."""
+    """Null: `auto` if there are tools."""
     parallel_tool_calls: bool | None = None
-    """Whether an answer may be several calls; None: it may."""
+    """Whether an answer may be several calls; null: it may."""
     stop: Stop = Field(default_factory=list)
     ignore_eos: bool = False
     """Go on to `max_tokens` whatever the model says; for benchmarks."""
     response_format: ResponseFormat | None = None
-    """What the output must be; None: any text."""
+    """What the output must be; null: any text."""
     priority: PriorityName | None = None
     timeout_s: Seconds | None = None
     """Seconds from acceptance until the job expires, wherever it is by then."""
     queue_timeout_s: Seconds | None = None
-    """Seconds from acceptance until the job expires unless it has started; None: `queue.max_wait_s`."""
+    """Seconds from acceptance until the job expires unless it has started; null: `queue.max_wait_s`."""
     user: Annotated[Text | None, Field(max_length=512)] = None
     metadata: dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]] = Field(
         default_factory=dict, max_length=16
