@@ -3,7 +3,8 @@
 One API process; every socket follows a job of its own, to which this process, in a worker's place, publishes
 tokens through the real scripts. A token's text is the time at which it was handed over, so that a listener,
 in a process of its own, knows how long it took. First with the streams alone, then with clients beside them
-that connect and leave. Everything, the load too, shares two cores.
+that connect and leave; last, what a client sees while others send requests that never end. Everything, the
+load too, shares two cores.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Heard:
     """What the listeners found; times in ms."""
 
     connects_s: float = 0.0
-    """Handshakes a second while the streams were opened."""
+    """Streams a second that were opened, up to their first event."""
     first: list[float] = field(default_factory=list)
     """How long the first token of each stream took."""
     later: list[float] = field(default_factory=list)
@@ -81,7 +82,7 @@ async def _frame(reader: asyncio.StreamReader) -> tuple[int, bytes]:
 
 
 async def _follow(reader: asyncio.StreamReader, heard: Heard) -> None:
-    tokens, seq, kind = 0, 0, ""
+    tokens, seq, kind = 0, 1, ""
     while True:
         opcode, payload = await _frame(reader)
         if opcode == 8:
@@ -117,6 +118,7 @@ async def _listen(port: int, jobs: Sequence[str], visits_s: float, pipe: Connect
         async with gate:
             reader, writer = await _open(port, f"/v1/jobs/{job}/stream")
             writers.append(writer)
+            await _frame(reader)  # `started`: from here on it is followed live
             return reader
 
     writers: list[asyncio.StreamWriter] = []
@@ -125,12 +127,42 @@ async def _listen(port: int, jobs: Sequence[str], visits_s: float, pipe: Connect
     heard.connects_s = len(jobs) / (time.monotonic() - began)
     streams = asyncio.gather(*(_follow(reader, heard) for reader in readers))
     pipe.send("listening")
-    visitors = set()
+    visitors: list[asyncio.Task[None]] = []
+    began = time.monotonic()
     while visits_s and not streams.done():
-        visitors.add(asyncio.create_task(_visit(port, heard)))
-        await asyncio.sleep(1 / visits_s)
+        while len(visitors) < (time.monotonic() - began) * visits_s:
+            visitors.append(asyncio.create_task(_visit(port, heard)))
+        await asyncio.sleep(TICK_S)
     await asyncio.gather(streams, *visitors)
     return heard
+
+
+async def _drip(port: int, count: int, seconds: float) -> int:
+    """Keep so many requests begun, a byte a second, and end none; how many the server closed."""
+    until, closed = time.monotonic() + seconds, 0
+
+    async def one() -> None:
+        nonlocal closed
+        while time.monotonic() < until:
+            try:
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(b"GET /health HTTP/1.1\r\nX: ")
+                ended = asyncio.ensure_future(reader.read(1))
+                while not ended.done() and time.monotonic() < until:
+                    writer.write(b"a")
+                    await asyncio.wait({ended}, timeout=1)
+                ended.cancel()
+                writer.close()
+            except OSError:
+                await asyncio.sleep(0.1)
+            closed += time.monotonic() < until
+
+    await asyncio.gather(*(one() for _ in range(count)))
+    return closed
+
+
+def dripper(port: int, count: int, seconds: float, pipe: Connection) -> None:
+    pipe.send(asyncio.run(_drip(port, count, seconds)))
 
 
 def listener(port: int, jobs: Sequence[str], visits_s: float, pipe: Connection) -> None:
@@ -155,8 +187,6 @@ def lease_jobs(client: redis.Redis, count: int) -> list[Delivery]:
 def talk(publisher: Publisher, deliveries: Sequence[Delivery], tokens_s: float, seconds: float) -> int:
     """Publish steadily, the jobs in turn, then end them all; how many tokens."""
     said = 0
-    for delivery in deliveries:
-        publisher.publish(delivery, [started_event(delivery.job_id, 1, 1)])
     began = time.monotonic()
     while (elapsed := time.monotonic() - began) < seconds:
         while said < elapsed * tokens_s:
@@ -190,6 +220,8 @@ def measure(setting: Setting, sockets: int, tokens_s: float, seconds: float, vis
             client, settings=SETTINGS, on_lost=lambda delivery: None, on_cancel=lambda delivery: None
         )
         publisher.start()
+        for delivery in deliveries:
+            publisher.publish(delivery, [started_event(delivery.job_id, 1, 1)])
         before = served_by.memory_info().rss
         fresh = multiprocessing.get_context("spawn")  # a fork would have the publisher's locks
         ours, theirs = fresh.Pipe()
@@ -227,6 +259,39 @@ def measure(setting: Setting, sockets: int, tokens_s: float, seconds: float, vis
     }
 
 
+def besieged(setting: Setting, count: int, seconds: float) -> Line:
+    """What a client in earnest sees while so many send requests that never end."""
+    with ExitStack() as stack:
+        url = stack.enter_context(embedded_redis())
+        api = stack.enter_context(service_process(setting, url, "gunicorn", *GUNICORN))
+        served_by = _serving(setting, api)
+        before = served_by.memory_info().rss
+        fresh = multiprocessing.get_context("spawn")
+        ours, theirs = fresh.Pipe()
+        crowd = fresh.Process(target=dripper, args=(setting.port, count, seconds, theirs))
+        crowd.start()
+        took, unanswered, most = [], 0, before
+        while not ours.poll(0.1):
+            began = time.monotonic()
+            try:
+                httpx.get(f"http://127.0.0.1:{setting.port}/health", timeout=5).raise_for_status()
+                took.append((time.monotonic() - began) * 1000)
+            except httpx.HTTPError:
+                unanswered += 1
+            most = max(most, served_by.memory_info().rss)
+        closed = ours.recv()
+        crowd.join()
+    return {
+        "measurement": "requests that never end",
+        "connections": count,
+        "closed": closed,
+        "health_ms": _spread(took),
+        "health_unanswered": unanswered,
+        "api_mib": {"idle": _mib(before), "most": _mib(most)},
+        **setting.describe(),
+    }
+
+
 def _serving(setting: Setting, api: subprocess.Popen[bytes]) -> psutil.Process:
     """Gunicorn's one worker, once it answers."""
     until = time.monotonic() + 60
@@ -243,7 +308,7 @@ def _serving(setting: Setting, api: subprocess.Popen[bytes]) -> psutil.Process:
 def _spread(times: Sequence[float]) -> dict[str, float]:
     if len(times) < 2:
         return {}
-    hundredths = statistics.quantiles(times, n=100)
+    hundredths = statistics.quantiles(times, n=100, method="inclusive")
     return {"median": round(hundredths[49], 1), "p99": round(hundredths[98], 1), "max": round(max(times), 1)}
 
 
@@ -261,11 +326,14 @@ def main() -> None:
     parser.add_argument("--tokens-s", type=float, default=4000, help="of all streams together")
     parser.add_argument("--seconds", type=float, default=15)
     parser.add_argument("--connects-a-minute", type=float, default=10_000, help="0: the streams alone")
+    parser.add_argument("--slow-requests", type=int, default=3000, help="begun at once, never ended; 0: none")
     args = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     setting = Setting(args.model, port=args.port)
     for visits_s in sorted({0.0, args.connects_a_minute / 60}):
         print(json.dumps(measure(setting, args.sockets, args.tokens_s, args.seconds, visits_s)), flush=True)
+    if args.slow_requests:
+        print(json.dumps(besieged(setting, args.slow_requests, args.seconds)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """JSON schemas made at random, of the kinds that clients send: what structured output is measured with.
 
-Every schema is valid, has an instance, and bounds every string, array and depth but those of recursive ones,
-so that an answer at temperature 1 ends: a model that is not taught to answer in JSON closes an unbounded
-string when it likes.
+Every schema is valid, has an instance, and bounds every string, array and number of digits, but not the depth
+of recursion, so that an answer at temperature 1 ends: a model that was not taught to answer in JSON goes on
+with a number or an e-mail address as long as it may.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Maker:
             self._enum,
             self._const,
             lambda: {"type": rng.choice(["boolean", "null"])},
-            lambda: {"type": "string", "format": rng.choice(FORMATS)},
+            lambda: {"type": "string", "format": rng.choice(FORMATS), "maxLength": 40},
         ]
         inner: list[Callable[[], Schema]] = [
             lambda: self._object(depth - 1),
@@ -104,9 +104,12 @@ class Maker:
         return schema
 
     def _number(self) -> Schema:
-        low, high = rng_bounds(self._rng)
-        kind = self._rng.choice([("minimum", "maximum"), ("exclusiveMinimum", "exclusiveMaximum")])
-        return {"type": "number", kind[0]: low, kind[1]: high}
+        rng = self._rng
+        low = round(rng.uniform(-100, 100), 2)
+        least, most = rng.choice([("minimum", "maximum"), ("exclusiveMinimum", "exclusiveMaximum")])
+        bounds = {least: low, most: round(low + rng.uniform(1, 50), 2)}
+        # Exact in binary, so that the validator divides without a rest.
+        return {"type": "number", **bounds, "multipleOf": rng.choice([0.5, 0.25, 0.125])}
 
     def _enum(self) -> Schema:
         values: list[Any] = [*self._rng.sample(WORDS, 3), self._rng.randint(-9, 9), None, True]
@@ -153,8 +156,3 @@ class Maker:
                 for kind in ("circle", "carré")
             ]
         }
-
-
-def rng_bounds(rng: random.Random) -> tuple[float, float]:
-    low = round(rng.uniform(-100, 100), 2)
-    return low, round(low + rng.uniform(1, 50), 2)
