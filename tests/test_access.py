@@ -109,6 +109,8 @@ DOORS = {
     "GET /static/<path:name>": OPEN,
     "GET /health": OPEN,
     "GET /ready": OPEN,
+    "GET /openapi.json": OPEN,
+    "GET /docs": OPEN,
     "POST /v1/chat/completions": ANY_KEY,
     "POST /v1/completions": ANY_KEY,
     "POST /v1/tokenize": ANY_KEY,

@@ -159,7 +159,7 @@ COMPLETION: list[tuple[Schema, bool]] = [
     ({"prompt": [-1]}, False),
     ({"prompt": [1.5]}, False),
     ({"prompt": "Once", "tools": [TOOL]}, False),
-    ({"prompt": "Once", "tool_choice": "auto"}, False),
+    ({"prompt": "Once", "tool_choice": "none"}, False),
     ({"prompt": "Once", "echo": True, "best_of": 2}, True),
 ]
 CASES: list[tuple[str, Callable[[Any], Any], list[tuple[Schema, bool]]]] = [

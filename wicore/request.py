@@ -208,7 +208,7 @@ _BY_KIND: JsonDict = {
                 "prompt": {"type": ["string", "array"], "minLength": 1},
                 "messages": {"type": "null"},
                 "tools": {"maxItems": 0},
-                "tool_choice": {"enum": [None, "none"]},
+                "tool_choice": {"type": "null"},
                 "parallel_tool_calls": {"type": "null"},
             },
             "required": ["kind", "prompt"],

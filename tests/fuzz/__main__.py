@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import httpx
 
+from tests.fuzz.hooks import FILE
 from tests.services import settings_for, start_api, stop, worker_process
 from tests.waiting import free_port, until
 from wicore.config import Settings
@@ -104,7 +107,15 @@ def fuzz(settings: Settings, seconds: int, seed: int | None, more: Sequence[str]
     if seed is not None:
         command += ["--seed", str(seed)]
 
-    return subprocess.run(command, check=False).returncode
+    return subprocess.run(command, env=os.environ | {FILE: _uploaded(url)}, check=False).returncode
+
+
+def _uploaded(url: str) -> str:
+    """The id of a file of which a batch can be made."""
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "Once"}}
+    sent = {"file": ("lines.jsonl", json.dumps(line))}
+    answer = httpx.post(f"{url}/v1/files", data={"purpose": "batch"}, files=sent).raise_for_status()
+    return str(answer.json()["id"])
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ hold stays as it was drawn. Invalid ones are sent as they are.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from schemathesis.generation import GenerationMode
 
 VOCABULARY = 512
 """Of the tiny checkpoint."""
+FILE = "WICORE_FUZZ_FILE"
+"""The variable that names a file of the service under test."""
 Body = dict[str, Any]
 
 
@@ -57,13 +60,14 @@ SETTLED: Mapping[str, Callable[[Any], Any]] = {
     "input": _conversation,
     # Their names must be unique, and those of the choice among them.
     "tools": lambda tools: [],
-    "tool_choice": lambda choice: "none",
+    "tool_choice": lambda choice: None,
     "parallel_tool_calls": lambda parallel: None,
-    # Whether an output can be held to it is found out by compiling it.
-    "response_format": lambda form: {"type": "text"},
+    # Whether an output can be held to a schema is found out by compiling it.
+    "response_format": lambda form: {"type": "json_object"} if form["type"] == "json_schema" else form,
     "text": lambda config: None,
     # The id of a response that is there and complete.
     "previous_response_id": lambda name: None,
+    "input_file_id": lambda name: os.environ[FILE],
     "prompt": _ids,
     "logit_bias": lambda biases: {str(int(name) % VOCABULARY): bias for name, bias in biases.items()},
     # The one that is served; any other is a 404, and all that is behind it would stay untried.
@@ -92,12 +96,16 @@ def settle(body: Body) -> Body:
         settled["best_of"] = settled.get("n") or 1
     if settled.get("echo"):
         settled["logprobs"] = None
+    if (settled.get("response_format") or {}).get("type", "text") != "text":
+        settled["ignore_eos"] = False
     return settled
 
 
 @schemathesis.hook
 def before_call(context: Any, case: Any, kwargs: Any) -> None:
     """The last moment before a request is sent, in every phase."""
+    if case.method == "DELETE" and case.path_parameters.get("file_id") == os.environ[FILE]:
+        case.path_parameters["file_id"] = "spared"
     valid = case.meta is not None and case.meta.generation.mode is GenerationMode.POSITIVE
     # A body that is set is judged anew, and a file's bytes, as no JSON, then count as a fault.
     if valid and isinstance(case.body, dict) and (settled := settle(case.body)) != case.body:

@@ -33,7 +33,7 @@ def completion_schema(job: Schema) -> Schema:
     schema["properties"] |= {
         "messages": _NULL,
         "tools": {"enum": [None, []]},
-        "tool_choice": {"enum": [None, "none"]},
+        "tool_choice": _NULL,
         "parallel_tool_calls": _NULL,
     }
     schema["properties"]["prompt"] = _several(schema["properties"]["prompt"], MAX_PROMPTS)
