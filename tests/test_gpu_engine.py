@@ -22,7 +22,7 @@ from wicore.engine.base import StepPlan
 from wicore.engine.tensorrt.build import build_engine, weight_bytes
 from wicore.engine.tensorrt.engine import TensorrtEngine
 from wicore.engine.tensorrt.networks import SegmentShape
-from wicore.engine.tensorrt.weights import RandomWeights
+from wicore.engine.tensorrt.weights import RandomWeights, load_weights
 from wicore.errors import EngineError
 from wicore.gemma3.checkpoint import Checkpoint, open_checkpoint
 from wicore.request import Priority, SamplingParams
@@ -101,6 +101,27 @@ def test_logits_in_a_mixed_batch_are_those_of_transformers(engine, reference) ->
                 assert np.abs(found - reference["logits"][index]).max() / scale <= TOLERANCE
                 compared += 1
     assert compared > 50
+
+
+def test_hoppers_prompt_kernel_gives_the_logits_of_the_other() -> None:
+    config = replace(open_checkpoint(FIXTURES / "tiny").config, head_dim=128, query_pre_attn_scalar=128)
+    found = []
+    for device, options in (
+        (EmulatedDevice(capability=(8, 0)), {}),
+        (EmulatedDevice(), {"tune": hopper_choices(config)}),
+    ):
+        weights = load_weights(device, RandomWeights(config))
+        sizes = {"block_tokens": 16, "global_blocks": 32, "window_blocks": 32, "token_budget": 128}
+        engine = TensorrtEngine(weights, config, device, **sizes, **options)
+        [row] = rows(engine, 1, 200)
+        parts = []
+        for first, count in ((0, 70), (70, 90)):
+            row.start = first
+            tokens = np.arange(first, first + count) % config.vocab_size
+            parts.append(engine.logits(StepPlan((row.input(tokens),)))[row.key])
+        found.append(np.concatenate(parts))
+        engine.close()
+    assert relative_error(found[1], found[0]) <= TOLERANCE
 
 
 def test_kv_in_8_bits_stays_near_transformers(reference) -> None:

@@ -10,6 +10,7 @@ import pytest
 import workers.worker
 from tests.failing_engine import POISON, FailingEngine
 from tests.services import follow, running_worker, settings_for, worker_process
+from tests.waiting import until
 from wicore.engine.factory import create_engine
 from wicore.errors import EngineError, InvalidRequest
 from wicore.exit_codes import ExitCode
@@ -81,6 +82,28 @@ def test_a_running_job_can_be_cancelled(worker, redis_client) -> None:
     assert events[-1]["type"] == "cancelled"
     assert 0 < events[-1]["usage"]["completion_tokens"] < 3000
     assert Producer(redis_client).record(job).status == "cancelled"
+
+
+def test_what_runs_is_told_with_how_far_it_has_come(worker, redis_client) -> None:
+    job = submit(redis_client, max_tokens=3000, ignore_eos=True, n=2)
+    events = follow(redis_client, job)
+    seen = [next(events) for _ in range(20)]
+    first, second = worker.status()["sequences"]
+    assert (first["job"], first["index"], second["index"]) == (job, 0, 1)
+    assert (first["priority"], first["attempt"], first["max_tokens"]) == ("normal", 1, 3000)
+    assert first["waits"] is False
+    assert first["tokens"] >= len([event for event in seen if event.get("index") == 0])
+    assert worker.status()["prompt_tokens"] == first["prompt_tokens"] > 0
+    Producer(redis_client).cancel(job)
+    list(events)
+    assert worker.status()["sequences"] == []
+
+
+def test_ended_jobs_are_counted_by_how_they_ended(worker, redis_client) -> None:
+    for fields in ({"max_tokens": 2}, {"max_tokens": 3}, {"model": "gpt-4"}):
+        ending(redis_client, submit(redis_client, **fields))
+    assert until(lambda: sum(worker.status()["ended"].values()) == 3)
+    assert worker.status()["ended"] == {"succeeded": 2, "failed": 1, "cancelled": 0, "expired": 0}
 
 
 def test_a_job_past_its_deadline_expires_wherever_it_is(worker, redis_client) -> None:

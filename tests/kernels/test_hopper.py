@@ -176,6 +176,20 @@ def test_candidates_fit_the_card_and_come_by_their_cost(rows: int, kind_n_k: tup
     assert matmul.choose(rows, n, k, kind) == matmul.choose(-(-rows // 64) * 64, n, k, kind)
 
 
+@pytest.mark.parametrize("kind_n_k", SHAPES, ids=str)
+def test_for_one_row_of_tiles_the_candidates_that_keep_most_of_the_card_busy_come_first(
+    kind_n_k: tuple[Kind, int, int],
+) -> None:
+    kind, n, k = kind_n_k
+    device = EmulatedDevice(sms=132)
+    device.name = "a card"
+    found = HopperMatmul(device).candidates(64, n, k, kind)
+    assert {tiling.rows for tiling in found} == {64}
+    idle = [tiling.idle(n, kind, 132) for tiling in found]
+    assert idle == sorted(idle)
+    assert idle[0] < 0.16
+
+
 def test_tuning_takes_the_fastest_tiling_it_measured(device: Device) -> None:
     matmul = HopperMatmul(device)
     product = Product(device, "float", rows=70, n=40, k=64)

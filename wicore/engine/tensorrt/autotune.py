@@ -30,7 +30,7 @@ from wicore.gemma3.config import Gemma3Config
 
 log = logging.getLogger("wicore.engine")
 
-REVISION = 1
+REVISION = 2
 """To be raised when candidates change, or how they are measured."""
 _ROWS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _LAYERS = 4

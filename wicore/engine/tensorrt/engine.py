@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from wicore.engine.base import EngineInfo, KVLayout, PendingStep, Pool, StepPlan, StepResult, Ticket
 from wicore.engine.plans import check_plan
 from wicore.engine.sizing import layout_of
-from wicore.engine.tensorrt.attention import PoolMemory
 from wicore.engine.tensorrt.autotune import Autotuner, Choices
 from wicore.engine.tensorrt.bodies import Body, KernelBody, SegmentBody
 from wicore.engine.tensorrt.ceilings import ceilings
@@ -26,6 +25,7 @@ from wicore.engine.tensorrt.limits import Limits
 from wicore.engine.tensorrt.matmuls import layer_products
 from wicore.engine.tensorrt.passes import SLICE
 from wicore.engine.tensorrt.profile import KernelTime, kv_bytes, summary
+from wicore.engine.tensorrt.prompt_attention import PoolMemory
 from wicore.engine.tensorrt.runner import Runner, Running
 from wicore.engine.tensorrt.segments import Segments
 from wicore.engine.tensorrt.weights import DeviceWeights
@@ -230,8 +230,16 @@ class TensorrtEngine:
 
     def _bind(self, pool: Pool, layout: KVLayout) -> None:
         """Tell the kernels where the pool's blocks are, and its host memory."""
-        addresses = self._pools[pool].address, self._copies.host_address(pool)
-        self._attention.bind(PoolMemory(pool, *addresses, layout.block_bytes(pool)))
+        blocks, copies = self._pools[pool], self._copies
+        memory = PoolMemory(
+            pool,
+            blocks.address,
+            copies.host_address(pool),
+            layout.block_bytes(pool),
+            device_blocks=blocks.count,
+            host_blocks=copies.slots(pool) or 0,
+        )
+        self._attention.bind(memory)
         self._runner.forget_graphs()
 
     def _guarded(self, work: Callable[[], T]) -> T:

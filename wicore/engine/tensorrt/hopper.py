@@ -130,6 +130,11 @@ class Tiling:
         )
         return min(range(1, slots + 1), key=lambda g: g * rows + -(-slots // g) * columns)
 
+    def idle(self, n: int, kind: Kind, sms: int) -> float:
+        """Share of the multiprocessors' time in which they have no tile, of a product of one row of tiles."""
+        tiles = self.clusters(1, n, kind)[1] * self.cluster
+        return 1 - tiles / (-(-tiles // sms) * sms)
+
     def cost(self, rows: int, n: int, k: int, kind: Kind, sms: int) -> float:
         """Clocks that the product takes by the model: the slowest of tensor cores, shared memory, cache and
         device memory."""
@@ -203,6 +208,9 @@ class HopperMatmul:
         """Tilings worth measuring for a product, the one with the lowest modelled cost first."""
         sms = self._device.sms
         largest = 1 if self._joined else sms  # one block has not the shared memory of several
+        if rows <= 64:
+            low = [tiling for tiling in _low_tilings(kind) if tiling.cluster <= largest]
+            return sorted(low, key=lambda t: (t.idle(n, kind, sms), t.cost(rows, n, k, kind, sms)))
         found = [tiling for tiling in _tilings(kind) if tiling.cluster <= largest]
         # Several blocks below each other are idle work where there is one row of tiles.
         useful = [t for t in found if t.cluster_rows == 1 or rows > t.rows * (t.cluster_rows - 1)]
@@ -314,6 +322,15 @@ class HopperMatmul:
                 self._maps.clear()
             self._maps[key] = self._device.tensor_map_2d(address, rows, k, 2 * k, box, _STEP)
         return self._maps[key]
+
+
+def _low_tilings(kind: Kind) -> Iterable[Tiling]:
+    """For one tile of 64 rows, where reading w is all that takes time: what counts is that no multiprocessor
+    ever stops reading."""
+    for columns in _WIDTHS:
+        if columns <= 128 and not (kind == "glu" and columns % 16):
+            yield Tiling(columns, consumers=1)
+            yield Tiling(columns, consumers=1, cluster_columns=4)
 
 
 def _tilings(kind: Kind) -> Iterable[Tiling]:

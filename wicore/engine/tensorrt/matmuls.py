@@ -23,7 +23,7 @@ _HOPPER_FROM = 17
 _SKINNY_TO = 256
 """Rows above which reading the matrix again for every 64 is never worth measuring."""
 
-_SKINNY_CANDIDATES, _HOPPER_CANDIDATES = 6, 4
+_SKINNY_CANDIDATES, _HOPPER_CANDIDATES, _LOW_CANDIDATES = 6, 4, 6
 """The kernels' own models of the card put the best nearly always among so many; each must be compiled."""
 
 
@@ -91,7 +91,7 @@ class Matmuls:
             found += self.skinny.candidates(min(rows, MAX_ROWS), product)[:_SKINNY_CANDIDATES]
         if self.hopper is not None and rows >= _HOPPER_FROM:
             tilings = self.hopper.candidates(rows, product.n, product.k, _kind(product))
-            found += tilings[: _HOPPER_CANDIDATES if rows > MAX_ROWS else 2]
+            found += tilings[: _HOPPER_CANDIDATES if rows > MAX_ROWS else _LOW_CANDIDATES]
         return found
 
     def compile(self, wanted: Iterable[tuple[int, Product, Way]]) -> None:

@@ -17,11 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wicore.engine.base import KVLayout, Pool, SequenceInput, SequenceOutput, StepResult
-from wicore.engine.tensorrt.attention import MASS_ONLY, TILE_POSITIONS, Attention, StepTables
+from wicore.engine.tensorrt.attention import MASS_ONLY, StepTables
+from wicore.engine.tensorrt.attention_settings import TILE_POSITIONS
 from wicore.engine.tensorrt.bodies import Body
 from wicore.engine.tensorrt.device import Device, Graph
 from wicore.engine.tensorrt.limits import MASS_ROWS, Limits
 from wicore.engine.tensorrt.passes import Pass, Piece, cut
+from wicore.engine.tensorrt.prompt_attention import prompt_tiles
 from wicore.engine.tensorrt.step_arrays import BlockTables, Upload, pass_arrays
 from wicore.engine.tensorrt.timing import median_ms
 from wicore.engine.tensorrt.weights import DeviceWeights
@@ -407,7 +409,7 @@ def _chunks(work: Pass) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _tiles(work: Pass) -> NDArray[np.int32]:
-    return Attention.tiles([] if work.decode else _chunks(work))
+    return prompt_tiles([] if work.decode else _chunks(work))
 
 
 def _listed(work: Pass) -> NDArray[np.int32]:

@@ -20,6 +20,7 @@
 // variant: TILE_N=256 CONSUMERS=2 CLUSTER_M=2 CLUSTER_N=1 B_BOX=128 STAGES=4 STAGGER=0 GLU=0 HALF_OUT=0
 // variant: TILE_N=256 CONSUMERS=2 CLUSTER_M=2 CLUSTER_N=1 B_BOX=128 STAGES=4 STAGGER=2 GLU=1 HALF_OUT=1
 // variant: TILE_N=192 CONSUMERS=3 CLUSTER_M=1 CLUSTER_N=1 B_BOX=192 STAGES=4 STAGGER=0 GLU=0 HALF_OUT=1
+// variant: TILE_N=112 CONSUMERS=1 CLUSTER_M=1 CLUSTER_N=4 B_BOX=56 STAGES=10 STAGGER=0 GLU=1 HALF_OUT=1
 // variant: TILE_N=64 CONSUMERS=2 CLUSTER_M=1 CLUSTER_N=4 B_BOX=64 STAGES=9 STAGGER=0 GLU=0 HALF_OUT=1
 #define TILE_M (64 * CONSUMERS)
 #define TILE_K 64
@@ -31,6 +32,8 @@
 #define SHARED_BYTES (1024 + STAGES * STAGE_BYTES)  // barriers, then the ring
 
 #include "hopper.cuh"
+
+WGMMA_OF_TILES(TILE_N)
 
 #define A_BOX (TILE_M / CLUSTER_N)
 #define B_BOXES (TILE_N / B_BOX)
@@ -63,24 +66,6 @@ struct Raster {
     m = first + rest - n * height;
   }
 };
-
-// Row and column of a quarter of lanes are exchanged: value i of lane t (of four) and value t of lane i.
-__device__ __forceinline__ void transpose_quad(uint32_t (&v)[4], int t) {
-#pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2) {
-    bool high = t & bit;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & bit) continue;
-      uint32_t got = __shfl_xor_sync(0xffffffffu, high ? v[i] : v[i + bit], bit);
-      if (high) {
-        v[i] = got;
-      } else {
-        v[i + bit] = got;
-      }
-    }
-  }
-}
 
 // gelu(gate) up / 64 by tanh: gate / (1 + exp(-2 z)) with z = sqrt(2 / pi) (gate + 0.044715 gate^3).
 __device__ __forceinline__ float gated(float gate, float up) {
