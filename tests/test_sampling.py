@@ -341,11 +341,13 @@ def test_read_only_logits_are_accepted():
 
 
 @settings(deadline=None, max_examples=60)
-@given(PARAMS, st.sampled_from([33, 512, 5000]), st.integers(0, 2**32 - 1))
-def test_a_constraint_is_as_good_as_banning_what_it_leaves_out(params, vocab, seed):
+@given(
+    PARAMS, st.sampled_from([33, 512, 5000]), st.sampled_from([0.01, 0.3, 0.99]), st.integers(0, 2**32 - 1)
+)
+def test_a_constraint_is_as_good_as_banning_what_it_leaves_out(params, vocab, share, seed):
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 2, (1, vocab)).astype(np.float32)
-    mask = rng.random(vocab) < 0.3
+    mask = rng.random(vocab) < share
     mask[rng.integers(vocab)] = True
     free = SamplingState(params, seed, [1, 2], [3, 4, 4])
     held = SamplingState(params, seed, [1, 2], [3, 4, 4], Allowing(mask))
@@ -400,6 +402,9 @@ def test_logits_that_are_no_numbers_are_an_error_naming_the_row(bad, params):
 def test_a_row_with_every_token_banned_is_an_error():
     with pytest.raises(EngineError, match="row 0"):
         one(np.full(9, -np.inf), SamplingParams())
+    nothing = SamplingState(SamplingParams(), 0, constraint=Allowing(np.zeros(9, bool)))
+    with pytest.raises(EngineError, match="row 0"):
+        sample(np.zeros((1, 9), np.float32), [nothing])
 
 
 def test_logits_that_do_not_fit_the_states_are_refused():

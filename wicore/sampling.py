@@ -281,10 +281,10 @@ def _sample_row(index: int, logits: NDArray[np.float32], state: SamplingState, r
     saved = state.adjust(logits)
     try:
         if state.constraint is not None:
-            row = _Row(index, _masked(logits, state.constraint.allowed()))
+            token = _choose_allowed(index, logits, state.constraint.allowed(), state.params, random)
         else:
             row = raw if wanted is not None and saved is None else _Row(index, logits)
-        token = row.choose(state.params, random)
+            token = row.choose(state.params, random)
     finally:
         if saved is not None:
             logits[saved[0]] = saved[1]
@@ -295,6 +295,24 @@ _BANS = np.where(
     np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, -np.inf
 ).astype(np.float32)
 """What eight bits of a mask add to the logits of their tokens."""
+
+
+def _choose_allowed(
+    index: int,
+    logits: NDArray[np.float32],
+    allowed: NDArray[np.uint32],
+    params: SamplingParams,
+    random: float,
+) -> int:
+    """The token that `random` selects among those allowed. Often they are few: then they are a row."""
+    words = np.flatnonzero(allowed)
+    if len(words) > _BLOCK // 32:
+        return _Row(index, _masked(logits, allowed)).choose(params, random)
+    bits = np.flatnonzero(np.unpackbits(allowed[words].view(np.uint8), bitorder="little"))
+    ids = words[bits // 32] * 32 + bits % 32
+    if not len(ids):
+        raise unusable_logits(index, -math.inf)
+    return int(ids[_Row(index, logits[ids]).choose(params, random)])
 
 
 def _masked(logits: NDArray[np.float32], allowed: NDArray[np.uint32]) -> NDArray[np.float32]:

@@ -60,7 +60,7 @@ class Bench:
         self._engine, self._compiler, self._eos, self._batch = engine, compiler, eos, batch
         self._scheduler = Scheduler(Limits(batch, 512), cache)
 
-    def round(self, steps: int, *, held: bool, context: int = 128) -> list[Step]:
+    def round(self, steps: int, *, held: bool, context: int) -> list[Step]:
         """So many steps of a full batch, its prompts done."""
         for key in range(self._batch):
             prompt = random_prompt(context, key, self._engine.info.vocab_size)
@@ -87,6 +87,7 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
@@ -95,9 +96,10 @@ def main() -> None:
     model = load_model(settings)
     engine = create_engine(settings, model)
     bench = Bench(engine, Compiler(model.tokenizer, engine.info.vocab_size), model.tokenizer.eos, args.batch)
-    bench.round(5, held=True)
+    bench.round(5, held=True, context=args.context)
     rounds = [
-        [_medians(bench.round(args.steps, held=held)) for held in (False, True)] for _ in range(args.rounds)
+        [_medians(bench.round(args.steps, held=held, context=args.context)) for held in (False, True)]
+        for _ in range(args.rounds)
     ]
     free, held = ([pair[i].wall_s * 1e3 for pair in rounds] for i in (0, 1))
     line = {
@@ -105,7 +107,7 @@ def main() -> None:
         "model": model.name,
         "weights": engine.info.weights,
         "batch": args.batch,
-        "context": 128,
+        "context": args.context,
         "step_ms": round(statistics.median(free), 2),
         "with_grammar_ms": round(statistics.median(held), 2),
         "ratio": round(statistics.median(b.wall_s / a.wall_s for a, b in rounds), 3),

@@ -30,9 +30,10 @@ from wicore.request import Priority, parse_job
 from wicore.scheduler import Limits, Scheduler
 from wicore.text.prompt import prepare
 
-PROMPT = 'A list that is empty: {"value":"red","next":null}\nA short value, as JSON: '
-"""It says nothing of the schema: what holds the answer to it is the grammar alone. It shows a short value,
-as a base model that nests once goes on nesting."""
+PROMPT = "A short value, as JSON: "
+"""It says nothing of the schema: what holds the answer to it is the grammar alone."""
+_FREQUENCY_PENALTY = 0.5
+"""A base model that nests once goes on nesting: in a recursive schema its answers would have no end."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Answer:
 
 
 def answers(
-    model: Model, engine: Engine, wanted: Iterable[Schema], *, batch: int = 16, max_tokens: int = 2000
+    model: Model, engine: Engine, wanted: Iterable[Schema], *, batch: int = 16, max_tokens: int = 1000
 ) -> Iterator[Answer]:
     """The model's answers, at temperature 1, as they are done; `batch` are written together."""
     info = engine.info
@@ -87,7 +88,13 @@ def answers(
 def _job(key: int, schema: Schema, model: Model, compiler: Compiler, max_tokens: int) -> Generation:
     asked = {"type": "json_schema", "json_schema": {"name": "value", "schema": schema}}
     body = parse_job(
-        {"kind": "completion", "prompt": PROMPT, "max_tokens": max_tokens, "response_format": asked}
+        {
+            "kind": "completion",
+            "prompt": PROMPT,
+            "max_tokens": max_tokens,
+            "frequency_penalty": _FREQUENCY_PENALTY,
+            "response_format": asked,
+        }
     )
     prepared, grammar = (
         prepare(body, model.tokenizer, model.checkpoint.config, model.context),
@@ -117,7 +124,7 @@ def main() -> None:
     parser.add_argument("--schemas", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--max-tokens", type=int, default=2000)
+    parser.add_argument("--max-tokens", type=int, default=1000)
     args = parser.parse_args()
     settings = load_settings(environ={}, overrides={"model.path": str(fetch("gemma-3-270m"))})
     model = load_model(settings)
@@ -138,6 +145,7 @@ def main() -> None:
         "model": model.name,
         "weights": engine.info.weights,
         "temperature": 1,
+        "frequency_penalty": _FREQUENCY_PENALTY,
         "schemas": len(done),
         "whole": len(whole),
         "valid": sum(answer.fault is None for answer in whole),
