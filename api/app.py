@@ -6,13 +6,17 @@ from flask import Flask
 
 from api import (
     access_log,
+    batches,
+    browsers,
     callers,
     dead,
+    docs,
     files,
     http,
     jobs,
     metrics,
     openai,
+    openapi,
     page,
     rates,
     responses,
@@ -27,12 +31,15 @@ DOORS = (
     openai.door,
     responses.door,
     files.door,
+    batches.door,
     jobs.door,
     dead.door,
     service.door,
     status.door,
     metrics.door,
     page.door,
+    openapi.door,
+    docs.door,
 )
 
 
@@ -49,6 +56,7 @@ def create_app(settings: Settings, services: Services | None = None) -> Flask:
     http.install(app)
     callers.install(app)
     rates.install(app)
+    browsers.install(app, settings.api)
     for door in DOORS:
         app.register_blueprint(door)
     sockets.install(app)

@@ -6,13 +6,14 @@ from typing import cast
 
 from flask import Flask, g, request
 
+from api import browsers
 from api.keyring import Caller
 from api.services import current
 from wicore.errors import Forbidden
 
 __all__ = ["SUBPROTOCOL", "Caller", "caller", "install"]
 
-OPEN = frozenset({"/", "/health", "/ready", "/openapi.json"})
+OPEN = frozenset({"/", "/health", "/ready", "/openapi.json", "/docs"})
 """Doors that ask for no key, by their rule; so do the files of the page. They tell nothing of anybody."""
 FILES = "/static/"
 OPERATORS = ("/status", "/metrics", "/v1/dead")
@@ -35,12 +36,19 @@ def install(app: Flask) -> None:
     app.before_request(_admit)
 
 
+def is_open(rule: str) -> bool:
+    """Whether a door, by its rule, asks for no key."""
+    return rule in OPEN or rule.startswith(FILES)
+
+
 def _admit() -> None:
     rule = request.url_rule.rule if request.url_rule is not None else None
-    if rule is None or rule in OPEN or rule.startswith(FILES):
+    if rule is None or is_open(rule):
         return
     if request.method == "OPTIONS":  # comes without a key before a page's call; Flask answers it
         return
+    if not caller().keyed:
+        browsers.check_origin(current().settings.api)
     if not caller().admin and rule.startswith(OPERATORS):
         raise Forbidden(f"{rule}: only for operators' keys (made by `wicore keys create NAME --admin`)")
 

@@ -64,8 +64,12 @@ class Call:
 
         A response is also closed early when this process is told to stop; its job lives on then.
         """
-        wanted = self._owns_job and self._services.settings.api.cancel_on_disconnect
-        if wanted and not self._ended and http.client_gone(self._environ):
+        if self._services.settings.api.cancel_on_disconnect and http.client_gone(self._environ):
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Call the job off, if it is owned and has not ended."""
+        if self._owns_job and not self._ended:
             self._services.producer.cancel(self.job_id)
 
     def _check_waiting(self) -> None:
@@ -73,6 +77,5 @@ class Call:
             self.abandon()
             raise Cancelled("The client closed the connection")
         if self._give_up_at is not None and time.monotonic() > self._give_up_at:
-            if self._owns_job:
-                self._services.producer.cancel(self.job_id)
+            self.cancel()
             raise Expired(f"timeout_s: the job did not finish within {self._timeout_s:g} s")

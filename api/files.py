@@ -9,10 +9,10 @@ from flask import Blueprint, Response, request
 from pydantic import BaseModel, ConfigDict, Field
 from werkzeug.exceptions import RequestEntityTooLarge, UnsupportedMediaType
 
-from api import http, queries
+from api import answers, http, openapi, queries
 from api.callers import caller
 from api.services import current
-from wicore.errors import InvalidRequest, TooLarge
+from wicore.errors import InvalidRequest, TooLarge, UnknownFile
 from wicore.files import MAX_LIFETIME_S
 from wicore.request import parse_model
 
@@ -43,7 +43,34 @@ class UploadForm(BaseModel):
     expires_after: ExpiresAfter | None = None
 
 
+def _upload_schema(fields: openapi.Schema) -> openapi.Schema:
+    """The form: its fields, those of an object spelled `name[key]`, and the file."""
+    own = {name: part for name, part in fields["properties"].items() if name != "expires_after"}
+    lifetime = {"type": "integer", "minimum": 3600, "maximum": MAX_LIFETIME_S}
+    return {
+        **fields,
+        "properties": {
+            **own,
+            "expires_after[anchor]": {"const": "created_at"},
+            "expires_after[seconds]": lifetime,
+            "file": {"type": "string", "format": "binary", "minLength": 1},
+        },
+        "required": ["file", "purpose"],
+        "dependentRequired": {
+            "expires_after[anchor]": ["expires_after[seconds]"],
+            "expires_after[seconds]": ["expires_after[anchor]"],
+        },
+    }
+
+
 @door.post("")
+@openapi.describe(
+    "Upload a file",
+    tag="files",
+    body=openapi.Derived("FileUpload", UploadForm, _upload_schema),
+    media=openapi.FORM,
+    answers=answers.File,
+)
 def upload() -> Response:
     services = current()
     limit = services.settings.api.max_file_bytes
@@ -56,7 +83,11 @@ def upload() -> Response:
         # Reading them reads the body; what is large goes to a temporary file on the way.
         fields, files = request.form, request.files
     except RequestEntityTooLarge:
-        raise TooLarge(f"file: larger than the {limit} bytes that api.max_file_bytes allows") from None
+        raise TooLarge(
+            f"file: larger than the {limit} bytes that api.max_file_bytes allows", param="file"
+        ) from None
+    if not fields and not files:
+        raise InvalidRequest("body: is no multipart form, or one that breaks off")
     form = parse_model(UploadForm, _nested(fields))
     for name in files.keys() - {"file"}:
         raise InvalidRequest(f"{name}: unknown or unsupported field; remove it", param=name)
@@ -94,6 +125,17 @@ def _checked_name(name: str) -> str:
 
 
 @door.get("")
+@openapi.describe(
+    "List files",
+    tag="files",
+    answers=answers.Files,
+    parameters=(
+        *openapi.page_of("files", MAX_PAGE, default=MAX_PAGE),
+        openapi.ORDER,
+        openapi.Parameter("purpose", {"type": "string"}, "Only these."),
+    ),
+    errors=(UnknownFile,),
+)
 def listing() -> Response:
     queries.check_known("limit", "after", "order", "purpose")
     services, who = current(), caller()
@@ -110,11 +152,13 @@ def listing() -> Response:
 
 
 @door.get("/<file_id>")
+@openapi.describe("A file", tag="files", answers=answers.File, errors=(UnknownFile,))
 def lookup(file_id: str) -> Response:
     return http.reply(current().file(file_id, caller()).public())
 
 
 @door.get("/<file_id>/content")
+@openapi.describe("What a file holds", tag="files", answers=openapi.BYTES, errors=(UnknownFile,))
 def content(file_id: str) -> Response:
     services = current()
     record = services.file(file_id, caller())
@@ -125,6 +169,7 @@ def content(file_id: str) -> Response:
 
 
 @door.delete("/<file_id>")
+@openapi.describe("Delete a file", tag="files", answers=answers.FileDeleted, errors=(UnknownFile,))
 def delete(file_id: str) -> Response:
     services = current()
     services.files.delete(services.file(file_id, caller()))

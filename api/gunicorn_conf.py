@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import socket
 import sys
@@ -17,10 +18,12 @@ monkey.patch_all()
 # Before anything imports prometheus_client: where the processes of this API count, to be added up.
 os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="wicore-counts-")
 
+import gunicorn.http.wsgi  # noqa: E402
 from gunicorn.arbiter import Arbiter  # noqa: E402
 from prometheus_client.multiprocess import mark_process_dead  # noqa: E402
 
 from api import access_log  # noqa: E402
+from api.connections import HEADS  # noqa: E402
 from api.services import EXTENSION  # noqa: E402
 from wicore.access.store import KeyStore, require_keys  # noqa: E402
 from wicore.config import load_settings  # noqa: E402
@@ -29,18 +32,22 @@ from wicore.exit_codes import ExitCode  # noqa: E402
 from wicore.queue.connection import connect  # noqa: E402
 
 _settings = load_settings()
+# Clients need not know what answers them.
+gunicorn.http.wsgi.SERVER = "wicore"
 
 STALLED_READER_MS = 60_000
 LINGER_S = 2.0
 LINGER_PIECE = 65_536
+OTHER_FILES = 500
+"""Connections to Redis, the checkpoint, and the like."""
 
 bind = f"{_settings.api.host}:{_settings.api.port}"
 workers = _settings.api.workers
-worker_class = "gevent"
-# Beyond the streams, room for the calls that come and go, so that those are still answered when all
-# streams are taken.
-worker_connections = _settings.api.max_sockets + 1000
-# Short, because a stopping process waits for idle connections too.
+worker_class = "api.connections.Worker"
+# Beyond the streams and the calls that wait, room for those that come and go, so that these are still
+# answered when all streams are taken; and for connections that have not said yet what they want.
+worker_connections = _settings.api.max_sockets + 1000 + HEADS
+# Short, because a stopping process waits for idle connections too. A request's head must come within it.
 keepalive = 5
 timeout = 60
 graceful_timeout = 20
@@ -58,6 +65,7 @@ control_socket_disable = True
 
 def on_starting(server: Any) -> None:
     """Refuse to be open to the network. While Redis is away that is not known, and then nobody is let in."""
+    _open_files(worker_connections + OTHER_FILES)
     url, prefix = _settings.redis.url, _settings.redis.prefix
     if url is None:  # which each process complains of
         return
@@ -69,6 +77,14 @@ def on_starting(server: Any) -> None:
             sys.exit(ExitCode.CONFIG)
         except Unavailable as err:
             server.log.warning("%s", err.message)
+
+
+def _open_files(wanted: int) -> None:
+    """Let this process and its children have so many; a connection is one, and the usual bound is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def when_ready(server: Any) -> None:

@@ -27,6 +27,8 @@ class Caller:
     restricted: bool = False
     """Whether it sees its own jobs alone: keys are configured, and this is one of them, not an operator's."""
     limits: Limits = NO_LIMITS
+    keyed: bool = False
+    """Whether a key said so, and not the place where it comes from."""
 
     @property
     def admin(self) -> bool:
@@ -60,7 +62,7 @@ class KeyRing:
         """
         digest = "" if secret is None else digest_of(secret)
         if (key := self._find(digest)) is not None:
-            return Caller(key.id, not key.admin, key)
+            return Caller(key.id, not key.admin, key, keyed=True)
         if self._is_open():
             return Caller(client_id(digest) if digest else "")
         if secret is None:
@@ -96,6 +98,8 @@ class KeyRing:
         return self._may_be_open and not self._configured and not self._stored
 
     def _refresh(self) -> None:
+        if self._failure is None and time.monotonic() - self._read_at < FRESH_S:
+            return  # without the lock: streams ask with every token
         with self._lock:
             if time.monotonic() - self._read_at < FRESH_S:
                 if self._failure is not None:

@@ -17,7 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.utils import floatToGoString
 
-from api import traffic
+from api import openapi, traffic
 from api.services import Services, current
 from wicore.queue.tally import Tally, read_tally
 
@@ -30,6 +30,7 @@ door = Blueprint("metrics", __name__)
 
 
 @door.get("/metrics")
+@openapi.describe("The service's metrics, for Prometheus", tag="service", answers=openapi.TEXT)
 def metrics() -> Response:
     found = Families(service_families(current()))
     return Response(generate_latest(found) + traffic.exposition(), content_type=CONTENT_TYPE_LATEST)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from flask import Blueprint, Response, send_from_directory
 
+from api import answers, openapi
+
 STATIC = Path(__file__).parent / "static"
 MIMETYPES = {
     ".css": "text/css",
@@ -36,11 +38,13 @@ door = Blueprint("page", __name__)
 
 
 @door.get("/")
+@openapi.describe("The page", tag="page", answers=openapi.HTML)
 def page() -> Response:
     return _file("index.html")
 
 
 @door.get("/static/<path:name>")
+@openapi.describe("What the page is made of", tag="page", answers={200: openapi.ANY, 404: answers.Error})
 def static_file(name: str) -> Response:
     return _file(name)
 

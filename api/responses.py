@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from flask import Blueprint, Response, request
 
-from api import http, queries, streams
+from api import answers, http, openapi, queries, streams
 from api.callers import caller
 from api.calls import Call
 from api.services import Services, current, stopping
 from wicore.admission import admit
-from wicore.errors import InvalidRequest, UnknownJob, UnknownResponse
+from wicore.errors import (
+    Cancelled,
+    Conflict,
+    Expired,
+    InvalidRequest,
+    QueueFull,
+    UnknownJob,
+    UnknownModel,
+    UnknownResponse,
+    WorkerLost,
+)
+from wicore.openai.published import response_schema
 from wicore.openai.responses_api import (
     LOGPROBS,
     PREFIX,
     EventWriter,
     Item,
+    ResponseBody,
     ResponseRequest,
     Stored,
     numbered,
@@ -39,7 +52,22 @@ ENDED = frozenset(STATUS_OF_TERMINAL.values())
 door = Blueprint("responses", __name__, url_prefix="/v1/responses")
 
 
+INCLUDE = openapi.Parameter(
+    "include", {"type": "array", "items": {"const": LOGPROBS}}, "Beyond what is always there."
+)
+
+
 @door.post("")
+@openapi.describe(
+    "Create a response",
+    tag="responses",
+    body=openapi.Derived("ResponseRequest", ResponseBody, response_schema),
+    answers=answers.ResponseView,
+    stream=openapi.EVENTS,
+    parameters=(openapi.IDEMPOTENCY_KEY,),
+    errors=(UnknownModel, Conflict, Cancelled, QueueFull, WorkerLost, Expired),
+    headers={"X-Job-Id": "The job that answers it."},
+)
 def create() -> Response:
     services = current()
     asked = response_request(http.read_json())
@@ -47,15 +75,16 @@ def create() -> Response:
     stored = asked.stored(earlier)
     if asked.form.stream:
         # Before the job is accepted: a refused stream must leave none behind.
-        with services.slots.taken_for_response():
+        with services.slots.taken_for_response(caller().client):
             job = _accept(services, asked, stored, Priority.INTERACTIVE)
             call = _call(services, asked, job)
             pieces = _pieces(services, job.id, stored, call.batches(), lambda: False, http.request_id())
             response = streams.event_stream(services, pieces, call.abandon)
     else:
-        job = _accept(services, asked, stored, Priority.NORMAL)
-        if not asked.form.background:
-            _call(services, asked, job).wait()
+        with nullcontext() if asked.form.background else services.slots.taken(caller().client):
+            job = _accept(services, asked, stored, Priority.NORMAL)
+            if not asked.form.background:
+                _call(services, asked, job).wait()
         response = http.reply(response_of(services.record(job.id, caller()), stored, services.model.name))
     response.headers["X-Job-Id"] = job.id
     return response
@@ -102,7 +131,8 @@ def _find(services: Services, name: str) -> tuple[JobRecord, Stored]:
         record = services.record(name.removeprefix(PREFIX), caller()) if name.startswith(PREFIX) else None
     except UnknownJob:
         record = None
-    if record is None or record.response is None:
+    # A batch's request keeps it, whether or not it asked for it, until it is answered.
+    if record is None or record.response is None or not record.response["echo"]["store"]:
         raise _unknown(name)
     return record, Stored.from_json(record.response)
 
@@ -117,6 +147,19 @@ def _unknown(name: str) -> UnknownResponse:
 
 
 @door.get("/<name>")
+@openapi.describe(
+    "A response",
+    tag="responses",
+    answers=answers.ResponseView,
+    stream=openapi.EVENTS,
+    parameters=(
+        openapi.Parameter("stream", {"type": "boolean"}, "As server-sent events, from the first on."),
+        openapi.Parameter("starting_after", openapi.SEQ, "Only events after this one; of a stream."),
+        INCLUDE,
+        openapi.Parameter("include_obfuscation", {"const": False}, "Events are not padded."),
+    ),
+    errors=(UnknownResponse,),
+)
 def lookup(name: str) -> Response:
     queries.check_known("stream", "starting_after", "include", "include_obfuscation")
     services = current()
@@ -142,7 +185,7 @@ def _resume(services: Services, record: JobRecord, stored: Stored) -> Response:
     after = -1 if given is None else streams.sequence_number(given, "starting_after")
     batches = services.relay.follow(record.id, 0, streams.TICK_S)
     pieces = _pieces(services, record.id, stored, batches, stopping(), http.request_id(), after)
-    with services.slots.taken_for_response():
+    with services.slots.taken_for_response(caller().client):
         response = streams.event_stream(services, pieces, lambda: None)
     response.headers["X-Job-Id"] = record.id
     return response
@@ -159,6 +202,13 @@ def _object(services: Services, record: JobRecord, stored: Stored) -> dict[str, 
 
 
 @door.get("/<name>/input_items")
+@openapi.describe(
+    "What a response was asked",
+    tag="responses",
+    answers=answers.Items,
+    parameters=(*openapi.page_of("items", 100), openapi.ORDER, INCLUDE),
+    errors=(UnknownResponse,),
+)
 def input_items(name: str) -> Response:
     queries.check_known("limit", "order", "after", "include")
     record, stored = _find(current(), name)
@@ -176,6 +226,12 @@ def input_items(name: str) -> Response:
 
 
 @door.post("/<name>/cancel")
+@openapi.describe(
+    "Cancel a response made in the background",
+    tag="responses",
+    answers=answers.ResponseView,
+    errors=(InvalidRequest, UnknownResponse),
+)
 def cancel(name: str) -> Response:
     services = current()
     record, stored = _find(services, name)
@@ -201,6 +257,9 @@ def _await_end(services: Services, job_id: str) -> None:
 
 
 @door.delete("/<name>")
+@openapi.describe(
+    "Delete a response", tag="responses", answers=answers.ResponseDeleted, errors=(UnknownResponse,)
+)
 def delete(name: str) -> Response:
     services = current()
     record, _ = _find(services, name)

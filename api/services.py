@@ -13,11 +13,13 @@ from redis import Redis
 
 from api import rates, spans
 from api.keyring import Caller, KeyRing
-from api.slots import Slots
+from api.slots import Budget, Slots
 from wicore.access.keys import Limits
-from wicore.access.rates import OUTPUT_GUESS, RateLimiter
+from wicore.access.rates import RateLimiter, tokens_taken
 from wicore.access.store import KeyStore
 from wicore.admission import admit
+from wicore.batches.record import Batch
+from wicore.batches.store import Batches, unknown_batch
 from wicore.config import Settings
 from wicore.errors import ConfigError, Forbidden, RateLimited
 from wicore.files import FileRecord, Files, unknown_file
@@ -31,6 +33,7 @@ from wicore.stream.relay import Relay
 from wicore.telemetry.tracing import Tracer, tracer_of
 
 EXTENSION = "wicore"
+ARRIVING_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +49,11 @@ class Services:
     keys: KeyRing
     limiter: RateLimiter
     files: Files
+    batches: Batches
     slots: Slots
-    """Open websockets and event streams, bounded by `api.max_sockets`."""
+    """Open websockets, event streams and calls that wait, bounded by `api.max_sockets`."""
+    arriving: Budget
+    """What clients have sent a part of."""
     tracer: Tracer | None = None
 
     def accept(
@@ -73,7 +79,6 @@ class Services:
         with spans.of_request(self.tracer, "submit") as span, _rates_told():
             prompt = admit(body, self.model, self.settings)
             tokens = len(prompt.token_ids)
-            output = min(prompt.max_tokens, body.max_tokens or OUTPUT_GUESS)
             job = self.producer.submit(
                 body,
                 priority,
@@ -83,7 +88,7 @@ class Services:
                 max_tokens=prompt.max_tokens,
                 fields=fields,
                 limits=limits,
-                reserve=tokens + output * body.n,
+                reserve=tokens_taken(body, prompt),
                 traceparent=span.traceparent,
             )
             rates.remember(job.rates)
@@ -139,6 +144,13 @@ class Services:
             raise unknown_file(file_id)
         return record
 
+    def batch(self, batch_id: str, caller: Caller) -> Batch:
+        """Raises UnknownBatch, also for a batch that the caller may not see."""
+        batch = self.batches.get(batch_id)
+        if not caller.may_see(batch.client):
+            raise unknown_batch(batch_id)
+        return batch
+
     def heartbeats(self) -> list[dict[str, Any]]:
         """Of all live workers. Raises Unavailable."""
         return alive_workers(self.redis, self.settings.redis.prefix)
@@ -170,6 +182,7 @@ def build(settings: Settings) -> Services:
             param="redis.url",
         )
     client, prefix = connect(url), settings.redis.prefix
+    files = Files(client, prefix, max_bytes=settings.api.max_file_bytes, quota=settings.api.max_files_bytes)
     return Services(
         settings=settings,
         model=load_model(settings),
@@ -179,10 +192,10 @@ def build(settings: Settings) -> Services:
         relay=Relay(client, prefix, settings.api.stream_buffer),
         keys=KeyRing(KeyStore(client, prefix), settings.api),
         limiter=RateLimiter(client, prefix),
-        files=Files(
-            client, prefix, max_bytes=settings.api.max_file_bytes, quota=settings.api.max_files_bytes
-        ),
-        slots=Slots(settings.api.max_sockets),
+        files=files,
+        batches=Batches(client, files, prefix),
+        slots=Slots(settings.api.max_sockets, settings.api.max_client_sockets),
+        arriving=Budget(max(ARRIVING_BYTES, 2 * settings.api.max_body_bytes)),
         tracer=tracer_of(settings.telemetry, "wicore-api"),
     )
 

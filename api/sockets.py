@@ -7,6 +7,7 @@ slow (resume).
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -15,12 +16,12 @@ from typing import Any
 from flask import Blueprint, Flask, g, request
 from flask_sock import Sock
 
-from api import http, streams
+from api import http, openapi, streams
 from api.callers import SUBPROTOCOL, caller
 from api.services import current, stopping
-from api.session import GONE, NOT_ALLOWED, SERVICE_RESTART, Session, error_frame
+from api.session import GONE, MAX_WAITING, NOT_ALLOWED, SERVICE_RESTART, Session, error_frame
 from wicore.config import ApiSettings
-from wicore.errors import InvalidRequest
+from wicore.errors import InvalidRequest, UnknownJob
 
 PING_S = 25.0
 INTERNAL_ERROR = 1011
@@ -57,7 +58,7 @@ def _before_handshake() -> None:
     if request.view_args:
         g.first_wanted = streams.first_wanted()
         services.record(request.view_args["job_id"], caller())
-    services.slots.take()
+    services.slots.take(caller().client)
     g.slots = services.slots
     environ = request.environ
     # Compression would cost 256 KiB and a good part of the CPU time of a socket, for frames this short.
@@ -69,7 +70,7 @@ def _before_handshake() -> None:
 def _release(_error: BaseException | None) -> None:
     slots = g.pop("slots", None)
     if slots is not None:
-        slots.give()
+        slots.give(caller().client)
 
 
 class WholeSends:
@@ -118,14 +119,22 @@ def _survive(handler: Callable[..., None]) -> Callable[..., None]:
             except GONE:
                 pass
 
-    handle.__name__ = handler.__name__
-    return handle
+    return functools.wraps(handler)(handle)
 
 
+@openapi.describe(
+    "A job's events, over a websocket",
+    tag="jobs",
+    notes="Each event is a JSON text frame. It closes with 1000 after the last; at 1012 or 1013, come back.",
+    answers={101: None},
+    parameters=(openapi.FROM,),
+    errors=(UnknownJob,),
+)
 def _follow_one(ws: Any, job_id: str) -> None:
     """`WS /v1/jobs/{id}/stream?from=N`: the job's events; whatever the client sends is refused."""
     services, is_stopping = current(), stopping()
     ws.max_message_size = MAX_UNWANTED_BYTES
+    ws.sock.hold_input = lambda: ws.connected and len(ws.input_buffer) >= MAX_WAITING
     opened = time.monotonic()
     for batch in services.relay.follow(job_id, g.first_wanted - 1, streams.TICK_S):
         for event in batch:
@@ -146,6 +155,12 @@ def _follow_one(ws: Any, job_id: str) -> None:
     time.sleep(max(0.0, SETTLE_S - (time.monotonic() - opened)))
 
 
+@openapi.describe(
+    "Many jobs over one websocket",
+    tag="jobs",
+    notes="Takes `submit`, `resume` and `cancel` commands, and sends the jobs' events; see docs/api.md.",
+    answers={101: None},
+)
 def _many(ws: Any) -> None:
     """`WS /v1/stream`: submit, resume and cancel jobs, whose events come tagged with the job."""
     Session(ws, current(), stopping(), http.request_id(), caller()).run()

@@ -8,7 +8,7 @@ from typing import Any
 
 from flask import Blueprint, Response
 
-from api import http
+from api import answers, http, openapi
 from api.services import Services, current
 from wicore import __version__
 from wicore.queue.connection import unavailable_on_failure
@@ -17,6 +17,7 @@ door = Blueprint("status", __name__)
 
 
 @door.get("/status")
+@openapi.describe("What waits, who works, and what their caches hold", tag="service", answers=answers.Status)
 def status() -> Response:
     services = current()
     workers = services.heartbeats()

@@ -38,7 +38,7 @@ _seconds = Histogram(
 )
 _streams = Gauge(
     "wicore_http_streams_open",
-    "Websockets and event streams that are open.",
+    "Websockets, event streams and calls that wait for their answer.",
     registry=_OWN,
     multiprocess_mode="livesum",
 )

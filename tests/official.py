@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from wicore.config import Settings
 @contextmanager
 def serving(settings: Settings) -> Iterator[str]:
     """The base URL of an API with these settings."""
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # not a line for each request
     services = build(settings)
     server = make_server("127.0.0.1", 0, create_app(settings, services), threaded=True)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))

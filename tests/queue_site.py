@@ -128,7 +128,7 @@ class Site:
                 assert STATUS_OF_TERMINAL[terminal[0]["type"]] == status
                 assert "fence" not in record
                 assert client.exists(keys.celery_result(job))
-                assert client.ttl(keys.job(job)) > 0
+                assert (client.ttl(keys.job(job)) > 0) == ("batch" not in record)
                 assert "at" not in record
             else:
                 assert ("at" in record) != ("fence" in record), (job, record)

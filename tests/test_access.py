@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import pytest
+import simple_websocket
 from flask.testing import FlaskClient
 
 from api import keyring
@@ -15,7 +18,8 @@ from api.app import create_app
 from api.keyring import KeyRing
 from api.services import Services, build
 from tests.fixtures.service import HANDSHAKE
-from tests.services import settings_for
+from tests.services import settings_for, start_api, stop
+from tests.waiting import free_port
 from wicore.access.keys import Limits, client_id, digest_of
 from wicore.access.store import KeyStore, require_keys
 from wicore.config import Settings
@@ -85,10 +89,14 @@ def make(client: FlaskClient, key: str, door: str) -> str:
     if "/v1/responses" in door:
         body = {"input": "Once", "background": True}
         answer = client.post("/v1/responses", json=body, headers=bearer(key))
-    elif "/v1/files" in door:
+    elif "/v1/files" in door or "/v1/batches" in door:
         form = {"purpose": "batch", "file": (io.BytesIO(b"{}"), "lines.jsonl")}
         answer = client.post("/v1/files", data=form, headers=bearer(key))
-    else:
+    if "/v1/batches" in door:
+        sent, endpoint = answer.json["id"], "/v1/chat/completions"
+        body = {"input_file_id": sent, "endpoint": endpoint, "completion_window": "24h"}
+        answer = client.post("/v1/batches", json=body, headers=bearer(key))
+    if "/v1/jobs" in door:
         answer = client.post("/v1/jobs", json=TELL, headers=bearer(key))
     return f"{door.split('/<')[0].split()[1]}/{answer.json['id']}"
 
@@ -101,6 +109,8 @@ DOORS = {
     "GET /static/<path:name>": OPEN,
     "GET /health": OPEN,
     "GET /ready": OPEN,
+    "GET /openapi.json": OPEN,
+    "GET /docs": OPEN,
     "POST /v1/chat/completions": ANY_KEY,
     "POST /v1/completions": ANY_KEY,
     "POST /v1/tokenize": ANY_KEY,
@@ -118,6 +128,10 @@ DOORS = {
     "GET /v1/files/<file_id>": OWNER,
     "GET /v1/files/<file_id>/content": OWNER,
     "DELETE /v1/files/<file_id>": OWNER,
+    "POST /v1/batches": ANY_KEY,
+    "GET /v1/batches": ANY_KEY,
+    "GET /v1/batches/<batch_id>": OWNER,
+    "POST /v1/batches/<batch_id>/cancel": OWNER,
     "POST /v1/responses": ANY_KEY,
     "GET /v1/responses/<name>": OWNER,
     "DELETE /v1/responses/<name>": OWNER,
@@ -343,3 +357,56 @@ def test_an_address_that_others_reach_serves_nobody_without_a_key(
     assert new_client(
         settings_for(valkey_url, api__host="0.0.0.0", api__allow_anonymous=True)
     ).get("/v1/jobs").status_code == 200  # fmt: skip
+
+
+# --- sockets of a running service -----------------------------------------------------------------
+
+
+@pytest.fixture
+def served(valkey_url: str) -> Iterator[Settings]:
+    """A process that serves, under a prefix of its own."""
+    settings = settings_for(
+        valkey_url,
+        engine__kind="null",
+        redis__prefix="keyed",
+        api__port=free_port(),
+        api__max_client_sockets=2,
+    )
+    process = start_api(settings)
+    yield settings
+    stop(process)
+
+
+def open_socket(settings: Settings, path: str, key: str) -> simple_websocket.Client:
+    """As a browser does it, which can send no header."""
+    url = f"ws://127.0.0.1:{settings.api.port}{path}"
+    return simple_websocket.Client(url, subprotocols=["wicore", f"wicore-key.{key}"])
+
+
+def test_sockets_are_let_in_by_subprotocol_and_closed_when_the_key_is_revoked(
+    redis_client: Any, served: Settings
+) -> None:
+    store = KeyStore(redis_client, "keyed")
+    keys = Keys(store)
+    with httpx.Client(base_url=f"http://127.0.0.1:{served.api.port}", timeout=20) as http:
+        job = http.post("/v1/jobs", json=TELL, headers=bearer(keys.anna)).json()["id"]
+
+        def refused(path: str, key: str) -> int:
+            offer = {"Sec-WebSocket-Protocol": f"wicore, wicore-key.{key}"}
+            return http.get(path, headers=HANDSHAKE | offer).status_code
+
+        assert refused(f"/v1/jobs/{job}/stream", keys.ben) == 404
+        assert refused("/v1/stream", "nobodys") == 401
+        annas = [open_socket(served, path, keys.anna) for path in (f"/v1/jobs/{job}/stream", "/v1/stream")]
+        assert refused("/v1/stream", keys.anna) == 429  # api.max_client_sockets are open
+    bens = open_socket(served, "/v1/stream", keys.ben)
+    assert {ws.subprotocol for ws in (*annas, bens)} == {"wicore"}
+    bens.send(json.dumps({"type": "resume", "job": job}))
+    assert json.loads(bens.receive(20))["error"]["code"] == "unknown_job"
+    store.revoke("anna")
+    for ws in annas:
+        with pytest.raises(simple_websocket.ConnectionClosed) as closed:
+            ws.receive(20)
+        assert closed.value.reason == 1008
+    assert bens.connected
+    bens.close()

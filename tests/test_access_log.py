@@ -131,7 +131,7 @@ def test_the_served_api_writes_bare_lines_to_standard_output(redis_client: Any, 
         until(lambda: answers(url))
         with socket.create_connection(("127.0.0.1", settings.api.port), 20) as ws:
             head = "".join(f"{name}: {value}\r\n" for name, value in HANDSHAKE.items())
-            ws.sendall(f"GET /v1/stream HTTP/1.1\r\nHost: x\r\n{head}\r\n".encode())
+            ws.sendall(f"GET /v1/stream HTTP/1.1\r\nHost: localhost\r\n{head}\r\n".encode())
             assert b" 101 " in ws.recv(1000)
     finally:
         api.terminate()

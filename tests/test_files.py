@@ -172,6 +172,18 @@ def test_an_upload_that_is_no_form_is_refused(redis_client: redis.Redis, setting
     assert answer.status_code == 415
 
 
+@pytest.mark.parametrize(
+    "body", [b"", b"abc", b'--X\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nba']
+)
+def test_a_form_that_breaks_off_is_refused_as_such(
+    redis_client: redis.Redis, settings: Settings, body: bytes
+) -> None:
+    client = create_app(settings).test_client()
+    answer = client.post("/v1/files", data=body, content_type="multipart/form-data; boundary=X")
+    assert answer.status_code == 400
+    assert answer.json["error"]["message"].startswith("body: ")
+
+
 @pytest.mark.parametrize("query", ["limit=0", "limit=10001", "order=up", "color=red"])
 def test_a_bad_query_is_refused_by_name(ai: openai.OpenAI, query: str) -> None:
     with pytest.raises(openai.BadRequestError) as caught:

@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 from wicore.access.keys import digest_of
 from wicore.access.store import KeyStore
 from wicore.cli import main
+from wicore.client import Client
 from wicore.exit_codes import ExitCode
 
 pytestmark = pytest.mark.valkey
@@ -86,8 +87,6 @@ def test_keys_can_be_made_before_the_service_runs_and_while_it_does(short_folder
 
 
 def test_a_key_in_the_environment_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    from wicore.commands.client import Client
-
     monkeypatch.setenv("WICORE_API_KEY", "mine")
     with Client("http://127.0.0.1:1") as client:
         assert client._http.headers["Authorization"] == "Bearer mine"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 import redis
 from flask import request
@@ -126,6 +127,52 @@ def test_logprobs_come_when_they_are_asked_for(ai: openai.OpenAI, worker: Any) -
     assert kept.output == made.output
 
 
+TOOL: Any = {
+    "type": "function",
+    "name": "weather",
+    "parameters": {"type": "object", "properties": {"in": {"enum": ["Rome", "Oslo"]}}, "required": ["in"]},
+}
+
+
+@pytest.fixture
+def real(redis_client: redis.Redis, valkey_url: str) -> Iterator[openai.OpenAI]:
+    """A service whose worker computes."""
+    settings = settings_for(valkey_url)
+    with running_worker(settings), serving(settings) as url, official(url) as client:
+        yield client
+
+
+class Choice(pydantic.BaseModel):
+    place: Literal["Rome", "Oslo"]
+
+
+def test_an_answer_keeps_to_its_format(real: openai.OpenAI) -> None:
+    parsed = real.responses.parse(model="tiny", input="Where?", text_format=Choice, temperature=0)
+    assert parsed.output_parsed is not None
+    assert parsed.output_parsed.place in ("Rome", "Oslo")
+    assert parsed.text is not None
+    assert parsed.text.format is not None
+    assert parsed.text.format.type == "json_schema"
+
+
+def test_calls_are_made_streamed_and_answered(real: openai.OpenAI) -> None:
+    asked: Any = {"model": "tiny", "tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False}
+    first = real.responses.create(input="How is the weather?", temperature=0, **asked)
+    (call,) = first.output
+    assert call.type == "function_call"
+    assert json.loads(call.arguments)["in"] in ("Rome", "Oslo")
+    assert (first.status, first.tools[0].type) == ("completed", "function")
+    *_, last = real.responses.create(input="How is the weather?", temperature=0, stream=True, **asked)
+    assert last.type == "response.completed"
+    assert last.response.output[0].arguments == call.arguments  # type: ignore[union-attr]
+    told: Any = [{"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}]
+    second = real.responses.create(
+        model="tiny", input=told, previous_response_id=first.id, tools=[TOOL], max_output_tokens=5
+    )
+    kinds = [item.type for item in real.responses.input_items.list(second.id, order="asc")]
+    assert kinds == ["message", "function_call", "function_call_output"]
+
+
 def test_a_response_that_is_not_stored_is_not_there_afterwards(ai: openai.OpenAI, worker: Any) -> None:
     made = ai.responses.create(input="Hello", store=False, **SHORT)
     assert made.output_text
@@ -167,10 +214,10 @@ def test_a_job_that_fails_gives_its_error(ai: openai.OpenAI, monkeypatch: pytest
 # --- follow up ------------------------------------------------------------------------------------
 
 
-def test_a_follow_up_has_the_whole_conversation(ai: openai.OpenAI, worker: Any, site: Site) -> None:
-    first = ai.responses.create(input="One", instructions="First.", **SHORT)
-    second = ai.responses.create(input="Two", previous_response_id=first.id, **SHORT)
-    worker.stop()
+def test_a_follow_up_has_the_whole_conversation(ai: openai.OpenAI, settings: Settings, site: Site) -> None:
+    with running_worker(settings):
+        first = ai.responses.create(input="One", instructions="First.", **SHORT)
+        second = ai.responses.create(input="Two", previous_response_id=first.id, **SHORT)
     third = ai.responses.create(
         input=[{"role": "user", "content": "Three"}],
         previous_response_id=second.id,
@@ -201,12 +248,11 @@ def test_an_open_response_cannot_be_followed_up(ai: openai.OpenAI) -> None:
         ai.responses.create(input="Two", previous_response_id=first.id)
 
 
-def test_truncation_makes_a_long_conversation_fit(ai: openai.OpenAI, worker: Any, site: Site) -> None:
+def test_truncation_makes_a_long_conversation_fit(ai: openai.OpenAI, site: Site) -> None:
     words = [{"role": role, "content": "so " * 40} for role in ("user", "assistant") * 5]
     talk: Any = [*words, {"role": "user", "content": "Well?"}]
     with pytest.raises(openai.APIStatusError):
         ai.responses.create(input=talk, **SHORT)
-    worker.stop()
     made = ai.responses.create(input=talk, truncation="auto", background=True, **SHORT)
     chat = asked(site, made)
     assert 1 < len(chat) < len(talk)

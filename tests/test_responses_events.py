@@ -9,7 +9,8 @@ from openai._models import construct_type
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from wicore.openai.responses_api import EventWriter, Stored, response_request
+from wicore.openai import ChoiceResult, result_object
+from wicore.openai.responses_api import EventWriter, Stored, output_items, response_request
 from wicore.request import Event, started_event, terminal_event, token_event, usage_of
 
 ENTRY = {"token": "a", "logprob": -0.5, "bytes": [97], "top_logprobs": []}
@@ -129,6 +130,71 @@ def test_logprobs_are_in_the_deltas_and_whole_at_the_end() -> None:
     events = written([*log, terminal_event("j", 4, "done", finish_reason="stop", usage=usage_of(1, 2))])
     assert [event["logprobs"] for event in events if "delta" in event] == [[ENTRY], [ENTRY]]
     assert events[-1]["response"]["output"][0]["content"][0]["logprobs"] == [ENTRY, ENTRY]
+
+
+TOOL = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}}
+ONE, TWO = '{"name": "f", "parameters": {}}', '{"name": "f", "parameters": {"a": "x"}}'
+
+
+def told(text: str, size: int, reason: str = "tool_calls", **more: Any) -> list[dict[str, Any]]:
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+    tokens = [token_event("j", 2 + i, 0, piece, [i]) for i, piece in enumerate(pieces)]
+    end = terminal_event("j", 2 + len(pieces), "done", finish_reason=reason, usage=usage_of(1, 1))
+    return written([STARTED, *tokens, end], stored(tools=[TOOL], **more))
+
+
+@pytest.mark.parametrize("size", [1, 7, 200])
+def test_calls_are_items_with_their_arguments(size: int) -> None:
+    events = told(f"[{ONE}, {TWO}]", size)
+    for event in events:
+        TypeAdapter(ResponseStreamEvent).validate_python(event)
+    items = events[-1]["response"]["output"]
+    assert [(item["type"], item["arguments"]) for item in items] == [
+        ("function_call", "{}"),
+        ("function_call", '{"a": "x"}'),
+    ]
+    assert [item["status"] for item in items] == ["completed"] * 2
+    assert len({item["call_id"] for item in items} | {item["id"] for item in items}) == 4
+    for index, item in enumerate(items):
+        own = [event for event in events if event.get("output_index") == index]
+        assert (own[0]["type"], own[0]["item"]["arguments"]) == ("response.output_item.added", "")
+        deltas = [event["delta"] for event in own[1:-2]]
+        assert ("".join(deltas), own[-2]["arguments"]) == (item["arguments"], item["arguments"])
+        assert (own[-1]["type"], own[-1]["item"]) == ("response.output_item.done", item)
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+
+
+def test_the_calls_of_a_stream_are_those_of_the_result() -> None:
+    body = response_request({"input": "Hi", "tools": [TOOL]}).job([], lambda body: None)
+    both = f"[{ONE}, {TWO}]"
+    for text, reason in ((both, "tool_calls"), (ONE, "tool_calls"), (ONE[:-3], "length"), ("Hi", "stop")):
+        result = result_object("j", body, "tiny", 1, [ChoiceResult(text, reason)], {})  # type: ignore[arg-type]
+        assert told(text, 3, reason)[-1]["response"]["output"] == output_items("j", result)
+
+
+def test_an_answer_in_text_is_a_message_though_there_are_tools() -> None:
+    events = told("Hello", 2, "stop")
+    assert types(events)[2:5] == ["output_item.added", "content_part.added", "output_text.delta"]
+    assert events[-1]["response"]["output"][0]["content"][0]["text"] == "Hello"
+
+
+def test_a_call_that_was_cut_is_incomplete() -> None:
+    events = told(TWO[:-4], 5, "length")
+    assert events[-1]["type"] == "response.incomplete"
+    (item,) = events[-1]["response"]["output"]
+    assert (item["status"], item["arguments"]) == ("incomplete", '{"a": "')
+
+
+def test_where_no_call_is_allowed_what_looks_like_one_is_text() -> None:
+    (item,) = told(ONE, 5, "stop", tool_choice="none")[-1]["response"]["output"]
+    assert item["content"][0]["text"] == ONE
+
+
+def test_logprobs_wait_until_it_is_known_what_the_answer_is() -> None:
+    log = [STARTED, token_event("j", 2, 0, "", [1], [ENTRY]), token_event("j", 3, 0, "a", [2], [ENTRY])]
+    log.append(terminal_event("j", 4, "done", finish_reason="stop", usage=usage_of(1, 2)))
+    events = written(log, stored(tools=[TOOL]))
+    assert [event["logprobs"] for event in events if "delta" in event] == [[ENTRY, ENTRY]]
 
 
 def test_a_response_repeats_what_was_asked_for() -> None:

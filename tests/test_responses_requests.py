@@ -78,6 +78,7 @@ def test_logprobs_are_reported_when_they_are_asked_for(given: dict[str, Any], ex
     assert job({**HELLO, **given}).logprobs == expected
 
 
+TOOL = {"type": "function", "name": "weather", "parameters": {"type": "object", "properties": {}}}
 VALUES: dict[str, tuple[Any, Any]] = {
     # field: (a value that is honoured or asks for nothing, a value that is refused)
     "access_programs": (None, {"cyber": "standard"}),
@@ -106,9 +107,9 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "store": (False, "no"),
     "stream_options": (None, {"include_obfuscation": True}),
     "temperature": (0.5, 3),
-    "text": ({"format": {"type": "text"}}, {"format": {"type": "grammar"}}),
+    "text": ({"format": {"type": "json_object"}}, {"format": {"type": "grammar"}}),
     "tool_choice": ("auto", "required"),
-    "tools": ([], [{"type": "web_search"}]),
+    "tools": ([TOOL], [{"type": "web_search"}]),
     "top_logprobs": (5, 21),
     "top_p": (0.5, 0),
     "truncation": ("auto", "middle"),
@@ -157,6 +158,53 @@ def test_what_cannot_be_served_is_refused_by_name(body: dict[str, Any], param: s
     with pytest.raises(InvalidRequest) as caught:
         job(body)
     assert str(caught.value.param).startswith(param)
+
+
+CALL = {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": "{}"}
+CALLED = {"type": "function_call_output", "call_id": "c1", "output": "sunny"}
+
+
+def test_tools_and_formats_are_those_of_a_chat() -> None:
+    schema = {"type": "json_schema", "name": "n", "schema": {"type": "object"}, "strict": True}
+    body = job({**HELLO, "text": {"format": schema}})
+    assert body.response_format is not None
+    assert body.response_format.json_schema is not None
+    assert body.response_format.json_schema.name == "n"
+    use = job({**HELLO, "tools": [TOOL], "parallel_tool_calls": False, "tool_choice": "required"}).tool_use()
+    assert use is not None
+    assert (use.functions[0].name, use.required, use.parallel) == ("weather", True, False)
+
+
+@pytest.mark.parametrize(
+    ("choice", "required"),
+    [
+        ({"type": "function", "name": "weather"}, True),
+        (
+            {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "weather"}]},
+            False,
+        ),
+    ],
+)
+def test_a_tool_choice_may_name_functions(choice: Any, required: bool) -> None:
+    other = {**TOOL, "name": "time"}
+    use = job({**HELLO, "tools": [TOOL, other], "tool_choice": choice}).tool_use()
+    assert use is not None
+    assert ([function.name for function in use.functions], use.required) == (["weather"], required)
+
+
+def test_calls_and_their_results_become_a_chat() -> None:
+    second = {**CALL, "call_id": "c2"}
+    items = [
+        USER,
+        CALL,
+        second,
+        CALLED,
+        {**CALLED, "call_id": "c2", "output": [{"type": "input_text", "text": "s"}]},
+    ]
+    messages = job({"input": items, "tools": [TOOL]}).messages or []
+    assert [message.role for message in messages] == ["user", "assistant", "tool", "tool"]
+    assert [call.id for call in messages[1].tool_calls or []] == ["c1", "c2"]
+    assert [(m.tool_call_id, m.text()) for m in messages[2:]] == [("c1", "sunny"), ("c2", "s")]
 
 
 def test_without_truncation_a_job_is_not_shortened() -> None:

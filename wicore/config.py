@@ -34,6 +34,9 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
+_ORIGINS = r"^(\*|https?://[^/\s,*]+(,https?://[^/\s,*]+)*)$"
+
+
 class ApiSettings(_Section):
     host: str = "127.0.0.1"
     """Address the API listens on; 0.0.0.0 for every interface."""
@@ -48,11 +51,15 @@ class ApiSettings(_Section):
     max_files_bytes: int = Field(512 * 2**20, ge=1024)
     """What the files of one client may take together."""
     max_sockets: int = Field(2000, ge=1)
-    """Open websockets and event streams a process."""
+    """Open websockets, event streams and calls that wait for their answer, a process."""
+    max_client_sockets: int = Field(1000, ge=1)
+    """How many of these one key may have."""
     keys: tuple[ConfiguredKey, ...] | None = Field(None, repr=False)
     """API keys: name, key or sha256, limits; besides those of `wicore keys`. See docs/operation.md."""
     allow_anonymous: bool = False
     """Serve everybody while there are no keys, even where other machines reach api.host."""
+    cors_origins: str | None = Field(None, pattern=_ORIGINS)
+    """Pages that may call, as https://a.example,https://b.example, or * for all; unset: those from here."""
     cancel_on_disconnect: bool = True
     """Cancel the job of a chat or completion call whose client closed the connection before the answer."""
     stream_buffer: int = Field(1024, ge=16)

@@ -106,6 +106,14 @@ class UnknownFile(WicoreError):
     code = "unknown_file"
 
 
+class UnknownBatch(WicoreError):
+    """No batch has this id: it never was, or its record has expired."""
+
+    status = 404
+    kind = "invalid_request_error"
+    code = "unknown_batch"
+
+
 class UnknownModel(WicoreError):
     """The model named is not the one being served."""
 

@@ -88,7 +88,8 @@ def give_up(settings: Settings, *prompts: str) -> None:
 
 
 @pytest.fixture(scope="package")
-def service(valkey_url: str) -> Iterator[Service]:
+def service(chromium: Any, valkey_url: str) -> Iterator[Service]:
+    # The browser first: without one nothing is started.
     settings = settings_for(
         valkey_url,
         redis__prefix="browser",

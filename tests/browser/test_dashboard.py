@@ -75,6 +75,37 @@ def test_a_dead_letter_is_tried_again_or_dropped(service: Service, page: Any) ->
     assert service.http.get("/v1/dead").json()["data"] == []
 
 
+def test_rates_are_of_what_each_worker_counted_between_its_heartbeats(page: Any) -> None:
+    def beat(worker: str, at_ms: int, tokens: int, succeeded: int, found: int, moved: int) -> dict[str, Any]:
+        kv = {
+            "hit_tokens": {"device": found, "host": 0},
+            "opened_tokens": 2 * found,
+            "moved_bytes": {"host>device": {"global": moved}, "device>host": {"global": 2 * moved}},
+        }
+        return {"id": worker, "at_ms": at_ms, "tokens": tokens, "ended": {"succeeded": succeeded}, "kv": kv}
+
+    looks = [
+        [beat("a", 1000, 100, 5, 10, 0), beat("b", 1500, 7, 0, 0, 0)],
+        [beat("a", 3000, 140, 6, 20, 800), beat("b", 2500, 17, 0, 30, 0)],
+        [beat("b", 2500, 17, 0, 30, 0), beat("c", 9000, 1_000_000, 1000, 1000, 1000)],
+    ]
+    _, second, third = page.evaluate(
+        """async (looks) => {
+          const { Rates } = await import(new URL("static/js/rates.js", document.baseURI));
+          const rates = new Rates();
+          return looks.map((workers) => {
+            const { speeds, ...all } = rates.take({ workers });
+            return { ...all, speeds: Object.fromEntries(speeds) };
+          });
+        }""",
+        looks,
+    )
+    assert second["speeds"] == {"a": 20, "b": 10}
+    assert (second["generated"], second["succeeded"], second["hit_rate"]) == (30, 0.5, 0.5)
+    assert (second["raised"], second["demoted"]) == (400, 800)
+    assert third["speeds"] == {"b": 10, "c": 0}, "nothing is known of a worker before its second heartbeat"
+
+
 def test_a_service_that_does_not_answer_is_said_and_comes_back(service: Service, page: Any) -> None:
     page.locator(".workers-card tbody tr").wait_for()
     page.route("**/status", lambda route: route.abort())

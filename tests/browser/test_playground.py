@@ -123,6 +123,16 @@ def test_an_api_that_dies_in_mid_stream_costs_neither_a_token_nor_an_answer(
     assert page.get_by_text("Connection lost").count() == 0
 
 
+def test_a_lost_network_costs_nothing_either(service: Service, page: Any) -> None:
+    ask(page, max_tokens=400)
+    wait_for_text(page, more_than=100)
+    page.context.set_offline(True)
+    page.get_by_text("Connection lost").wait_for()
+    page.context.set_offline(False)
+    job = wait_for_end(page)
+    assert text_of(page) == result(service, job)
+
+
 def test_a_submit_that_finds_no_network_makes_one_job_when_it_is_back(service: Service, page: Any) -> None:
     page.context.set_offline(True)
     ask(page, max_tokens=5, prompt="Nobody hears")
@@ -135,9 +145,9 @@ def test_a_submit_that_finds_no_network_makes_one_job_when_it_is_back(service: S
 def test_what_the_api_refuses_is_said_and_the_field_is_marked(page: Any) -> None:
     page.get_by_label("Temperature", exact=True).fill("3")
     ask(page, max_tokens=5)
-    wait_for_end_of_refused = page.locator("article.answer[data-status=failed] .problem")
-    wait_for_end_of_refused.wait_for()
-    assert "temperature" in wait_for_end_of_refused.inner_text()
+    problem = page.locator("article.answer[data-status=failed] .problem")
+    problem.wait_for()
+    assert "temperature" in problem.inner_text()
     assert page.get_by_label("Temperature", exact=True).get_attribute("aria-invalid") == "true"
 
 

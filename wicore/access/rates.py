@@ -15,6 +15,8 @@ from wicore.errors import RateLimited
 from wicore.queue.connection import unavailable_on_failure
 from wicore.queue.schema import Keys
 from wicore.queue.scripts import Scripts
+from wicore.request import JobBody
+from wicore.text.prompt import Prompt
 
 PARALLEL_RETRY_S = 2.0
 """Told to who has as many jobs open as he may: nobody knows when one ends."""
@@ -55,6 +57,11 @@ class Rate:
 
 
 Rates = tuple[Rate, ...]
+
+
+def tokens_taken(body: JobBody, prompt: Prompt) -> int:
+    """What a job takes of its client's tokens in advance."""
+    return len(prompt.token_ids) + min(prompt.max_tokens, body.max_tokens or OUTPUT_GUESS) * body.sequences
 
 
 def limits_text(limits: Limits) -> str:

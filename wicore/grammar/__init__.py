@@ -6,6 +6,7 @@ from wicore.grammar.grammar import (
     json_object_grammar,
     json_schema_grammar,
     lark_grammar,
+    parts_of,
 )
 
-__all__ = ["Grammar", "grammar_of", "json_object_grammar", "json_schema_grammar", "lark_grammar"]
+__all__ = ["Grammar", "grammar_of", "json_object_grammar", "json_schema_grammar", "lark_grammar", "parts_of"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from wicore.request import JobBody
+from wicore.text.calls import arguments_grammar, call_grammar
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +42,21 @@ def lark_grammar(text: str, param: str = "response_format") -> Grammar:
 
 def grammar_of(body: JobBody) -> Grammar | None:
     """What the output of a job must be; None: any text."""
+    use = body.tool_use()
+    if use is not None:
+        return lark_grammar(call_grammar(use), "tools")
     wanted = body.response_format
     if wanted is None or wanted.type == "text":
         return None
     if wanted.json_schema is None:
         return json_object_grammar()
     return json_schema_grammar(wanted.json_schema.schema_, "response_format.json_schema.schema")
+
+
+def parts_of(body: JobBody) -> list[Grammar]:
+    """Those that `grammar_of` puts together, each with the field that asked for it: where the whole cannot be
+    honoured they tell which is at fault."""
+    return [
+        lark_grammar(arguments_grammar(tool.function), f"tools.{i}.function.parameters")
+        for i, tool in enumerate(body.tools)
+    ]

@@ -70,7 +70,7 @@ class JobRecord:
     """Last sequence number in the log."""
     cancel_requested: bool
     finish_reason: str | None
-    usage: dict[str, int] | None
+    usage: dict[str, Any] | None
     result: dict[str, Any] | None
     error: dict[str, Any] | None
     metadata: dict[str, str]
@@ -168,7 +168,7 @@ class Producer:
         with unavailable_on_failure(self._client):
             args: list[Arg] = [
                 *(job_id, tag, raw, int(priority), client),
-                *(len(raw) // 4 if prompt_tokens is None else prompt_tokens, output * body.n),
+                *(len(raw) // 4 if prompt_tokens is None else prompt_tokens, output * body.sequences),
                 *(_ms(body.timeout_s), _ms(body.queue_timeout_s or self._settings.max_wait_s)),
                 *_idempotency(body, priority, client, idempotency_key),
                 *(limits_text(limits), reserve),

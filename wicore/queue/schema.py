@@ -49,6 +49,16 @@ With prefix `wicore` ({q} is a level's list, {level} 0, 3, 6 or 9, {id} a job, {
                                                                                                upload's, 1 h
     wicore:files                  zset    files by `created_ms`: the listing                   30 days
     wicore:files:{client}         zset    the same of one client                               30 days
+    wicore:batch:{batch}          hash    a batch: status, counts, files (batches/record.py)   30 days from
+                                                                                               its end
+    wicore:batch:{batch}:lines    list    lines that are no jobs yet, the next one first       until its end
+    wicore:batch:{batch}:draft:{} list    the same while its file is checked                   1 h
+    wicore:batch:{batch}:open     hash    lines that are jobs, unanswered: number, custom_id   until its end
+    wicore:batch:{batch}:ended    list    ids of those whose job has ended (terminate)         until its end
+    wicore:batch:{batch}:claim    string  a runner works on it                                 5 s
+    wicore:batches                zset    batches by `created_ms`: the listing                 as they
+    wicore:batches:of:{client}    zset    the same of one client                               as they
+    wicore:batches:open           set     batches that have not ended                          until then
 
 Written by the scripts in lua/, whose heads say which, unless said otherwise here. "Retention": until
 `retention_s` after the job's end.
@@ -63,9 +73,10 @@ leased); `leases`; `worker`; `attempts`; `seq` (last in the log); `created_ms`, 
 `model`, `metadata`, `prompt_tokens`, `tokens` (expected in all), `charged` (to its client's turn);
 `reserved`, `reserved_rate` (tokens taken from its client's bucket until the end, and the rate then);
 `position`, `wait_ms` (told at acceptance); `cancel` (wished); `finish_reason`, `usage`, `result`, `error`
-(JSON); `finished_by` (fence of who ended it); `retry_of` (id of the dead letter); `response` (JSON: what a
-response repeats and its conversation, so both live as long as the job's record);
-`webhook_url`, `webhook_status` (pending, delivered, failed), `webhook_attempts`, `webhook_error`.
+(JSON); `finished_by` (fence of who ended it); `retry_of` (id of the dead letter);
+`webhook_url`, `webhook_status` (pending, delivered, failed), `webhook_attempts`, `webhook_error`;
+`response` (JSON: what a response repeats and its conversation, which so live as long as the record);
+`custom_id` and `batch` (of a line of a batch; `batch` until its answer is put out, and the record with it).
 
 Invariants, between any two commands:
     open jobs (status queued or running) = jobs waiting (`at`) + jobs leased (`fence`);
@@ -82,6 +93,7 @@ the scripts touch keys of many slots.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from wicore.request import Priority
 
@@ -235,6 +247,26 @@ class Keys:
 
     def files_of(self, client: str) -> str:
         return f"{self.prefix}:files:{client}"
+
+    def batch(self, batch_id: str) -> str:
+        return f"{self.prefix}:batch:{batch_id}"
+
+    def batch_part(self, batch_id: str, part: Literal["lines", "open", "ended", "claim"]) -> str:
+        return f"{self.prefix}:batch:{batch_id}:{part}"
+
+    def batch_draft(self, batch_id: str, token: str) -> str:
+        return f"{self.prefix}:batch:{batch_id}:draft:{token}"
+
+    @property
+    def batches(self) -> str:
+        return f"{self.prefix}:batches"
+
+    def batches_of(self, client: str) -> str:
+        return f"{self.prefix}:batches:of:{client}"
+
+    @property
+    def batches_open(self) -> str:
+        return f"{self.prefix}:batches:open"
 
     def bucket(self, client: str) -> str:
         return f"{self.prefix}:bucket:{client}"

@@ -35,6 +35,7 @@ Name = Literal[
     "cancel",
     "acquit",
     "forget",
+    "batch_line",
     "dead_list",
     "dead_get",
     "dead_drop",
@@ -132,10 +133,14 @@ def _header(keys: Keys, settings: QueueSettings) -> str:
                 "finished",
             ),
             *("control", "workers", "turns", "waiting", "pace", "capacity", "counts", "webhooks", "tasks"),
+            "batches_open",
         )
     }
     # Keys of one job, owner or level: the name up to that, which the scripts append.
-    families = ("job", "log", "events", "cancel", "message", "celery_result", "idempotency", "trial")
+    families = (
+        *("job", "log", "events", "cancel", "message", "celery_result", "idempotency", "trial"),
+        *("file", "batch"),
+    )
     names |= {name: getattr(keys, name)("") for name in families}
     names |= {"jobs_of_all": keys.jobs_of(""), "bucket": keys.bucket("")}
     names |= {"queue": keys.line(""), "clients": keys.clients(""), "backlog": keys.backlog("")}

@@ -31,7 +31,12 @@ export class AnswerView {
       "aria-haspopup": "dialog",
       on: { click: () => showJob(answer.job) },
     });
-    this.copy = button("Copy", { icon: "copy", small: true, class: "icon-button", on: { click: () => this.#copy() } });
+    this.copy = button("Copy", {
+      icon: "copy",
+      small: true,
+      class: "icon-button needs-text",
+      on: { click: () => this.#copy() },
+    });
     this.actions = h("span", { class: "actions" }, this.copy, actions);
     this.element = h(
       "article",
@@ -84,7 +89,7 @@ export class AnswerView {
     const { answer } = this;
     const fresh = answer.text.slice(this.#shownText);
     this.#shownText = answer.text.length;
-    if (answer.tokens !== null) {
+    if (answer.tokens) {
       paintTokens(this.text, answer.tokens.slice(this.#shownTokens));
       this.#shownTokens = answer.tokens.length;
     } else if (fresh !== "") {
@@ -111,7 +116,8 @@ function figures(answer) {
   const parts = [];
   if (answer.count > 0) parts.push(`${count(answer.count)} ${answer.count === 1 ? "token" : "tokens"}`);
   if (tokenRate(answer) !== null) parts.push(`${rate(tokenRate(answer))} tok/s`);
-  if (answer.first_ms !== undefined) parts.push(`first after ${seconds((answer.first_ms - answer.asked_ms) / 1000)}`);
+  if (answer.first_ms !== undefined)
+    parts.push(`first after ${seconds((answer.first_ms - answer.asked_ms) / 1000)}`);
   if (answer.attempt > 1) parts.push(`attempt ${answer.attempt}`);
   if (answer.stopping) parts.push("stopping");
   else if (answer.status === "cancelled") parts.push("stopped");

@@ -40,7 +40,9 @@ export async function call(path, { method = "GET", body, headers = {} } = {}) {
   });
   const answer = await response.json().catch(() => null);
   if (response.ok && answer !== null) return answer;
-  const error = answer?.error ?? { message: answer?.missing?.join("; ") ?? `The service answered ${response.status}` };
+  const error = answer?.error ?? {
+    message: answer?.missing?.join("; ") ?? `The service answered ${response.status}`,
+  };
   if (response.status === 401) events.dispatchEvent(new Event("unauthorized"));
   throw new ApiError(response.ok ? 0 : response.status, error);
 }
@@ -55,5 +57,7 @@ async function reach(path, options) {
 
 /** 128 random bits; crypto.randomUUID is missing where the page does not come over HTTPS or from this machine. */
 export function randomId() {
-  return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+  return [...crypto.getRandomValues(new Uint8Array(16))]
+    .map((byte) => byte.toString(16).padStart(2, "0"))
+    .join("");
 }

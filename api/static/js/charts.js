@@ -17,24 +17,37 @@ export function colour(name) {
 
 /**
  * A card with a title, the value now, and a line for each series. `series`: {name, label, color, area?} with
- * a custom property as colour; `show` writes a value; `top` fixes the upper end of the scale.
+ * a custom property as colour; `show` writes a value; `top` fixes the upper end of the scale, `least` is the
+ * lowest that it may be.
  */
 export class Chart {
   #times = [];
   #values;
   #plot = null;
 
-  constructor({ title, series, show, unit = "", top = null }) {
-    Object.assign(this, { title, series, show, unit, top });
+  constructor({ title, series, show, unit = "", top = null, least = 1 }) {
+    Object.assign(this, { title, series, show, unit, top, least });
     this.#values = series.map(() => []);
     this.now = series.map(() => h("span", { class: "now" }, "–"));
     this.canvas = h("div", { class: "chart", role: "img", "aria-label": `${title}, the last five minutes` });
     const legend = series.map(({ label, color }, i) => {
       const swatch = h("i", { class: "swatch", "aria-hidden": "true" });
       swatch.style.background = `var(${color})`;
-      return h("span", { class: i === 0 ? "key first" : "key" }, swatch, h("span", { class: "key-label" }, label), this.now[i]);
+      return h(
+        "span",
+        { class: i === 0 ? "key first" : "key" },
+        swatch,
+        h("span", { class: "key-label" }, label),
+        this.now[i],
+      );
     });
-    this.element = h("section", { class: "card chart-card" }, h("header", {}, h("h2", {}, title), unit && h("span", { class: "unit" }, unit)), h("div", { class: "keys-line" }, legend), this.canvas);
+    this.element = h(
+      "section",
+      { class: "card chart-card" },
+      h("header", {}, h("h2", {}, title), unit && h("span", { class: "unit" }, unit)),
+      h("div", { class: "keys-line" }, legend),
+      this.canvas,
+    );
     new ResizeObserver(() => this.#resize()).observe(this.canvas);
   }
 
@@ -43,7 +56,9 @@ export class Chart {
     const lists = [this.#times, ...this.#values];
     [seconds, ...this.series.map(({ name }) => values[name])].forEach((value, i) => lists[i].push(value));
     if (this.#times.length > KEPT) for (const list of lists) list.shift();
-    this.series.forEach(({ name }, i) => setText(this.now[i], values[name] === null ? "–" : this.show(values[name])));
+    this.series.forEach(({ name }, i) =>
+      setText(this.now[i], values[name] === null ? "–" : this.show(values[name])),
+    );
     this.#plot?.setData([this.#times, ...this.#values]);
   }
 
@@ -74,10 +89,10 @@ export class Chart {
       height: HEIGHT,
       legend: { show: false },
       cursor: { show: false },
-      padding: [6, 4, 0, 0],
+      padding: [6, 20, 0, 0],
       scales: {
         x: { time: true, range: (_, min, max) => [Math.min(min, max - 60), max] },
-        y: { range: (_, min, max) => [0, this.top ?? Math.max(1, max * 1.15)] },
+        y: { range: (_, min, max) => [0, this.top ?? Math.max(this.least, max * 1.15)] },
       },
       axes: [
         { ...axis, size: 22, space: 90, grid: { show: false }, values: (_, ticks) => ticks.map(timeOfDay) },
@@ -90,11 +105,20 @@ export class Chart {
 
   #line({ label, color, area = false }) {
     const stroke = colour(color);
-    return { label, stroke, width: 1.6, fill: area ? colour("--accent-wash") : undefined, points: { show: false }, spanGaps: true };
+    return {
+      label,
+      stroke,
+      width: 1.6,
+      fill: area ? colour("--accent-wash") : undefined,
+      points: { show: false },
+      spanGaps: true,
+    };
   }
 }
 
 function timeOfDay(seconds) {
   const time = new Date(seconds * 1000);
-  return [time.getHours(), time.getMinutes(), time.getSeconds()].map((part) => String(part).padStart(2, "0")).join(":");
+  return [time.getHours(), time.getMinutes(), time.getSeconds()]
+    .map((part) => String(part).padStart(2, "0"))
+    .join(":");
 }

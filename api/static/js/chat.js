@@ -31,13 +31,22 @@ export class Chat {
       on: { input: () => this.#grow(), keydown: (event) => this.#key(event) },
     });
     this.images = new Images();
-    this.send = h("button", { type: "button", class: "primary round", on: { click: () => this.#sendOrStop() } });
+    this.send = h("button", {
+      type: "button",
+      class: "primary round",
+      on: { click: () => this.#sendOrStop() },
+    });
     this.scroller = h("div", { class: "scroller", tabindex: -1 }, this.empty, this.turns);
     this.element = h(
       "div",
       { class: "pane" },
       this.scroller,
-      h("div", { class: "composer" }, this.images.element, h("div", { class: "composer-line" }, this.images.button, this.input, this.send)),
+      h(
+        "div",
+        { class: "composer" },
+        this.images.element,
+        h("div", { class: "composer-line" }, this.images.button, this.input, this.send),
+      ),
     );
   }
 
@@ -59,8 +68,12 @@ export class Chat {
 
   update() {
     const { messages } = this.#host.state;
-    const follow = this.scroller.scrollHeight - this.scroller.scrollTop - this.scroller.clientHeight < NEAR_END;
-    keepOrder(this.turns, messages.map((message) => this.#element(message)));
+    const follow =
+      this.scroller.scrollHeight - this.scroller.scrollTop - this.scroller.clientHeight < NEAR_END;
+    keepOrder(
+      this.turns,
+      messages.map((message) => this.#element(message)),
+    );
     this.empty.hidden = messages.length > 0;
     if (messages.length === 0) this.#drawEmpty();
     this.#drawSend();
@@ -75,8 +88,12 @@ export class Chat {
     );
     const remark = this.#talks
       ? "Every answer is a job on the queue: reload this page, or close the lid, and it goes on."
-      : "This model continues text and was not trained to chat; Completion suits it better.";
-    this.empty.replaceChildren(h("h2", {}, "Ask something"), h("p", {}, remark), h("div", { class: "examples" }, examples));
+      : "If this is a base model, it was not trained to chat: it continues text, for which there is Completion.";
+    this.empty.replaceChildren(
+      h("h2", {}, "Ask something"),
+      h("p", {}, remark),
+      h("div", { class: "examples" }, examples),
+    );
   }
 
   #drawSend() {
@@ -96,7 +113,12 @@ export class Chat {
   }
 
   #question(message) {
-    const edit = button("Edit", { icon: "edit", small: true, class: "icon-button", on: { click: () => this.#edit(message) } });
+    const edit = button("Edit", {
+      icon: "edit",
+      small: true,
+      class: "icon-button",
+      on: { click: () => this.#edit(message) },
+    });
     return h(
       "article",
       { class: "question", "aria-label": "You" },
@@ -107,14 +129,22 @@ export class Chat {
   }
 
   #answer(message) {
-    const again = button("Ask again", { icon: "again", small: true, class: "icon-button", on: { click: () => this.#again(message) } });
+    const again = button("Ask again", {
+      icon: "again",
+      small: true,
+      class: "icon-button",
+      on: { click: () => this.#again(message) },
+    });
     return this.#host.view(message.answer, { actions: [again] }).element;
   }
 
   /** Turn a question into a form; sending it leaves out all that came after. */
   #edit(message) {
     const element = this.#elements.get(message);
-    const area = h("textarea", { "aria-label": "Edit message", rows: Math.min(8, message.text.split("\n").length + 1) });
+    const area = h("textarea", {
+      "aria-label": "Edit message",
+      rows: Math.min(8, message.text.split("\n").length + 1),
+    });
     area.value = message.text;
     const cancel = () => {
       form.replaceWith(element);
@@ -137,7 +167,12 @@ export class Chat {
         },
       },
       area,
-      h("div", { class: "row end" }, button("Cancel", { class: "quiet", on: { click: cancel } }), h("button", { type: "submit", class: "primary" }, "Send")),
+      h(
+        "div",
+        { class: "row end" },
+        button("Cancel", { class: "quiet", on: { click: cancel } }),
+        h("button", { type: "submit", class: "primary" }, "Send"),
+      ),
     );
     element.replaceWith(form);
     area.focus();
@@ -178,7 +213,9 @@ export class Chat {
 
   #askModel() {
     const { state } = this.#host;
-    const messages = state.messages.filter((message) => message.role === "user" || message.answer.text !== "").map(asSent);
+    const messages = state.messages
+      .filter((message) => message.role === "user" || message.answer.text !== "")
+      .map(asSent);
     const system = this.#host.system();
     if (system !== "") messages.unshift({ role: "system", content: system });
     state.messages.push({ role: "assistant", answer: this.#host.ask({ kind: "chat", messages }) });

@@ -2,7 +2,11 @@
 
 import { button, h, icon, keepOrder } from "./dom.js";
 
-const EXAMPLES = ["Once upon a time in a small village,", "The three laws of thermodynamics are", "def quicksort(items):"];
+const EXAMPLES = [
+  "Once upon a time in a small village,",
+  "The three laws of thermodynamics are",
+  "def quicksort(items):",
+];
 
 /** `host` is what playground.js lets a pane do. */
 export class Completion {
@@ -28,7 +32,9 @@ export class Completion {
     this.examples = h(
       "div",
       { class: "examples" },
-      EXAMPLES.map((text) => h("button", { type: "button", class: "example", on: { click: () => this.#try(text) } }, text)),
+      EXAMPLES.map((text) =>
+        h("button", { type: "button", class: "example", on: { click: () => this.#try(text) } }, text),
+      ),
     );
     this.output = h("div", { class: "output" });
     this.element = h(
@@ -39,7 +45,12 @@ export class Completion {
         { class: "scroller" },
         h("label", { class: "pane-label", for: this.input.id }, "Prompt"),
         this.input,
-        h("div", { class: "row run-line" }, this.run, h("span", { class: "hint" }, h("kbd", {}, "Ctrl"), " ", h("kbd", {}, "Enter"))),
+        h(
+          "div",
+          { class: "row run-line" },
+          this.run,
+          h("span", { class: "hint" }, h("kbd", {}, "Ctrl"), " ", h("kbd", {}, "Enter")),
+        ),
         this.examples,
         this.output,
       ),
@@ -65,12 +76,25 @@ export class Completion {
     const running = this.#host.running();
     if (this.run.dataset.stop === String(running)) return;
     this.run.dataset.stop = running;
-    this.run.replaceChildren(icon(running ? "stop" : "more"), h("span", {}, running ? "Stop" : "Continue text"));
+    this.run.replaceChildren(
+      icon(running ? "stop" : "more"),
+      h("span", {}, running ? "Stop" : "Continue text"),
+    );
   }
 
   #view(answer) {
-    const more = button("Take over and go on", { icon: "more", small: true, class: "icon-button", on: { click: () => this.#takeOver(answer) } });
-    const again = button("Again", { icon: "again", small: true, class: "icon-button", on: { click: () => this.#runOrStop() } });
+    const more = button("Take over and go on", {
+      icon: "more",
+      small: true,
+      class: "icon-button needs-text",
+      on: { click: () => this.#takeOver(answer) },
+    });
+    const again = button("Again", {
+      icon: "again",
+      small: true,
+      class: "icon-button",
+      on: { click: () => this.#runOrStop() },
+    });
     return this.#host.view(answer, { actions: [again, more], label: "Continuation" });
   }
 

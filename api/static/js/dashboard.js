@@ -27,6 +27,7 @@ export class Dashboard {
     }),
     new Chart({
       title: "Jobs ended",
+      least: 0.4,
       unit: "per second",
       show: rate,
       series: [
@@ -62,7 +63,11 @@ export class Dashboard {
     this.workers = new Workers();
     this.trouble = h("p", { class: "notice", role: "status", hidden: true });
     const parts = [this.queue, this.sequences, ...this.#charts, this.tiers, this.workers, this.dead];
-    this.grid = h("div", { class: "grid", data: { state: "loading" } }, parts.map((part) => part.element));
+    this.grid = h(
+      "div",
+      { class: "grid", data: { state: "loading" } },
+      parts.map((part) => part.element),
+    );
     byId("dashboard").append(this.trouble, this.grid);
     service.addEventListener("change", () => this.#take());
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.redraw());
@@ -84,14 +89,16 @@ export class Dashboard {
     const { status, error } = this.#service;
     this.trouble.hidden = error === null;
     if (error) {
-      const why = error.status === 403 ? "The dashboard needs an operator's key." : `${error.message}. Trying again.`;
+      const why =
+        error.status === 403 ? "The dashboard needs an operator's key." : `${error.message}. Trying again.`;
       setText(this.trouble, why);
     }
     this.grid.dataset.state = error ? "stale" : "live";
     if (error || status === null) return;
     const rates = this.#rates.take(status);
     // Times are of Redis, like those in heartbeats: this machine's clock may be off.
-    const now = Math.max(0, ...status.workers.map((worker) => worker.at_ms + worker.age_s * 1000)) || Date.now();
+    const now =
+      Math.max(0, ...status.workers.map((worker) => worker.at_ms + worker.age_s * 1000)) || Date.now();
     for (const chart of this.#charts) chart.add(Date.now() / 1000, rates);
     this.queue.take(status);
     this.tiers.take(status);
@@ -110,10 +117,21 @@ class Queue {
       const bar = h("i");
       const waiting = h("dd", { class: "waiting-count" }, "–");
       this.#lines.set(level, { bar, waiting });
-      return h("div", { class: "level-line" }, h("dt", {}, level), h("span", { class: "track", "aria-hidden": "true" }, bar), waiting);
+      return h(
+        "div",
+        { class: "level-line" },
+        h("dt", {}, level),
+        h("span", { class: "track", "aria-hidden": "true" }, bar),
+        waiting,
+      );
     });
     lines.at(-1).title = "Jobs whose worker died, waiting for the next one";
-    this.element = h("section", { class: "card queue-card" }, h("header", {}, h("h2", {}, "Waiting"), this.total), h("dl", { class: "levels" }, lines));
+    this.element = h(
+      "section",
+      { class: "card queue-card" },
+      h("header", {}, h("h2", {}, "Waiting"), this.total),
+      h("dl", { class: "levels" }, lines),
+    );
   }
 
   take({ queue }) {
@@ -131,9 +149,17 @@ class Workers {
   #lines = new Map();
 
   constructor() {
-    const heads = ["Worker", "Engine", "Slots", "Tokens/s", "KV in use", "Memory", "Up"].map((name) => h("th", { scope: "col" }, name));
+    const heads = ["Worker", "Engine", "Slots", "Tokens/s", "KV in use", "Memory", "Up"].map((name) =>
+      h("th", { scope: "col" }, name),
+    );
     this.body = h("tbody");
-    this.none = h("p", { class: "nothing" }, "No worker is running. Start one with ", h("code", {}, "wicore worker"), ".");
+    this.none = h(
+      "p",
+      { class: "nothing" },
+      "No worker is running. Start one with ",
+      h("code", {}, "wicore worker"),
+      ".",
+    );
     this.table = h("table", {}, h("thead", {}, h("tr", {}, heads)), this.body);
     this.element = h(
       "section",
@@ -146,7 +172,15 @@ class Workers {
 
   take({ workers }, speeds, now) {
     const lines = workers.map((worker) => {
-      if (!this.#lines.has(worker.id)) this.#lines.set(worker.id, h("tr", {}, Array.from({ length: 7 }, () => h("td"))));
+      if (!this.#lines.has(worker.id))
+        this.#lines.set(
+          worker.id,
+          h(
+            "tr",
+            {},
+            Array.from({ length: 7 }, () => h("td")),
+          ),
+        );
       const line = this.#lines.get(worker.id);
       const memory = Object.values(worker.device_memory ?? {}).reduce((sum, size) => sum + size, 0);
       const texts = [
@@ -162,7 +196,8 @@ class Workers {
       line.children[0].title = `${worker.id}, ${worker.model}`;
       return line;
     });
-    for (const id of this.#lines.keys()) if (!workers.some((worker) => worker.id === id)) this.#lines.delete(id);
+    for (const id of this.#lines.keys())
+      if (!workers.some((worker) => worker.id === id)) this.#lines.delete(id);
     keepOrder(this.body, lines);
     this.table.hidden = workers.length === 0;
     this.none.hidden = workers.length > 0;

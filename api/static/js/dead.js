@@ -40,10 +40,14 @@ export class DeadLetters {
   async #look() {
     try {
       const { data, has_more: more } = await call(`v1/dead?limit=${SHOWN}`);
-      for (const letter of data) if (!this.#lines.has(letter.id)) this.#lines.set(letter.id, this.#line(letter));
+      for (const letter of data)
+        if (!this.#lines.has(letter.id)) this.#lines.set(letter.id, this.#line(letter));
       const shown = data.map((letter) => letter.id);
       for (const id of this.#lines.keys()) if (!shown.includes(id)) this.#lines.delete(id);
-      keepOrder(this.list, data.map((letter) => this.#lines.get(letter.id)));
+      keepOrder(
+        this.list,
+        data.map((letter) => this.#lines.get(letter.id)),
+      );
       setText(this.nothing, "None: no job was given up.");
       this.nothing.hidden = data.length > 0;
       this.dropAll.hidden = data.length < 2;
@@ -68,7 +72,14 @@ export class DeadLetters {
           "p",
           { class: "hint" },
           `${clock(letter.at_ms)} · ${letter.priority ?? "unknown level"}`,
-          letter.job && [" · ", h("button", { type: "button", class: "link mono", on: { click: () => showJob(letter.job) } }, `job ${shortId(letter.job)}`)],
+          letter.job && [
+            " · ",
+            h(
+              "button",
+              { type: "button", class: "link mono", on: { click: () => showJob(letter.job) } },
+              `job ${shortId(letter.job)}`,
+            ),
+          ],
         ),
         h("details", {}, h("summary", {}, "Message"), h("pre", { class: "record" }, letter.message)),
       ),
@@ -91,7 +102,14 @@ export class DeadLetters {
   }
 
   async #dropAll() {
-    if (!(await confirm("Drop all letters?", "Their messages are lost for good, those not shown here, too.", "Drop all"))) return;
+    if (
+      !(await confirm(
+        "Drop all letters?",
+        "Their messages are lost for good, those not shown here, too.",
+        "Drop all",
+      ))
+    )
+      return;
     await this.#act(() => call("v1/dead", { method: "DELETE" }));
   }
 

@@ -5,7 +5,12 @@ import { button, byId, h } from "./dom.js";
 
 /** Show a dialog; Escape and its button close it, focus goes back to where it was. Returns the element. */
 function open(title, content, { wide = false } = {}) {
-  const close = button("Close", { icon: "close", small: true, class: "icon-button", on: { click: () => dialog.close() } });
+  const close = button("Close", {
+    icon: "close",
+    small: true,
+    class: "icon-button",
+    on: { click: () => dialog.close() },
+  });
   const dialog = h(
     "dialog",
     { class: wide ? "dialog wide" : "dialog", "aria-labelledby": "dialog-title" },
@@ -25,14 +30,23 @@ export const isOpen = () => document.querySelector("dialog[open]") !== null;
 export async function showJob(id) {
   const record = h("pre", { class: "record", tabindex: 0, "aria-label": "Record" }, "Loading");
   // A link carries no key.
-  const links = getKey() ? [] : [["Record", `v1/jobs/${id}`], ["Events", `v1/jobs/${id}/events`]];
+  const links = getKey()
+    ? []
+    : [
+        ["Record", `v1/jobs/${id}`],
+        ["Events", `v1/jobs/${id}/events`],
+      ];
   open(
     "Job",
     h(
       "div",
       {},
       h("p", { class: "mono break" }, id),
-      h("p", { class: "links" }, links.map(([label, href]) => h("a", { href, target: "_blank", rel: "noopener" }, label))),
+      h(
+        "p",
+        { class: "links" },
+        links.map(([label, href]) => h("a", { href, target: "_blank", rel: "noopener" }, label)),
+      ),
       record,
     ),
     { wide: true },
@@ -46,7 +60,13 @@ export async function showJob(id) {
 
 /** Ask for the API key; `onChange` when another one was given. */
 export function askForKey(onChange, remark = "") {
-  const input = h("input", { id: "api-key", type: "password", autocomplete: "off", spellcheck: "false", value: getKey() });
+  const input = h("input", {
+    id: "api-key",
+    type: "password",
+    autocomplete: "off",
+    spellcheck: "false",
+    value: getKey(),
+  });
   const save = (key) => {
     const changed = key !== getKey();
     setKey(key);
@@ -59,7 +79,11 @@ export function askForKey(onChange, remark = "") {
     remark && h("p", { class: "problem" }, remark),
     h("label", { for: input.id }, "Key"),
     input,
-    h("p", { class: "hint" }, "Kept in this tab until it is closed. Leave it empty if the service has no keys."),
+    h(
+      "p",
+      { class: "hint" },
+      "Kept in this tab until it is closed. Leave it empty if the service has no keys.",
+    ),
     h(
       "div",
       { class: "row end" },
@@ -87,9 +111,23 @@ export function confirm(title, text, action) {
 
 /** `keys`: [keys, what they do] pairs; `single`: whether single letters work, with `onSingle` to change it. */
 export function showHelp(keys, single, onSingle) {
-  const box = h("input", { id: "single-keys", type: "checkbox", checked: single, on: { change: () => onSingle(box.checked) } });
+  const box = h("input", {
+    id: "single-keys",
+    type: "checkbox",
+    checked: single,
+    on: { change: () => onSingle(box.checked) },
+  });
   const rows = keys.map(([combination, meaning]) =>
-    h("div", {}, h("dt", {}, combination.split(" ").map((key) => h("kbd", {}, key))), h("dd", {}, meaning)),
+    h(
+      "div",
+      {},
+      h(
+        "dt",
+        {},
+        combination.split(" ").map((key) => h("kbd", {}, key)),
+      ),
+      h("dd", {}, meaning),
+    ),
   );
   open(
     "Keyboard",

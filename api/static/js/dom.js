@@ -8,11 +8,14 @@ export function h(tag, props = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(props)) {
     if (value === false || value === null || value === undefined) continue;
-    if (name === "on") for (const [event, handler] of Object.entries(value)) element.addEventListener(event, handler);
+    if (name === "on")
+      for (const [event, handler] of Object.entries(value)) element.addEventListener(event, handler);
     else if (name === "data") Object.assign(element.dataset, value);
     else element.setAttribute(name, value === true ? "" : value);
   }
-  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(
+    ...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false),
+  );
   return element;
 }
 
@@ -32,7 +35,12 @@ export function icon(name) {
 /** A button with an icon and a label, which `small` leaves to screen readers and the tooltip. */
 export function button(label, { icon: name, small = false, ...props } = {}) {
   const named = small ? { "aria-label": label, title: label } : {};
-  return h("button", { type: "button", ...named, ...props }, name && icon(name), !small && h("span", {}, label));
+  return h(
+    "button",
+    { type: "button", ...named, ...props },
+    name && icon(name),
+    !small && h("span", {}, label),
+  );
 }
 
 export const byId = (id) => document.getElementById(id);

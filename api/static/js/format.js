@@ -6,7 +6,7 @@ export const count = (value) => whole.format(value);
 
 export function rate(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
-  return value === 0 ? "0" : value < 10 ? value.toFixed(1) : whole.format(value);
+  return value < 10 ? String(Number(value.toPrecision(2))) : whole.format(value);
 }
 
 export function bytes(value) {
@@ -32,7 +32,13 @@ export function duration(value) {
 export const percent = (share, digits = 0) => `${(100 * share).toFixed(digits)}%`;
 
 export const clock = (ms) =>
-  new Date(ms).toLocaleString("en", { month: "short", day: "numeric", hour: "2-digit", minute: "2-digit", hour12: false });
+  new Date(ms).toLocaleString("en", {
+    month: "short",
+    day: "numeric",
+    hour: "2-digit",
+    minute: "2-digit",
+    hour12: false,
+  });
 
 /** As much of an id as tells jobs apart at a glance. */
 export const shortId = (id) => (id.length > 12 ? id.slice(0, 8) : id);

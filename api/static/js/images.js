@@ -6,8 +6,20 @@ export class Images {
   urls = [];
 
   constructor() {
-    this.input = h("input", { type: "file", accept: "image/*", multiple: true, hidden: true, on: { change: () => this.#add() } });
-    this.button = button("Attach images", { icon: "image", small: true, class: "icon-button", hidden: true, on: { click: () => this.input.click() } });
+    this.input = h("input", {
+      type: "file",
+      accept: "image/*",
+      multiple: true,
+      hidden: true,
+      on: { change: () => this.#add() },
+    });
+    this.button = button("Attach images", {
+      icon: "image",
+      small: true,
+      class: "icon-button",
+      hidden: true,
+      on: { click: () => this.input.click() },
+    });
     this.element = h("div", { class: "attached", hidden: true });
   }
 
@@ -38,7 +50,12 @@ export class Images {
           this.#draw();
           this.button.focus();
         };
-        const close = button(`Remove image ${i + 1}`, { icon: "close", small: true, class: "icon-button", on: { click: remove } });
+        const close = button(`Remove image ${i + 1}`, {
+          icon: "close",
+          small: true,
+          class: "icon-button",
+          on: { click: remove },
+        });
         return h("figure", {}, h("img", { src: url, alt: `Image ${i + 1}` }), close);
       }),
     );

@@ -4,15 +4,58 @@ import { button, h, icon } from "./dom.js";
 
 /** Fields of a job's body; what equals `off` is not sent. `slider`: both ends matter more than the digits. */
 const NUMBERS = [
-  { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.05, off: 1, slider: true, hint: "0 takes the likeliest token" },
-  { name: "top_p", label: "Top p", min: 0.01, max: 1, step: 0.01, off: 1, slider: true, hint: "Likeliest tokens up to this probability" },
-  { name: "min_p", label: "Min p", min: 0, max: 1, step: 0.01, off: 0, slider: true, hint: "Least share of the likeliest token" },
+  {
+    name: "temperature",
+    label: "Temperature",
+    min: 0,
+    max: 2,
+    step: 0.05,
+    off: 1,
+    slider: true,
+    hint: "0 takes the likeliest token",
+  },
+  {
+    name: "top_p",
+    label: "Top p",
+    min: 0.01,
+    max: 1,
+    step: 0.01,
+    off: 1,
+    slider: true,
+    hint: "Likeliest tokens up to this probability",
+  },
+  {
+    name: "min_p",
+    label: "Min p",
+    min: 0,
+    max: 1,
+    step: 0.01,
+    off: 0,
+    slider: true,
+    hint: "Least share of the likeliest token",
+  },
   { name: "top_k", label: "Top k", min: 0, step: 1, off: 0, hint: "0 is off" },
   { name: "max_tokens", label: "Max tokens", min: 1, step: 1, off: null, start: 256 },
   { name: "presence_penalty", label: "Presence penalty", min: -2, max: 2, step: 0.1, off: 0 },
   { name: "frequency_penalty", label: "Frequency penalty", min: -2, max: 2, step: 0.1, off: 0 },
-  { name: "repetition_penalty", label: "Repetition penalty", min: 0.05, max: 10, step: 0.05, off: 1, hint: "1 is off" },
-  { name: "seed", label: "Seed", max: Number.MAX_SAFE_INTEGER, step: 1, off: null, start: "", placeholder: "random" },
+  {
+    name: "repetition_penalty",
+    label: "Repetition penalty",
+    min: 0.05,
+    max: 10,
+    step: 0.05,
+    off: 1,
+    hint: "1 is off",
+  },
+  {
+    name: "seed",
+    label: "Seed",
+    max: Number.MAX_SAFE_INTEGER,
+    step: 1,
+    off: null,
+    start: "",
+    placeholder: "random",
+  },
 ];
 const PRIORITIES = ["interactive", "normal", "batch", "background"];
 const ALTERNATIVES = 5;
@@ -36,7 +79,10 @@ export class Parameters {
       const value = this.#values[name] ?? start;
       if (value !== "" && value !== null && value !== off) body[name] = Number(value);
     }
-    const stop = (this.#values.stop ?? "").split("\n").filter((line) => line !== "").map(unescape);
+    const stop = (this.#values.stop ?? "")
+      .split("\n")
+      .filter((line) => line !== "")
+      .map(unescape);
     if (stop.length > 0) body.stop = stop;
     if (this.#values.logprobs) body.logprobs = ALTERNATIVES;
     return body;
@@ -112,10 +158,20 @@ export class Parameters {
 
   #priority() {
     const chosen = this.#values.priority ?? PRIORITIES[0];
-    const options = PRIORITIES.map((level) => h("option", { value: level, selected: level === chosen }, level));
-    const select = h("select", { id: "parameter-priority", on: { change: () => this.#set("priority", select.value) } }, options);
+    const options = PRIORITIES.map((level) =>
+      h("option", { value: level, selected: level === chosen }, level),
+    );
+    const select = h(
+      "select",
+      { id: "parameter-priority", on: { change: () => this.#set("priority", select.value) } },
+      options,
+    );
     this.#inputs.set("priority", select);
-    return h("div", { class: "field" }, h("div", { class: "field-head" }, h("label", { for: select.id }, "Priority"), select));
+    return h(
+      "div",
+      { class: "field" },
+      h("div", { class: "field-head" }, h("label", { for: select.id }, "Priority"), select),
+    );
   }
 
   #logprobs() {

@@ -20,14 +20,19 @@ export class Playground {
   #tabs = new Map(); // button by mode
   #panes;
   #mode = null;
+  #frame = null;
 
   constructor() {
     const { state } = this.#session;
     this.parameters = new Parameters(byId("parameters"), state.parameters, () => this.#session.save());
-    this.#panes = { chat: new Chat(this.#host("chat")), completion: new Completion(this.#host("completion")) };
+    this.#panes = {
+      chat: new Chat(this.#host("chat")),
+      completion: new Completion(this.#host("completion")),
+    };
     this.#buildPage();
     this.#stream.addEventListener("state", () => this.#showConnection());
-    for (const mode of MODES) for (const answer of this.#answers(mode)) if (isRunning(answer)) this.#run(answer);
+    for (const mode of MODES)
+      for (const answer of this.#answers(mode)) if (isRunning(answer)) this.#run(answer);
     this.#show(state.mode ?? "chat");
   }
 
@@ -108,22 +113,42 @@ export class Playground {
   #changed(answer) {
     this.#session.save();
     this.#views.get(answer)?.update();
-    this.#panes[this.#mode].update();
-    this.#showConnection();
+    this.#drawSoon();
     if (isRunning(answer)) return;
     this.#runs.delete(answer);
     if (answer.status === "failed") this.parameters.showError(answer.error);
   }
 
+  /** Once a frame, however many tokens come in it. */
+  #drawSoon() {
+    this.#frame ??= requestAnimationFrame(() => {
+      this.#frame = null;
+      this.#panes[this.#mode].update();
+      this.#showConnection();
+    });
+  }
+
   #buildPage() {
     const labels = { chat: "Chat", completion: "Completion" };
     for (const mode of MODES) {
-      this.#tabs.set(mode, h("button", { type: "button", on: { click: () => this.setMode(mode) } }, labels[mode]));
+      this.#tabs.set(
+        mode,
+        h("button", { type: "button", on: { click: () => this.setMode(mode) } }, labels[mode]),
+      );
     }
-    const fresh = button("Start anew", { icon: "new", class: "quiet", on: { click: () => this.startAnew() } });
+    const fresh = button("Start anew", {
+      icon: "new",
+      class: "quiet",
+      on: { click: () => this.startAnew() },
+    });
     this.connection = h("p", { class: "notice", role: "status", hidden: true });
     byId("conversation").append(
-      h("div", { class: "bar-line" }, h("div", { class: "segmented", role: "group", "aria-label": "Mode" }, [...this.#tabs.values()]), fresh),
+      h(
+        "div",
+        { class: "bar-line" },
+        h("div", { class: "segmented", role: "group", "aria-label": "Mode" }, [...this.#tabs.values()]),
+        fresh,
+      ),
       this.connection,
       ...MODES.map((mode) => this.#panes[mode].element),
     );
@@ -143,6 +168,9 @@ export class Playground {
     const running = MODES.some((mode) => this.#answers(mode).some(isRunning));
     const lost = running && !this.#stream.connected;
     this.connection.hidden = !lost;
-    setText(this.connection, lost ? "Connection lost. The job goes on; reconnecting to take it up where it was." : "");
+    setText(
+      this.connection,
+      lost ? "Connection lost. The job goes on; reconnecting to take it up where it was." : "",
+    );
   }
 }

@@ -27,12 +27,20 @@ export class Rates {
     const workers = new Map();
     for (const beat of status.workers) {
       const beats = this.#workers.get(beat.id) ?? [];
-      workers.set(beat.id, beats.at(-1)?.at_ms === beat.at_ms ? beats : [...beats, beat].slice(-HIT_WINDOW - 1));
+      workers.set(
+        beat.id,
+        beats.at(-1)?.at_ms === beat.at_ms ? beats : [...beats, beat].slice(-HIT_WINDOW - 1),
+      );
     }
     this.#workers = workers;
     const all = [...workers.values()];
-    const rates = Object.entries(COUNTERS).map(([name, counter]) => [name, add(all.map((beats) => rate(beats, ...counter)))]);
-    const found = add(all.map((beats) => growth(beats, HIT_WINDOW, (beat) => add(Object.values(beat.kv?.hit_tokens ?? {})))));
+    const rates = Object.entries(COUNTERS).map(([name, counter]) => [
+      name,
+      add(all.map((beats) => rate(beats, ...counter))),
+    ]);
+    const found = add(
+      all.map((beats) => growth(beats, HIT_WINDOW, (beat) => add(Object.values(beat.kv?.hit_tokens ?? {})))),
+    );
     const sought = add(all.map((beats) => growth(beats, HIT_WINDOW, (beat) => beat.kv?.opened_tokens)));
     return {
       ...Object.fromEntries(rates),

@@ -31,14 +31,15 @@ export const isRunning = (answer) => ["sending", "queued", "running"].includes(a
 
 /** Tokens a second since the first one; null before there are two. */
 export function tokenRate(answer) {
-  return answer.count > 1 ? (answer.count - 1) / Math.max(0.001, (answer.last_ms - answer.first_ms) / 1000) : null;
+  return answer.count > 1
+    ? (answer.count - 1) / Math.max(0.001, (answer.last_ms - answer.first_ms) / 1000)
+    : null;
 }
 
 /** Carry an answer on from wherever it is. `onChange` is called after every change of it. */
 export class Run {
   #stream;
   #onChange;
-  #forgotten = false;
 
   constructor(answer, stream, onChange) {
     this.answer = answer;
@@ -64,20 +65,19 @@ export class Run {
     }
   }
 
-  /** Take no more notice of the job. */
-  forget() {
-    this.#forgotten = true;
-    if (this.answer.job !== null) this.#stream.forget(this.answer.job);
-  }
-
   async #submit() {
     const { answer } = this;
-    for (let attempt = 0; !this.#forgotten; attempt++) {
+    for (let attempt = 0; ; attempt++) {
       if (answer.stopping) return this.#end("cancelled");
       try {
         const headers = { "Idempotency-Key": answer.key };
         const accepted = await call("v1/jobs", { method: "POST", body: answer.body, headers });
-        Object.assign(answer, { job: accepted.id, position: accepted.position, status: "queued", error: null });
+        Object.assign(answer, {
+          job: accepted.id,
+          position: accepted.position,
+          status: "queued",
+          error: null,
+        });
         break;
       } catch (error) {
         if (!error.transient) return this.#fail(error);
@@ -88,7 +88,7 @@ export class Run {
     }
     this.#onChange();
     if (answer.stopping) this.stop();
-    if (!this.#forgotten) this.#follow();
+    this.#follow();
   }
 
   #follow() {

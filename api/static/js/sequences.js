@@ -33,7 +33,9 @@ export class Sequences {
 
   /** Take a `/status` in. */
   take(status, now) {
-    const sequences = status.workers.flatMap((worker) => (worker.sequences ?? []).map((one) => ({ ...one, worker: worker.id })));
+    const sequences = status.workers.flatMap((worker) =>
+      (worker.sequences ?? []).map((one) => ({ ...one, worker: worker.id })),
+    );
     sequences.sort((a, b) => a.waits - b.waits);
     const slots = status.workers.reduce((sum, worker) => sum + worker.slots, 0);
     const seen = new Set();
@@ -63,21 +65,25 @@ export class Sequences {
   #follow({ job, tokens }) {
     if (this.#followed.has(job) || this.#followed.size >= FOLLOWED) return;
     this.#followed.add(job);
-    const rowsOf = () => [...this.#rows].filter(([key]) => key.startsWith(`${job} `));
     const end = (status) => {
       this.#followed.delete(job);
-      for (const [key, row] of rowsOf()) {
+      for (const [key, row] of this.#rowsOf(job)) {
         row.end(status);
         this.#leave(key, row);
       }
     };
     const take = (event) => {
       if (isTerminal(event)) return end(event.type);
-      const rows = rowsOf();
-      if (event.type === "token") this.#rows.get(`${job} ${event.index}`)?.takeToken(event, rows.length === 1);
+      const alone = this.#rowsOf(job).length === 1;
+      if (event.type === "token") this.#rows.get(`${job} ${event.index}`)?.takeToken(event, alone);
     };
     // Jobs of others may be hidden from this key: their rows move with the heartbeats alone.
     this.#stream.follow(job, Math.max(1, tokens - BACK), take, () => {});
+  }
+
+  /** [key, row] pairs. */
+  #rowsOf(job) {
+    return [...this.#rows].filter(([, row]) => row.job === job);
   }
 
   #leave(key, row) {
@@ -86,24 +92,30 @@ export class Sequences {
     row.element.classList.add("ended");
     setTimeout(() => {
       if (this.#rows.get(key) === row) this.#rows.delete(key);
+      if (this.#rowsOf(row.job).length === 0) this.#followed.delete(row.job);
       this.#draw();
     }, LINGER_MS);
   }
 
   #draw() {
-    keepOrder(this.list, [...this.#rows.values()].map((row) => row.element));
+    const rows = [...this.#rows.values()].sort((a, b) => a.waits - b.waits);
+    keepOrder(
+      this.list,
+      rows.map((row) => row.element),
+    );
     this.none.hidden = this.#rows.size > 0;
   }
 }
 
 class Row {
   leaving = false;
+  waits = false;
   #tokens = 0;
   #text = "";
   #drawing = false;
 
   constructor({ job, priority, prompt_tokens: prompt, max_tokens: most, attempt }) {
-    Object.assign(this, { prompt, most, attempt });
+    Object.assign(this, { job, prompt, most, attempt });
     this.text = h("span", { class: "tail" });
     this.figures = h("span", { class: "row-figures" });
     this.age = h("span", { class: "row-age" });
@@ -113,7 +125,17 @@ class Row {
       "li",
       { class: "sequence" },
       h("span", { class: "level", data: { level: priority } }, priority),
-      h("button", { type: "button", class: "link mono", title: `Job ${job}`, "aria-haspopup": "dialog", on: { click: () => showJob(job) } }, shortId(job)),
+      h(
+        "button",
+        {
+          type: "button",
+          class: "link mono",
+          title: `Job ${job}`,
+          "aria-haspopup": "dialog",
+          on: { click: () => showJob(job) },
+        },
+        shortId(job),
+      ),
       h("span", { class: "tail-box" }, this.text),
       this.figures,
       this.age,

@@ -26,6 +26,10 @@ export class Service extends EventTarget {
     this.#look();
   }
 
+  get #refused() {
+    return [401, 403].includes(this.error?.status);
+  }
+
   async #look() {
     clearTimeout(this.#timer);
     if (this.#looking || document.hidden) return;
@@ -38,13 +42,15 @@ export class Service extends EventTarget {
     }
     this.#looking = false;
     this.dispatchEvent(new Event("change"));
-    if (!document.hidden) this.#timer = setTimeout(() => this.#look(), this.#fast ? FAST_MS : SLOW_MS);
+    if (!document.hidden)
+      this.#timer = setTimeout(() => this.#look(), this.#fast && !this.#refused ? FAST_MS : SLOW_MS);
   }
 }
 
 /** What the service is at, in a few words, and whether that is good: "ready", "busy", "down". */
 export function summary({ status, error }) {
-  if (error?.status === 401 || error?.status === 403) return ["ready", error.status === 401 ? "API key needed" : "Connected"];
+  if (error?.status === 401 || error?.status === 403)
+    return ["ready", error.status === 401 ? "API key needed" : "Connected"];
   if (error) return ["down", error.status === 0 ? "Service not reachable" : error.message];
   const { workers, queue } = status;
   if (workers.length === 0) return ["down", "No worker is running"];

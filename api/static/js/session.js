@@ -21,11 +21,16 @@ export class Session {
   #write() {
     clearTimeout(this.#timer);
     this.#timer = null;
-    try {
-      sessionStorage.setItem(NAME, JSON.stringify(this.state));
-    } catch {
-      // Full: alternatives are what takes room, and what can be missed.
-      sessionStorage.setItem(NAME, JSON.stringify(this.state, (name, value) => (name === "tokens" ? null : value)));
+    for (const left of [[], ["tokens"], ["tokens", "images"]]) {
+      try {
+        sessionStorage.setItem(
+          NAME,
+          JSON.stringify(this.state, (name, value) => (left.includes(name) ? undefined : value)),
+        );
+        return;
+      } catch {
+        // Full: leave out what takes most room and can best be missed.
+      }
     }
   }
 }

@@ -42,10 +42,6 @@ export class JobStream extends EventTarget {
     else this.#connect();
   }
 
-  forget(job) {
-    this.#followed.delete(job);
-  }
-
   /** Forget all jobs and close the socket. */
   close() {
     this.#followed.clear();

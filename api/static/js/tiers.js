@@ -22,7 +22,13 @@ export class Tiers {
       [0, 1, 2, 3, 4].map((step) => h("i", { class: "heat", data: { step } })),
       "full",
     );
-    this.element = h("section", { class: "card tiers-card" }, h("header", {}, h("h2", {}, "KV cache"), legend), this.none, this.list);
+    this.element = h(
+      "section",
+      { class: "card tiers-card" },
+      h("header", {}, h("h2", {}, "KV cache"), legend),
+      this.none,
+      this.list,
+    );
   }
 
   /** Take a `/status` in. */
@@ -59,7 +65,11 @@ class PoolMap {
       { class: "pool" },
       h("span", { class: "pool-name" }, tier, " ", h("span", { class: "unit" }, pool)),
       this.figures,
-      h("span", { class: "pool-states", "aria-hidden": "true" }, STATES.map((state) => h("span", {}, state))),
+      h(
+        "span",
+        { class: "pool-states", "aria-hidden": "true" },
+        STATES.map((state) => h("span", {}, state)),
+      ),
       this.canvas,
     );
     new ResizeObserver(() => this.draw()).observe(this.canvas);
@@ -71,7 +81,10 @@ class PoolMap {
     const [used, cached] = STATES.map((state) => count(blocks[state]));
     const text = `${used} used · ${cached} cached · ${count(free)} free`;
     setText(this.figures, text);
-    this.canvas.setAttribute("aria-label", `${this.name}: ${text}, of ${count(total)} blocks; ${percent(1 - free / total)} full`);
+    this.canvas.setAttribute(
+      "aria-label",
+      `${this.name}: ${text}, of ${count(total)} blocks; ${percent(1 - free / total)} full`,
+    );
     this.draw();
   }
 

@@ -19,7 +19,11 @@ export function paintTokens(root, tokens) {
       continue;
     }
     const first = root.querySelector(".token") === null;
-    const token = h("span", { class: "token", tabindex: first ? 0 : -1, data: { shade: shade(Math.exp(entry[1])) } }, text);
+    const token = h(
+      "span",
+      { class: "token", tabindex: first ? 0 : -1, data: { shade: shade(Math.exp(entry[1])) } },
+      text,
+    );
     token.entry = entry;
     root.append(token);
   }
@@ -32,10 +36,14 @@ export function watchTokens() {
   addEventListener("pointerover", ({ target }) => (isToken(target) ? show(target) : hide()));
   addEventListener("focusin", ({ target }) => (isToken(target) ? show(target) : hide()));
   addEventListener("scroll", hide, { capture: true, passive: true });
-  addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && hide()) event.stopImmediatePropagation();
-    if (isToken(event.target)) move(event);
-  }, { capture: true });
+  addEventListener(
+    "keydown",
+    (event) => {
+      if (event.key === "Escape" && hide()) event.stopImmediatePropagation();
+      if (isToken(event.target)) move(event);
+    },
+    { capture: true },
+  );
 }
 
 /** Arrow keys go from token to token, so that an answer takes one stop of the Tab key. */
@@ -43,7 +51,8 @@ function move(event) {
   const tokens = [...event.target.parentElement.querySelectorAll(".token")];
   const steps = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };
   const at = tokens.indexOf(event.target);
-  const next = { Home: tokens[0], End: tokens.at(-1) }[event.key] ?? (steps[event.key] && tokens[at + steps[event.key]]);
+  const next =
+    { Home: tokens[0], End: tokens.at(-1) }[event.key] ?? (steps[event.key] && tokens[at + steps[event.key]]);
   if (!next) return;
   event.preventDefault();
   event.target.tabIndex = -1;

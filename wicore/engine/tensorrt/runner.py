@@ -2,7 +2,8 @@
 
 A decode pass is padded to a bucket of rows and replayed as a CUDA graph, which is captured after the bucket's
 first use; other passes are launched kernel by kernel. Where one decode pass is the whole step, its graph goes
-on to the head and the sampler. Else the rows that sample are gathered, and come last.
+on to the head and the sampler, unless masks are still to be made for some rows: that is done while the layers
+run. Else the rows that sample are gathered, and come last.
 """
 
 from __future__ import annotations
@@ -175,7 +176,12 @@ class Runner:
         if rows:
             self._parts.sampler.pack(states)
             self._parts.sampler.upload(self.stream)
-        self._decode(work, tables, bucket, bool(rows))
+        sampler = self._parts.sampler
+        late = bool(rows) and sampler.constrained
+        self._decode(work, tables, bucket, bool(rows) and not late)
+        if late:
+            self._head(bucket, self._buffers.normed)
+            self._draw(bucket)
         return rows
 
     def _several(self, passes: Sequence[Pass], tables: BlockTables, samples: Sequence[Piece]) -> list[int]:
@@ -194,8 +200,13 @@ class Runner:
             done += count
         if samples:
             self._head(done, self._buffers.gathered)
-            self._parts.sampler.launch(self.stream, done, self._buffers.logits)
+            self._draw(done)
         return list(range(done))
+
+    def _draw(self, rows: int) -> None:
+        """Draw from the logits of a step that is enqueued up to them, and runs while masks are made."""
+        self._parts.sampler.upload_masks(self.stream)
+        self._parts.sampler.launch(self.stream, rows, self._buffers.logits)
 
     def _run_pass(self, work: Pass, tables: BlockTables, *, every_row: bool = False) -> int:
         """The address of the indices of its rows that sample."""

@@ -83,7 +83,8 @@ class DeviceWeights:
 
 @dataclass(frozen=True)
 class RandomWeights:
-    """Weights made up on the device, for benchmarks: matrices of deviation 1 / sqrt(in), norms near 1.
+    """Weights made up on the device, for benchmarks: matrices of deviation 1 / sqrt(in), of
+    bfloat16 numbers as in Gemma's checkpoints, and norms near 1.
 
     The same seed gives the same weights.
     """

@@ -4,6 +4,8 @@ from wicore.openai.responses_api.events import EventWriter
 from wicore.openai.responses_api.items import Item, numbered
 from wicore.openai.responses_api.request import (
     LOGPROBS,
+    NEUTRAL,
+    ResponseBody,
     ResponseRequest,
     Stored,
     own_words,
@@ -19,9 +21,11 @@ from wicore.openai.responses_api.response import (
 
 __all__ = [
     "LOGPROBS",
+    "NEUTRAL",
     "PREFIX",
     "EventWriter",
     "Item",
+    "ResponseBody",
     "ResponseRequest",
     "Stored",
     "numbered",

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from wicore.errors import InvalidRequest, TooLarge
+from wicore.fields import JsonSchema
+from wicore.messages import MAX_TOOLS, FunctionName
 from wicore.openai.responses_api.items import InputItem, Item, as_items, chat_messages
 from wicore.request import (
     JobBody,
@@ -66,7 +68,7 @@ class TextFormat(_Form):
 class JSONSchemaFormat(_Form):
     type: Literal["json_schema"]
     name: Annotated[Text, Field(min_length=1, max_length=64)]
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    schema_: Annotated[JsonSchema, Field(alias="schema")]
     description: Text | None = None
     strict: bool | None = None
 
@@ -74,6 +76,41 @@ class JSONSchemaFormat(_Form):
 class TextConfig(_Form):
     format: Annotated[TextFormat | JSONSchemaFormat, Field(discriminator="type")] | None = None
     verbosity: Literal["medium"] | None = None
+
+
+class FunctionTool(_Form):
+    """A function that the model may call; OpenAI's hosted tools are not here."""
+
+    type: Literal["function"]
+    name: FunctionName
+    description: Text | None = None
+    parameters: JsonSchema | None = None
+    strict: bool | None = None
+
+    def as_chat(self) -> dict[str, Any]:
+        """As chat completions declare it."""
+        return {"type": "function", "function": self.model_dump(exclude={"type"}, exclude_none=True)}
+
+
+class NamedFunction(_Form):
+    type: Literal["function"]
+    name: FunctionName
+
+    def as_chat(self) -> dict[str, Any]:
+        return {"type": "function", "function": {"name": self.name}}
+
+
+class AllowedFunctions(_Form):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedFunction], Field(min_length=1, max_length=MAX_TOOLS)]
+
+    def as_chat(self) -> dict[str, Any]:
+        allowed = {"mode": self.mode, "tools": [tool.as_chat() for tool in self.tools]}
+        return {"type": "allowed_tools", "allowed_tools": allowed}
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedFunction | AllowedFunctions
 
 
 class StreamOptions(_Form):
@@ -105,8 +142,8 @@ class ResponseBody(SamplingParams):
     user: Label | None = None
     safety_identifier: Label | None = None
     prompt_cache_key: Label | None = None
-    tools: list[dict[str, Any]] = Field(default_factory=list)
-    tool_choice: Any = "auto"
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] = Field(default_factory=list)
+    tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True
     stop: Stop = Field(default_factory=list)
     ignore_eos: bool = False
@@ -148,6 +185,8 @@ class Stored:
     echo: dict[str, Any]
     """The request's fields that the response object repeats, under its names."""
     background: bool
+    may_call: bool
+    """Whether the answer may be calls of functions."""
     earlier: list[Item]
     """The conversation before: all items of the responses that this one follows, and their outputs."""
     input: list[Item]
@@ -210,10 +249,11 @@ class ResponseRequest:
     def stored(self, earlier: list[Item]) -> Stored:
         """What is kept of it, when it follows `earlier` items."""
         form = self.form
-        echo = {name: getattr(form, name) for name in _ECHOED}
+        echo = form.model_dump(mode="json", include=set(_ECHOED))
         echo["top_logprobs"] = form.wanted_logprobs() or 0
         echo["text"] = _text_echo(form.text)
-        return Stored(echo, form.background, earlier, self.input)
+        may_call = bool(form.tools) and form.tool_choice != "none"
+        return Stored(echo, form.background, may_call, earlier, self.input)
 
 
 def response_request(data: Any) -> ResponseRequest:
@@ -282,8 +322,16 @@ def _text_echo(text: TextConfig) -> dict[str, Any]:
 
 
 def _tools(form: ResponseBody) -> dict[str, Any]:
-    if form.tools:
-        raise InvalidRequest("tools: unsupported; leave them out", param="tools")
-    if form.tool_choice not in ("auto", "none"):
-        raise InvalidRequest("tool_choice: without tools it must be 'auto' or 'none'", param="tool_choice")
-    return {}
+    """The fields about tools as chat completions have them; nothing when there are none to call."""
+    choice = form.tool_choice
+    if not form.tools:
+        if choice not in ("auto", "none"):
+            raise InvalidRequest(
+                "tool_choice: without tools it must be 'auto' or 'none'", param="tool_choice"
+            )
+        return {}
+    return {
+        "tools": [tool.as_chat() for tool in form.tools],
+        "tool_choice": choice if isinstance(choice, str) else choice.as_chat(),
+        "parallel_tool_calls": form.parallel_tool_calls,
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from wicore.openai.responses import call_id
 from wicore.openai.responses_api.items import Item
 from wicore.openai.responses_api.request import Stored
 from wicore.queue.producer import JobRecord
@@ -89,11 +90,30 @@ def response_of(
 
 
 def output_items(job_id: str, result: Mapping[str, Any]) -> list[Item]:
-    """What a finished job put out, from its result in the form of a chat completion."""
+    """What a finished job put out, from its result in the form of a chat completion: a message, or calls."""
     choice = result["choices"][0]
-    logprobs = (choice.get("logprobs") or {}).get("content")
+    message = choice["message"]
     status = "incomplete" if choice["finish_reason"] == "length" else "completed"
-    return [message_item(job_id, status, choice["message"]["content"] or "", logprobs or [])]
+    if calls := message.get("tool_calls"):
+        made = [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
+        last = len(made) - 1
+        return [
+            call_item(job_id, i, status if i == last else "completed", *one) for i, one in enumerate(made)
+        ]
+    logprobs = (choice.get("logprobs") or {}).get("content")
+    return [message_item(job_id, status, message["content"] or "", logprobs or [])]
+
+
+def call_item(job_id: str, index: int, status: str, name: str, arguments: str) -> Item:
+    """A call of a function; `arguments` is JSON as the model wrote it."""
+    return {
+        "id": f"fc_{job_id}_{index}",
+        "type": "function_call",
+        "status": status,
+        "call_id": call_id(job_id, 0, index),
+        "name": name,
+        "arguments": arguments,
+    }
 
 
 def message_item(job_id: str, status: str, text: str | None, logprobs: Sequence[Any] = ()) -> Item:

@@ -95,12 +95,29 @@ local function publish(id, seq, event)
   redis.call('PUBLISH', K.events .. id, event)
 end
 
--- Let record, log and listing entry go `retention_s` from now (the sweep in reap.lua does the listing).
+-- Let record, log and listing entry go `retention_s` from now (the sweep in reap.lua does the listing). A line of
+-- an open batch is handed to its collector instead, who starts it (batch_line.lua).
 local function start_retention(id)
+  local batch = redis.call('HGET', K.job .. id, 'batch')
+  if batch and redis.call('SISMEMBER', K.batches_open, batch) == 1 then
+    redis.call('RPUSH', K.batch .. batch .. ':ended', id)
+    return
+  end
   redis.call('EXPIRE', K.job .. id, C.retention_s)
   redis.call('EXPIRE', K.log .. id, C.retention_s)
   local client = redis.call('HGET', K.job .. id, 'client')
   redis.call('ZADD', K.finished, NOW, client == '' and id or id .. ' ' .. client)
+end
+
+-- Take an ended job off the listings.
+local function unlist(id, client)
+  redis.call('ZREM', K.finished, client == '' and id or id .. ' ' .. client)
+  redis.call('ZREM', K.jobs, id)
+  redis.call('ZREM', K.jobs_of_all .. client, id)
+  for status in pairs(TERMINAL) do
+    redis.call('ZREM', K.jobs_by_status[status], id)
+    redis.call('ZREM', K.jobs_by_status[status] .. ':' .. client, id)
+  end
 end
 
 -- Owe the webhook of a job that ends now. The entry is what counts; the Celery message makes it prompt. It may

@@ -65,13 +65,6 @@ end
 
 local forgotten = NOW - C.retention_s * 1000
 for _, entry in ipairs(redis.call('ZRANGEBYSCORE', K.finished, '-inf', forgotten, 'LIMIT', 0, BATCH)) do
-  local id, client = string.match(entry, '^(%S+) ?(.*)$')
-  redis.call('ZREM', K.finished, entry)
-  redis.call('ZREM', K.jobs, id)
-  redis.call('ZREM', K.jobs_of_all .. client, id)
-  for status in pairs(TERMINAL) do
-    redis.call('ZREM', K.jobs_by_status[status], id)
-    redis.call('ZREM', K.jobs_by_status[status] .. ':' .. client, id)
-  end
+  unlist(string.match(entry, '^(%S+) ?(.*)$'))
 end
 return {suspects, ended}
