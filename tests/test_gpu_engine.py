@@ -160,6 +160,23 @@ def test_projections_64_times_as_large_overflow_nothing(reference) -> None:
     assert relative_error(found, reference["logits"][positions]) <= TOLERANCE
 
 
+@pytest.mark.parametrize("factor", [1, 64])
+def test_a_long_prompt_whose_deltas_are_half_has_the_logits_of_transformers(reference, factor: int) -> None:
+    checkpoint = Inflated(open_checkpoint(FIXTURES / "tiny"), factor)
+    engine = emulated_engine(
+        FIXTURES / "tiny",
+        device=EmulatedDevice(),
+        checkpoint=checkpoint,
+        tune=hopper_choices(checkpoint.config),
+        token_budget=300,
+    )
+    assert engine._matmuls.half_deltas(300)
+    [row] = rows(engine, 1, 300)
+    logits = engine.logits(StepPlan((row.input(reference["tokens"][:300]),)))[row.key]
+    assert relative_error(logits[reference["positions"]], reference["logits"]) <= 3e-3
+    engine.close()
+
+
 # --- steps ------------------------------------------------------------------------------------------
 
 

@@ -41,7 +41,8 @@ def test_the_page_is_served_without_redis_model_or_key(get: Callable[..., Any]) 
 
 
 def test_every_file_that_is_asked_for_is_there_and_every_script_is_asked_for() -> None:
-    asked = {"index.html"}
+    described = (STATIC.parent / "templates" / "docs.html.jinja").read_text()
+    asked = {"index.html", *re.findall(r'"/static/([^"#]+)"', described)}
     unseen = ["index.html"]
     while unseen:
         new = linked(unseen.pop()) - asked

@@ -22,7 +22,6 @@ from wicore.engine.tensorrt.ceilings import ceilings
 from wicore.engine.tensorrt.copies import Health, KVCopies, PoolBlocks
 from wicore.engine.tensorrt.device import Device
 from wicore.engine.tensorrt.limits import Limits
-from wicore.engine.tensorrt.matmuls import layer_products
 from wicore.engine.tensorrt.passes import SLICE
 from wicore.engine.tensorrt.profile import KernelTime, kv_bytes, summary
 from wicore.engine.tensorrt.prompt_attention import PoolMemory
@@ -214,7 +213,7 @@ class TensorrtEngine:
             self._device.close()
 
     def _prepare(self) -> None:
-        self._matmuls.prepare(self._most_rows, layer_products(self._config))
+        self._matmuls.prepare(self._most_rows, self._config)
         self._runner.prepare()
 
     def _allocate_pools(self, layout: KVLayout, blocks: Mapping[Pool, int]) -> dict[Pool, PoolBlocks]:

@@ -30,7 +30,7 @@ class WorkBuffers:
     act: int
     """half [rows, inner]; shares its memory with qkv, q and attended, which are read by then."""
     delta: int
-    """float32 [rows, hidden], what a layer's half adds before its norm."""
+    """[rows, hidden], what a layer's half adds before its norm: float32, or half (`Matmul.delta`)."""
     gathered: int
     """half [samples, hidden], normed rows that sample."""
     logits: int
