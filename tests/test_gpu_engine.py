@@ -103,6 +103,24 @@ def test_logits_in_a_mixed_batch_are_those_of_transformers(engine, reference) ->
     assert compared > 50
 
 
+def test_prompts_that_end_in_a_step_give_the_likeliest_token_of_their_last_row(engine, reference) -> None:
+    lengths = (90, 1, 37, 1, 5)
+    asked = [reference["tokens"][i : i + length] for i, length in enumerate(lengths)]
+    batch = rows(engine, len(lengths), max(lengths) + 1)
+    plan = StepPlan(tuple(row.input(ids, sample=row.key != 2) for row, ids in zip(batch, asked, strict=True)))
+    outputs = engine.step(plan).outputs
+    logits = engine.logits(plan)
+    for row in batch:
+        token = outputs[row.key].token
+        if row.key == 2:
+            assert token is None
+        else:
+            # Alone, the last layer's products may be made by another kernel: near ties may fall otherwise.
+            found = logits[row.key][-1]
+            assert token is not None
+            assert found[token.id] >= found.max() - 2e-2 * np.abs(found).max()
+
+
 def test_hoppers_prompt_kernel_gives_the_logits_of_the_other() -> None:
     config = replace(open_checkpoint(FIXTURES / "tiny").config, head_dim=128, query_pre_attn_scalar=128)
     found = []

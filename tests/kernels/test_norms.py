@@ -163,7 +163,7 @@ def test_rows_are_gathered_and_absent_ones_are_zero(memory: Memory, hidden: int)
     source, rows = random(11, 6, hidden).astype(np.float16), np.array([5, -1, 0, 5], np.int32)
     target = memory.room((4, hidden), np.float16)
     norms(memory.device, hidden).gather(
-        memory.stream, 4, memory.put(rows), memory.put(source), target.address
+        memory.stream, 4, memory.put(rows), memory.put(source), target.address, 2 * hidden
     )
     expected = source[rows]
     expected[1] = 0

@@ -111,7 +111,8 @@ class TensorrtEngine:
             better = choices.segments_for(rows) if choices.segments else rows > SLICE and not matmuls.hopper
             return plans if plans is not None and fits and better else kernels
 
-        self._runner = Runner(device, config, layout, weights, workspace, body, graphs=graphs)
+        last = KernelBody(config, weights, workspace.buffers.of_last_rows(), workspace.norms, matmuls)
+        self._runner = Runner(device, config, layout, weights, workspace, body, last, graphs=graphs)
         blocks: Mapping[Pool, int] = {"global": global_blocks, "window": window_blocks}
         if fit_blocks is not None:
             blocks = fit_blocks()

@@ -74,6 +74,9 @@ class Norms:
         else:
             self._add_float(stream, rows, self._threads, args, 0, dependent)
 
-    def gather(self, stream: Any, count: int, rows_address: int, source: int, target: int) -> None:
-        """target half [count][H] = source [*][H] at rows int32 [count]; zeros for negative rows."""
-        self._gather(stream, count, self._threads, (rows_address, source, target))
+    def gather(
+        self, stream: Any, count: int, rows_address: int, source: int, target: int, row_bytes: int
+    ) -> None:
+        """target [count] = source at rows int32 [count], rows of `row_bytes`, a multiple of 16; zeros for
+        negative rows."""
+        self._gather(stream, count, self._threads, (rows_address, source, target, np.int32(row_bytes // 16)))

@@ -184,13 +184,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 }
 
 // Grid: rows of the target. target[i] = source[rows[i]]; zeros where rows[i] < 0.
-extern "C" __global__ void __launch_bounds__(THREADS) gather(const int* rows, const half* source, half* target) {
+extern "C" __global__ void __launch_bounds__(THREADS) 
+    gather(const int* rows, const uint4* source, uint4* target, int vectors) {
   pdl_launch();
   pdl_wait();
   const long long to = blockIdx.x, from = rows[to];
-  for (int i = threadIdx.x; i < HIDDEN / 8; i += THREADS) {
+  for (int i = threadIdx.x; i < vectors; i += THREADS) {
     uint4 v = make_uint4(0, 0, 0, 0);
-    if (from >= 0) v = reinterpret_cast<const uint4*>(source + from * HIDDEN)[i];
-    reinterpret_cast<uint4*>(target + to * HIDDEN)[i] = v;
+    if (from >= 0) v = source[from * vectors + i];
+    target[to * vectors + i] = v;
   }
 }
