@@ -8,12 +8,15 @@ CANDIDATES := python3.11 python3.12 python3.13 python3 python3.10
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
 PYTHON = $(shell for p in $(CANDIDATES); do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help run test chaos format bench constraints clean
+.PHONY: help run test tour browser chaos fuzz format bench constraints clean
 
 help:
 	@echo "make run          fetch Gemma 3 270M and serve it on http://127.0.0.1:8000"
 	@echo "make test         lint, types and tests"
+	@echo "make tour         every supported call with OpenAI's, LiteLLM's and LangChain's newest clients"
+	@echo "make browser      test the page in Chromium, which must be there; needs npm for axe-core"
 	@echo "make chaos        5,000 jobs, 150 faults, nothing lost; at most 10 minutes"
+	@echo "make fuzz         20 minutes of random requests, judged by the service's own description"
 	@echo "make format       put the code in its standard form"
 	@echo "make bench        measure the engine and the service, one JSON line each"
 	@echo "make constraints  pin the newest versions that pyproject.toml allows"
@@ -29,8 +32,17 @@ test: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal
 
+tour: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.tour
+
+browser: $(VENV)/.installed-browser
+	$(BIN)/python -m pytest tests/browser
+
 chaos: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.chaos --jobs 5000 --faults 150 --seconds 570
+
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.fuzz --seconds 1200
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
@@ -48,7 +60,7 @@ constraints: $(VENV)/.installed-dev
 	  pyproject.toml --output-file constraints.txt
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .schemathesis
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.13 found; install one, or name it: make PYTHON=..."; exit 1; }
@@ -63,3 +75,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@ $(VENV)/.installed
+
+# For the page's tests alone: too large to be wanted by everybody who runs the others.
+$(VENV)/.installed-browser: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'playwright>=1.50'
+	npm install --silent --no-save --no-audit --no-fund --prefix $(VENV)/browser axe-core@4
+	@touch $@

@@ -13,16 +13,22 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import redis.exceptions
-from flask import Flask, Response, g, request
+from flask import Flask, Response, current_app, g, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge, UnsupportedMediaType
 
+from api.services import current
+from api.slots import Budget
 from wicore.errors import InvalidRequest, TooLarge, Unavailable, WicoreError
+from wicore.queue.connection import is_outage
 
 log = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 MAX_KEYS = 2048
 """No field has that many; a million unknown ones would take seconds to report."""
+MAX_WHOLE = 2**63
+"""No field takes a larger whole number."""
+PIECE = 2**16
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 
@@ -45,7 +51,9 @@ def loads(data: bytes | str) -> Any:
     """
     try:
         text = data.decode() if isinstance(data, bytes) else data
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_bounded_object)
+        return json.loads(
+            text, parse_float=_number, parse_constant=_refuse_constant, object_pairs_hook=_bounded_object
+        )
     except UnicodeDecodeError as err:
         raise InvalidRequest(f"body: not valid UTF-8 at byte {err.start}") from None
     except json.JSONDecodeError as err:
@@ -55,6 +63,12 @@ def loads(data: bytes | str) -> Any:
         raise InvalidRequest("body: JSON nested too deeply") from None
     except ValueError as err:
         raise InvalidRequest(f"body: not valid JSON: {err}") from None
+
+
+def _number(text: str) -> int | float:
+    """7.0 is 7: JSON knows one kind of number, and its schemas call both integers."""
+    value = float(text)
+    return int(value) if abs(value) < MAX_WHOLE and value.is_integer() else value
 
 
 def _bounded_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -78,8 +92,8 @@ def read_json() -> Any:
             f"Content-Type: must be application/json, with the JSON as the body (got {request.mimetype})"
         )
     try:
-        data = request.get_data(cache=False)
-    except HTTPException:
+        data = _whole_body(current().arriving)
+    except (HTTPException, WicoreError):
         raise
     except Exception as err:
         # Nothing but what the client sent can fail here, e.g. gunicorn's InvalidChunkSize.
@@ -87,14 +101,28 @@ def read_json() -> Any:
     limit = request.max_content_length
     if request.content_length is None and limit is not None and len(data) >= limit:
         raise RequestEntityTooLarge  # werkzeug cuts a chunked body off without a word
+    if current_app.config["LOG_BODIES"]:
+        g.body = data
     return loads(data)
+
+
+def _whole_body(arriving: Budget) -> bytes:
+    """Read it piece by piece, each counted until all are there; raises Unavailable when too much arrives."""
+    pieces: list[bytes] = []
+    try:
+        while piece := request.stream.read(PIECE):
+            arriving.change(len(piece))
+            pieces.append(piece)
+        return b"".join(pieces)
+    finally:
+        arriving.change(-sum(map(len, pieces)))
 
 
 def as_wicore_error(err: BaseException, request_id: str) -> WicoreError:
     """Any failure as one a caller may see. Only an unforeseen one is logged, with its traceback."""
     if isinstance(err, WicoreError):
         return err
-    if isinstance(err, redis.exceptions.RedisError):
+    if isinstance(err, redis.exceptions.RedisError) and is_outage(err):
         log.warning("redis failed: %s", err, extra={"request_id": request_id})
         return Unavailable("Redis is not reachable; try again", retry_after=2)
     log.error("internal error in request %s", request_id, exc_info=err, extra={"request_id": request_id})
@@ -103,8 +131,12 @@ def as_wicore_error(err: BaseException, request_id: str) -> WicoreError:
 
 def error_reply(err: WicoreError) -> Response:
     response = reply({"error": err.body()}, err.status)
+    # OpenAI's clients go by it; by the status they would send a cancelled job again.
+    response.headers["x-should-retry"] = "true" if err.retryable else "false"
     if err.status in (429, 503):
         response.headers["Retry-After"] = str(max(1, math.ceil(err.retry_after or 1)))
+    if err.status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
     return response
 
 

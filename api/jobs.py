@@ -8,21 +8,33 @@ from typing import Any
 
 from flask import Blueprint, Response, request
 
-from api import http, streams
+from api import answers, http, openapi, streams
 from api.callers import caller
 from api.services import current, stopping
-from wicore.errors import InvalidRequest
+from wicore.errors import Conflict, InvalidRequest, QueueFull, UnknownJob, UnknownModel
 from wicore.queue.producer import JobRecord, Submission
-from wicore.request import STATUS_OF_TERMINAL, Event, Priority, parse_job
+from wicore.request import STATUS_OF_TERMINAL, Event, JobBody, Priority, parse_job
 
 ENDED = frozenset(STATUS_OF_TERMINAL.values())
 STATUSES = ("queued", "running", *STATUS_OF_TERMINAL.values())
 MAX_PAGE = 100
 
+ACCEPTED_HEADERS = {"X-Job-Id": "The job's id.", "Location": "Its record."}
+
 door = Blueprint("jobs", __name__, url_prefix="/v1/jobs")
 
 
 @door.post("")
+@openapi.describe(
+    "Put a job on the queue",
+    tag="jobs",
+    notes="It outlives the connection, the API process and any worker, and ends in exactly one last event.",
+    body=JobBody,
+    answers={202: answers.JobAccepted},
+    parameters=(openapi.IDEMPOTENCY_KEY,),
+    errors=(UnknownModel, Conflict, QueueFull),
+    headers=ACCEPTED_HEADERS,
+)
 def submit() -> Response:
     services = current()
     body = parse_job(http.read_json())
@@ -43,18 +55,29 @@ def accepted(job: Submission) -> Response:
 
 
 @door.get("/<job_id>")
+@openapi.describe("A job's record", tag="jobs", answers=answers.Job, errors=(UnknownJob,))
 def lookup(job_id: str) -> Response:
     return http.reply(public(current().record(job_id, caller())))
 
 
 @door.get("")
+@openapi.describe(
+    "List jobs",
+    tag="jobs",
+    answers=answers.Jobs,
+    parameters=(
+        openapi.Parameter("status", {"type": "string", "enum": list(STATUSES)}, "Only these."),
+        *openapi.page_of("jobs", MAX_PAGE),
+    ),
+    errors=(UnknownJob,),
+)
 def listing() -> Response:
     status = request.args.get("status")
     if status is not None and status not in STATUSES:
         raise InvalidRequest(f"status: must be one of {', '.join(STATUSES)} (got {status!r})", param="status")
     limit = page_size()
     # One more than asked for, to know whether more follow.
-    found = current().producer.list(status, limit + 1, request.args.get("after"))
+    found = current().records(status, limit + 1, request.args.get("after"), caller())
     page = [public(record) for record in found[:limit]]
     return http.reply({"object": "list", "data": page, "has_more": len(found) > limit})
 
@@ -68,6 +91,13 @@ def page_size() -> int:
 
 
 @door.delete("/<job_id>")
+@openapi.describe(
+    "Cancel a job",
+    tag="jobs",
+    notes="Idempotent. A waiting job ends at once, a running one at its next step; one that has ended stays.",
+    answers=answers.Job,
+    errors=(UnknownJob,),
+)
 def cancel(job_id: str) -> Response:
     services = current()
     services.cancel(job_id, caller())
@@ -75,6 +105,14 @@ def cancel(job_id: str) -> Response:
 
 
 @door.get("/<job_id>/events")
+@openapi.describe(
+    "A job's events, as server-sent events",
+    tag="jobs",
+    notes="First those in the log, then live ones, each once. 204: the job has ended, and no event is left.",
+    answers={200: openapi.EVENTS, 204: None},
+    parameters=(openapi.FROM, openapi.LAST_EVENT_ID),
+    errors=(UnknownJob,),
+)
 def events(job_id: str) -> Response:
     services = current()
     first = streams.first_wanted()
@@ -85,21 +123,24 @@ def events(job_id: str) -> Response:
             # Tells an EventSource that reconnects after the last event to stop doing so.
             return Response(status=204)
         batches = itertools.chain([head], batches)
-    pieces = _pieces(job_id, batches, stopping(), http.request_id())
-    with services.slots.taken_for_response():
+    is_stopping, who = stopping(), caller()
+    pieces = _pieces(
+        job_id, batches, lambda: is_stopping() or not services.keys.is_live(who), http.request_id()
+    )
+    with services.slots.taken_for_response(who.client):
         response = streams.event_stream(services, pieces, lambda: None)
     response.headers["X-Job-Id"] = job_id
     return response
 
 
 def _pieces(
-    job_id: str, batches: Iterable[list[Event]], stopping: Callable[[], bool], request_id: str
+    job_id: str, batches: Iterable[list[Event]], leaves: Callable[[], bool], request_id: str
 ) -> Iterator[str]:
     yield f": job {job_id}\n\n"
     try:
         for batch in batches:
             yield "".join(streams.data(event, event["seq"]) for event in batch)
-            if stopping():
+            if leaves():
                 return
     except Exception as err:
         yield streams.data({"type": "error", "error": http.as_wicore_error(err, request_id).body()})

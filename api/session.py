@@ -17,9 +17,9 @@ from simple_websocket import ConnectionClosed
 from wsproto.utilities import LocalProtocolError
 
 from api import http, streams
-from api.callers import Caller
+from api.keyring import Caller
 from api.services import Services
-from wicore.errors import Conflict, InvalidRequest, RateLimited, WicoreError
+from wicore.errors import Conflict, InvalidRequest, RateLimited, Unavailable, WicoreError
 from wicore.request import Priority, parse_job
 
 STALL_S = 30.0
@@ -28,7 +28,7 @@ MAX_FOLLOWED = 256
 MAX_WAITING = 16
 """Commands received and not yet looked at; then nothing more is read from the client."""
 MAX_REF = 256
-SERVICE_RESTART, TRY_AGAIN_LATER = 1012, 1013
+NOT_ALLOWED, SERVICE_RESTART, TRY_AGAIN_LATER = 1008, 1012, 1013
 GONE = (ConnectionClosed, OSError, LocalProtocolError)
 
 
@@ -49,13 +49,15 @@ class Session:
         self._followed: set[str] = set()
         self._closed = threading.Event()
         self._goodbye: tuple[int, str] | None = None
+        self._held = 0
+        """Bytes received and not looked at yet, as far as they are accounted for."""
 
     def run(self) -> None:
         """Serve the socket until the client leaves, is too slow, or this process stops.
 
         Raises ConnectionClosed when the client left.
         """
-        self._ws.sock.hold_input = lambda: len(self._ws.input_buffer) >= MAX_WAITING
+        self._ws.sock.hold_input = self._holds_input
         writer = threading.Thread(target=self._write, name="ws-writer", daemon=True)
         writer.start()
         try:
@@ -63,11 +65,27 @@ class Session:
                 message = self._ws.receive(timeout=streams.TICK_S)
                 if self._stopping():
                     self._leave(SERVICE_RESTART, "restarting; resume your jobs")
+                elif not self._services.keys.is_live(self._caller):
+                    self._leave(NOT_ALLOWED, "the key was revoked")
                 elif message is not None:
                     self._handle(message)
         finally:
             self._close()
             writer.join()
+            self._services.arriving.change(-self._held)
+
+    def _holds_input(self) -> bool:
+        """Asked before each read: account for what came and is not looked at yet; hold back what is more."""
+        if self._closed.is_set():
+            return False
+        waiting = self._ws.input_buffer
+        held = sum(map(len, waiting)) + self._ws.incoming_message_len
+        try:
+            self._services.arriving.change(held - self._held)
+            self._held = held
+        except Unavailable as err:
+            self._leave(TRY_AGAIN_LATER, err.message)
+        return len(waiting) >= MAX_WAITING
 
     def _leave(self, code: int, reason: str) -> None:
         """Make the writer close the socket, once it is done with the frame it is sending."""
@@ -119,7 +137,7 @@ class Session:
 
     def _resume(self, command: dict[str, Any], tags: dict[str, Any]) -> None:
         job_id = self._job_of(command, tags, "from")
-        first = streams.sequence_number(command.get("from", 1), "from")
+        first = streams.first_of(command.get("from", 1))
         if job_id in self._followed:
             raise Conflict(f"job: {job_id} is followed on this socket already", param="job")
         self._check_room()

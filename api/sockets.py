@@ -1,11 +1,13 @@
 """The websocket doors: one job's events, and many jobs over one socket.
 
-Frames are JSON text (RFC 6455). Close codes: 1000 the job is over, 1012 this process is stopping (connect
-again and resume), 1013 the reader was too slow (resume), 1009 a frame was too big, 1011 a fault here.
+Frames are JSON text (RFC 6455). Close codes: 1000 the job is over, 1008 the key was revoked, 1009 a frame was
+too big, 1011 a fault here, 1012 this process is stopping (connect again and resume), 1013 the reader was too
+slow (resume).
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -14,12 +16,12 @@ from typing import Any
 from flask import Blueprint, Flask, g, request
 from flask_sock import Sock
 
-from api import http, streams
-from api.callers import caller
+from api import http, openapi, streams
+from api.callers import SUBPROTOCOL, caller
 from api.services import current, stopping
-from api.session import GONE, SERVICE_RESTART, Session, error_frame
+from api.session import GONE, MAX_WAITING, NOT_ALLOWED, SERVICE_RESTART, Session, error_frame
 from wicore.config import ApiSettings
-from wicore.errors import InvalidRequest
+from wicore.errors import InvalidRequest, UnknownJob
 
 PING_S = 25.0
 INTERNAL_ERROR = 1011
@@ -33,7 +35,11 @@ SERVER_SOCKETS = frozenset({"gunicorn.socket", "werkzeug.socket"})
 
 def server_options(settings: ApiSettings) -> dict[str, Any]:
     """What every websocket is opened with; a message is bounded as a request body is."""
-    return {"ping_interval": PING_S, "max_message_size": settings.max_body_bytes}
+    return {
+        "ping_interval": PING_S,
+        "max_message_size": settings.max_body_bytes,
+        "subprotocols": [SUBPROTOCOL],
+    }
 
 
 def install(app: Flask) -> None:
@@ -52,7 +58,7 @@ def _before_handshake() -> None:
     if request.view_args:
         g.first_wanted = streams.first_wanted()
         services.record(request.view_args["job_id"], caller())
-    services.slots.take()
+    services.slots.take(caller().client)
     g.slots = services.slots
     environ = request.environ
     # Compression would cost 256 KiB and a good part of the CPU time of a socket, for frames this short.
@@ -64,7 +70,7 @@ def _before_handshake() -> None:
 def _release(_error: BaseException | None) -> None:
     slots = g.pop("slots", None)
     if slots is not None:
-        slots.give()
+        slots.give(caller().client)
 
 
 class WholeSends:
@@ -113,14 +119,22 @@ def _survive(handler: Callable[..., None]) -> Callable[..., None]:
             except GONE:
                 pass
 
-    handle.__name__ = handler.__name__
-    return handle
+    return functools.wraps(handler)(handle)
 
 
+@openapi.describe(
+    "A job's events, over a websocket",
+    tag="jobs",
+    notes="Each event is a JSON text frame. It closes with 1000 after the last; at 1012 or 1013, come back.",
+    answers={101: None},
+    parameters=(openapi.FROM,),
+    errors=(UnknownJob,),
+)
 def _follow_one(ws: Any, job_id: str) -> None:
     """`WS /v1/jobs/{id}/stream?from=N`: the job's events; whatever the client sends is refused."""
     services, is_stopping = current(), stopping()
     ws.max_message_size = MAX_UNWANTED_BYTES
+    ws.sock.hold_input = lambda: ws.connected and len(ws.input_buffer) >= MAX_WAITING
     opened = time.monotonic()
     for batch in services.relay.follow(job_id, g.first_wanted - 1, streams.TICK_S):
         for event in batch:
@@ -133,11 +147,20 @@ def _follow_one(ws: Any, job_id: str) -> None:
         if is_stopping():
             ws.close(SERVICE_RESTART, "restarting; resume")
             return
+        if not services.keys.is_live(caller()):
+            ws.close(NOT_ALLOWED, "the key was revoked")
+            return
     # simple_websocket's client looks at frames that came with the handshake's answer only when more comes:
     # a close in the same read, as for a job that has ended, would make it miss them all.
     time.sleep(max(0.0, SETTLE_S - (time.monotonic() - opened)))
 
 
+@openapi.describe(
+    "Many jobs over one websocket",
+    tag="jobs",
+    notes="Takes `submit`, `resume` and `cancel` commands, and sends the jobs' events; see docs/api.md.",
+    answers={101: None},
+)
 def _many(ws: Any) -> None:
     """`WS /v1/stream`: submit, resume and cancel jobs, whose events come tagged with the job."""
     Session(ws, current(), stopping(), http.request_id(), caller()).run()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flask import Blueprint, Response
 
-from api import http
-from api.services import current
+from api import answers, http, openapi
+from api.services import Services, current
 from wicore import __version__
+from wicore.queue.connection import unavailable_on_failure
 
 door = Blueprint("status", __name__)
 
 
 @door.get("/status")
+@openapi.describe("What waits, who works, and what their caches hold", tag="service", answers=answers.Status)
 def status() -> Response:
     services = current()
     workers = services.heartbeats()
@@ -22,7 +25,9 @@ def status() -> Response:
     return http.reply(
         {
             "version": __version__,
+            "versions": _versions(services),
             "queue": {**queue, "suspect": services.producer.suspects()},
+            "rates": add_up([heartbeat["rates"] for heartbeat in workers if heartbeat.get("rates")]),
             "workers": [_public(heartbeat) for heartbeat in workers],
             "kv": add_up([heartbeat["kv"] for heartbeat in workers if heartbeat.get("kv")]),
         }
@@ -30,9 +35,21 @@ def status() -> Response:
 
 
 def _public(heartbeat: Mapping[str, Any]) -> dict[str, Any]:
-    """A heartbeat as clients see it: without what only workers need of each other."""
+    """A heartbeat as clients see it: without what only workers need of each other, and without buckets."""
     inner = ("worker", "lifeline")
-    return {"id": heartbeat["worker"], **{name: heartbeat[name] for name in heartbeat if name not in inner}}
+    shown = {name: heartbeat[name] for name in heartbeat if name not in inner}
+    for name in ("latency", "requests"):
+        if name in shown:
+            shown[name] = add_up([shown[name]])
+    return {"id": heartbeat["worker"], **shown}
+
+
+def _versions(services: Services) -> dict[str, str]:
+    """Of what this API runs on; each worker tells its own."""
+    with unavailable_on_failure(services.redis):
+        server = services.redis.info("server")
+    redis = server.get("valkey_version") or server.get("redis_version", "")
+    return {"wicore": __version__, "python": platform.python_version(), "redis": str(redis)}
 
 
 def add_up(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

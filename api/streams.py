@@ -12,6 +12,7 @@ from typing import Any
 from flask import Response, request
 
 from api import http
+from api.callers import caller
 from api.services import Services
 from wicore.errors import Cancelled, Expired, InvalidRequest, WicoreError, error_from_body
 from wicore.request import TERMINAL_TYPES, Event
@@ -32,8 +33,10 @@ def event_stream(services: Services, pieces: Iterator[str], on_close: Callable[[
     runs exactly once, whether the stream ended, broke, or was never started.
     """
 
+    client = caller().client
+
     def close() -> None:
-        services.slots.give()
+        services.slots.give(client)
         on_close()
 
     response = Response(_kept_alive(pieces), mimetype="text/event-stream")
@@ -64,11 +67,17 @@ def first_wanted() -> int:
     """The sequence number that the client wants first, from `?from=` or after `Last-Event-ID`; 1 if unsaid.
 
     A reconnecting browser repeats the URL that it was given and adds the header, so the header wins.
-    Raises InvalidRequest when it is not a whole number.
+    Raises InvalidRequest when one of them is not a whole number.
     """
+    first = first_of(request.args.get("from", 1))
     if "Last-Event-ID" in request.headers:
         return sequence_number(request.headers["Last-Event-ID"], "Last-Event-ID") + 1
-    return sequence_number(request.args.get("from", 1), "from")
+    return first
+
+
+def first_of(value: Any) -> int:
+    """The sequence number that a `from` asks for; 0 means from the beginning, too. Raises InvalidRequest."""
+    return max(1, sequence_number(value, "from"))
 
 
 def sequence_number(value: Any, name: str) -> int:

@@ -39,5 +39,5 @@ def engine_on(
 
 def hopper_choices(config: Gemma3Config) -> Callable[[Callable[[], Choices]], Choices]:
     """For `tune`: every product of more than 64 rows by Hopper's kernel, in small tiles."""
-    products = layer_products(config)
+    products = {*layer_products(config), *layer_products(config, half_deltas=True)}
     return lambda measure: Choices({product: [Choice(8192, SMALL_TILE)] for product in products})

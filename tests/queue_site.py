@@ -114,6 +114,9 @@ class Site:
             status = record["status"]
             ended = status in STATUS_OF_TERMINAL.values()
             assert client.zscore(keys.jobs_by_status(status), job) == float(record["created_ms"])
+            for index in (keys.jobs_of(record["client"], wanted) for wanted in (None, status)):
+                listed_at = float(record["created_ms"]) if record["client"] else None
+                assert client.zscore(index, job) == listed_at
             owes_webhook = client.zscore(keys.webhooks, job) is not None
             assert owes_webhook == (record.get("webhook_status") == "pending")
             log = self.log(job)
@@ -125,7 +128,7 @@ class Site:
                 assert STATUS_OF_TERMINAL[terminal[0]["type"]] == status
                 assert "fence" not in record
                 assert client.exists(keys.celery_result(job))
-                assert client.ttl(keys.job(job)) > 0
+                assert (client.ttl(keys.job(job)) > 0) == ("batch" not in record)
                 assert "at" not in record
             else:
                 assert ("at" in record) != ("fence" in record), (job, record)

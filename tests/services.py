@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -64,9 +65,9 @@ def worker_process(
     return module_process(settings, module, **options)
 
 
-def api_process(settings: Settings) -> subprocess.Popen[bytes]:
-    """The API as the Procfile starts it, with these settings."""
-    return module_process(settings, "gunicorn", "-c", "python:api.gunicorn_conf", "api.wsgi:app")
+def api_process(settings: Settings, **options: Any) -> subprocess.Popen[bytes]:
+    """The API as the Procfile starts it, with these settings; `options` are Popen's."""
+    return module_process(settings, "gunicorn", "-c", "python:api.gunicorn_conf", "api.wsgi:app", **options)
 
 
 def start_api(settings: Settings) -> subprocess.Popen[bytes]:
@@ -101,8 +102,12 @@ def module_process(settings: Settings, *module: str, **options: Any) -> subproce
     """`python -m MODULE ARGUMENTS` with these settings; `options` are Popen's."""
     environ = {key: value for key, value in os.environ.items() if not key.startswith("WICORE_")}
     for section, values in settings.model_dump(exclude_defaults=True).items():
-        environ |= {f"WICORE_{section}__{key}".upper(): str(value) for key, value in values.items()}
+        environ |= {f"WICORE_{section}__{key}".upper(): _text(value) for key, value in values.items()}
     return subprocess.Popen([sys.executable, "-m", *module], cwd=ROOT, env=environ, **options)
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, list | tuple) else str(value)
 
 
 def follow(client: Redis, job_id: str, after: int = 0) -> Iterator[Event]:

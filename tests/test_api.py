@@ -139,6 +139,94 @@ def test_a_completion_stream_sends_its_text(client: FlaskClient, worker: Any) ->
     assert end == "[DONE]"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_prompts_are_jobs_of_their_own_with_one_answer(
+    client: FlaskClient, worker: Any, stream: bool
+) -> None:
+    usage = {"stream_options": {"include_usage": True}} if stream else {}
+    asked = {"prompt": ["Tell", [7, 8]], "n": 2, "max_tokens": 2, "echo": True, "stream": stream, **usage}
+    answer = client.post("/v1/completions", json=asked)
+    assert answer.text  # until its end
+    jobs = [record(client, job) for job in answer.headers["X-Job-Id"].split(", ")]
+    expected = [choice["text"] for job in jobs for choice in job["result"]["choices"]]
+    total = sum(job["usage"]["total_tokens"] for job in jobs)
+    assert len(jobs) == 2
+    if stream:
+        *chunks, end = events_of(answer.text)
+        texts = [""] * 4
+        for chunk in chunks[:-1]:
+            texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+        assert (texts, end) == (expected, "[DONE]")
+        assert chunks[-1]["usage"]["total_tokens"] == total
+        assert {chunk["id"] for chunk in chunks} == {f"cmpl-{jobs[0]['id']}"}
+    else:
+        assert [(c["index"], c["text"]) for c in answer.json["choices"]] == list(enumerate(expected))
+        assert answer.json["usage"]["total_tokens"] == total
+
+
+def test_several_prompts_are_accepted_together_or_not_at_all(client: FlaskClient) -> None:
+    refused = client.post("/v1/completions", json={"prompt": ["Tell", [10**6]]})
+    assert refused.status_code == 400
+    assert [job["status"] for job in client.get("/v1/jobs").json["data"]] == ["cancelled"]
+
+
+def test_when_one_of_several_prompts_fails_the_others_are_cancelled(
+    client: FlaskClient, by_hand: Any
+) -> None:
+    by_hand(lambda site, job: site.finish(job, "failed", error=TooLarge("does not fit").body()))
+    answer = client.post("/v1/completions", json={"prompt": ["Tell", "Tell"]})
+    assert answer.status_code == 413
+    jobs = client.get("/v1/jobs").json["data"]
+    assert sorted(job["status"] for job in jobs) == ["cancelled", "failed"]
+
+
+def test_an_idempotency_key_gives_the_jobs_of_all_prompts_again(client: FlaskClient, worker: Any) -> None:
+    asked = {"prompt": ["a", "b"], "max_tokens": 1}
+    first, again = (
+        client.post("/v1/completions", json=asked, headers={"Idempotency-Key": "order-1"}) for _ in range(2)
+    )
+    assert again.headers["X-Job-Id"] == first.headers["X-Job-Id"]
+    assert again.json == first.json
+
+
+def test_the_best_of_several_choices_is_answered(client: FlaskClient, worker: Any) -> None:
+    answer = client.post("/v1/completions", json={"prompt": "Tell", "best_of": 3, "max_tokens": 2}).json
+    assert len(answer["choices"]) == 1
+    assert answer["choices"][0]["logprobs"] is None
+    assert answer["usage"]["completion_tokens"] == 6
+
+
+def test_a_schema_that_cannot_be_enforced_is_refused_with_the_function_that_has_it(
+    client: FlaskClient,
+) -> None:
+    odd = {"type": "object", "properties": {"x": {"type": "string", "format": "odd"}}}
+    tools = [
+        {"type": "function", "function": {"name": "loose", "parameters": odd}},
+        {"type": "function", "function": {"name": "strict", "parameters": odd, "strict": True}},
+    ]
+    answer = client.post(CHAT, json={**HELLO, "tools": tools})
+    assert (answer.status_code, answer.json["error"]["param"]) == (400, "tools.1.function.parameters")
+    assert "odd" in answer.json["error"]["message"]
+
+
+def test_the_usage_tells_how_much_of_the_prompt_was_cached(client: FlaskClient, worker: Any) -> None:
+    asked = {"prompt": [7] * 200, "max_tokens": 2, "n": 2}
+    cached = [
+        client.post("/v1/completions", json=asked).json["usage"]["prompt_tokens_details"]["cached_tokens"]
+        for _ in range(2)
+    ]
+    assert cached[0] == 0
+    assert 100 < cached[1] < 200
+
+
+def test_an_error_says_whether_the_same_call_may_succeed_later(client: FlaskClient, by_hand: Any) -> None:
+    by_hand(lambda site, job: site.finish(job, "cancelled"))
+    cancelled = client.post(CHAT, json=HELLO)
+    assert (cancelled.status_code, cancelled.headers["x-should-retry"]) == (409, "false")
+    by_hand(lambda site, job: site.finish(job, "expired"))
+    assert client.post(CHAT, json=HELLO).headers["x-should-retry"] == "true"
+
+
 def test_a_priority_in_the_body_wins_over_the_doors_default(client: FlaskClient, worker: Any) -> None:
     answer = client.post(CHAT, json={**HELLO, "priority": "background"})
     assert record(client, answer.headers["X-Job-Id"])["priority"] == "background"
@@ -169,7 +257,7 @@ def test_a_job_that_does_not_succeed_gives_its_error_and_status(
 def test_a_call_past_its_own_deadline_gives_up_and_cancels_the_job(
     client: FlaskClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api.openai.EXPIRY_GRACE_S", 0.0)
+    monkeypatch.setattr("api.calls.EXPIRY_GRACE_S", 0.0)
     monkeypatch.setattr("api.streams.TICK_S", 0.01)
     answer = client.post(CHAT, json={**HELLO, "timeout_s": 0.02})
     assert (answer.status_code, answer.json["error"]["code"]) == (504, "expired")
@@ -274,6 +362,20 @@ def test_events_resume_where_the_client_left_off(
     assert client.get(f"/v1/jobs/{job}/events").text  # until its end
     resumed = client.get(f"/v1/jobs/{job}/events{query}", headers=headers)
     assert [e["seq"] for e in events_of(resumed.text)] == [4, 5]
+
+
+def test_zero_asks_for_all_events_and_a_bad_number_is_refused_beside_a_good_one(
+    client: FlaskClient, worker: Any
+) -> None:
+    job = submit(client)
+    assert [e["seq"] for e in events_of(client.get(f"/v1/jobs/{job}/events?from=0").text)] == [1, 2, 3, 4, 5]
+    answer = client.get(f"/v1/jobs/{job}/events?from=x", headers={"Last-Event-ID": "3"})
+    assert (answer.status_code, answer.json["error"]["param"]) == (400, "from")
+
+
+def test_a_whole_number_may_be_written_with_a_point(client: FlaskClient) -> None:
+    body = b'{"kind": "completion", "prompt": [5.0, 7], "max_tokens": 3e0, "seed": -0.0}'
+    assert client.post("/v1/jobs", data=body).status_code == 202
 
 
 def test_a_browser_that_reconnects_after_the_end_is_told_to_stop(client: FlaskClient, worker: Any) -> None:
@@ -418,7 +520,7 @@ BAD_BODIES = [
     (DEEP, 400, "nested too deeply"),
     (chat_with(b'"temperature":NaN'), 400, "NaN"),
     (chat_with(b'"temperature":-Infinity'), 400, "Infinity"),
-    (chat_with(b'"temperature":1e999'), 400, "temperature: must be a finite number"),
+    (chat_with(b'"temperature":1e999'), 400, "temperature: Input should be a finite number"),
     (chat_with(b'"seed":' + b"9" * 5000), 400, "not valid JSON"),
     (chat_with(b'"seed":' + b"9" * 50), 400, "seed: "),
     (chat_with(b'"max_tokens":0'), 400, "max_tokens: "),
@@ -426,10 +528,12 @@ BAD_BODIES = [
     (chat_with(b'"max_tokens":1000000000'), 413, "over the context of 4096; ask for at most"),
     (chat_with(b'"max_tokens":"5"'), 400, "max_tokens: "),
     (chat_with(b'"max_tokens":1.5'), 400, "max_tokens: "),
+    (chat_with(b'"repetition_penalty":1e-30'), 400, "repetition_penalty: "),
     (chat_with(b'"n":17'), 400, "n: "),
     (chat_with(b'"model":"gpt-4"'), 404, "'gpt-4' is not served here"),
     (chat_with(b'"colour":"red"'), 400, "colour: unknown or unsupported field"),
-    (chat_with(b'"tools":[{"type":"function"}]'), 400, "tools: unsupported"),
+    (chat_with(b'"web_search_options":{}'), 400, "web_search_options: unsupported"),
+    (chat_with(b'"tools":[{"type":"function"}]'), 400, "tools.0.function: Field required"),
     (chat_with(b'"logit_bias":{"99999999":1}'), 400, "outside of the vocabulary"),
     (b'{"messages":[]}', 400, "messages: required and not empty"),
     (b'{"messages":[{"role":"assistant","content":"a"}]}', 400, "messages.0.role: must be 'user' here"),

@@ -13,17 +13,19 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import httpx
 import openai
 import psutil
+import pydantic
 import pytest
 
 from tests.fixtures.service import LONG, Socket, record, service_settings, submit, wait_for_status
-from tests.services import start_api, stop
+from tests.services import api_process, start_api, stop
 from tests.waiting import free_port, until
 from wicore.config import Settings
+from wicore.exit_codes import ExitCode
 from wicore.queue.embedded import EmbeddedValkey
 
 pytestmark = pytest.mark.valkey
@@ -54,6 +56,28 @@ def test_the_official_client_gets_the_same_chat_whole_and_streamed(ai: openai.Op
     assert chunks[-1].usage == whole.usage
     assert whole.usage is not None
     assert whole.usage.completion_tokens == 8
+
+
+class Point(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+    x: Annotated[int, pydantic.Field(ge=0, le=99)]
+    kind: Literal["círculo", "square"]
+    tags: Annotated[list[Literal["a", "b"]], pydantic.Field(min_length=1, max_length=3)]
+
+
+def test_the_official_client_gets_an_answer_of_the_type_it_asked_for(ai: openai.OpenAI) -> None:
+    asked = {**CHAT, "temperature": 1, "seed": 3, "max_tokens": 300}
+    answer = ai.chat.completions.parse(**asked, response_format=Point)
+    assert isinstance(answer.choices[0].message.parsed, Point)
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_the_official_client_is_told_which_schema_cannot_be_honoured(ai: openai.OpenAI) -> None:
+    schema = {"type": "array", "uniqueItems": True}
+    asked = {"type": "json_schema", "json_schema": {"name": "set", "schema": schema}}
+    with pytest.raises(openai.BadRequestError, match="uniqueItems") as refused:
+        ai.chat.completions.create(**CHAT, response_format=asked)  # type: ignore[call-overload]
+    assert refused.value.param == "response_format.json_schema.schema"
 
 
 def test_the_official_client_gets_the_same_choices_whole_and_streamed(ai: openai.OpenAI) -> None:
@@ -107,7 +131,7 @@ def test_a_waiting_call_whose_client_leaves_is_cancelled(http: httpx.Client, por
     body = json.dumps({**LONG, "stream": stream, "metadata": leaver}).encode()
     with socket.create_connection(("127.0.0.1", port), 20) as client:
         client.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
         )
         until(lambda: [job["status"] for job in jobs()] == ["running"])
@@ -148,7 +172,7 @@ def test_a_body_without_end_is_cut_off_and_holds_nobody_up(http: httpx.Client, p
         ended.set()
 
     with socket.create_connection(("127.0.0.1", port), 20) as client:
-        client.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n" % how)
+        client.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\n%s\r\n\r\n" % how)
         sender = threading.Thread(target=send_on, args=(client,))
         sender.start()
         try:
@@ -164,12 +188,12 @@ def test_a_body_without_end_is_cut_off_and_holds_nobody_up(http: httpx.Client, p
     "garbage",
     [
         b"\x00\xff\x16\x03\x01\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nHost: x\r\nBad Header: \x01\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 20_000 + b"\r\n\r\n",
-        b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nBad Header: \x01\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 20_000 + b"\r\n\r\n",
+        b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
-        b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
+        b"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
     ],
     ids=["no-http", "control-character", "long-header", "long-path", "bad-chunk", "bad-length"],
 )
@@ -191,6 +215,14 @@ def test_events_resume_after_the_last_event_id(http: httpx.Client) -> None:
     assert [int(x[4:]) for x in whole.splitlines() if x.startswith("id: ")] == list(range(1, 9))
     rest = http.get(f"/v1/jobs/{job}/events", headers={"Last-Event-ID": "5"}).text
     assert [int(x[4:]) for x in rest.splitlines() if x.startswith("id: ")] == [6, 7, 8]
+
+
+def test_an_address_that_others_reach_is_not_served_without_a_key(whole_service: Settings) -> None:
+    api = whole_service.api.model_copy(update={"port": free_port(), "host": "0.0.0.0"})
+    process = api_process(whole_service.model_copy(update={"api": api}), stderr=subprocess.PIPE)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == ExitCode.CONFIG
+    assert b"wicore keys create" in told
 
 
 # --- stopping, dying, coming back -----------------------------------------------------------------

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
+import os
 import re
 import shutil
 import struct
@@ -365,3 +367,37 @@ def test_a_setting_may_be_a_path_or_a_fetched_models_name(
 def test_a_setting_that_means_no_model_is_refused(name: str) -> None:
     with pytest.raises(CheckpointError, match="found"):
         resolve_model(name)
+
+
+# --- rows read past the mapping ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"])
+def test_rows_read_from_the_file_are_those_of_its_mapping(tiny: Checkpoint, name: str) -> None:
+    tensor = tiny.stored(name)
+    for first, end in ((0, 1), (3, 17), (0, len(tensor.raw))):
+        read = np.empty((end - first) * tensor.raw.shape[1], np.uint8)
+        tensor.read_into(read, first, end)
+        np.testing.assert_array_equal(read, tensor.raw[first:end].reshape(-1))
+
+
+def test_rows_of_a_file_that_has_become_shorter_are_refused(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder)
+    tensor = checkpoint.stored("model.embed_tokens.weight")
+    os.truncate(folder / "model.safetensors", 4096)
+    with pytest.raises(CheckpointError, match="the file is truncated"):
+        tensor.read_into(np.empty(tensor.raw.nbytes, np.uint8), 0, len(tensor.raw))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's list of open files")
+def test_a_file_is_closed_when_nothing_refers_to_its_tensors(folder: Path) -> None:
+    path = (folder / "model.safetensors").resolve()
+
+    def is_open() -> bool:
+        return path in [Path(f"/proc/self/fd/{fd}").resolve() for fd in os.listdir("/proc/self/fd")]
+
+    checkpoint = open_checkpoint(folder)
+    assert is_open()
+    del checkpoint
+    gc.collect()
+    assert not is_open()

@@ -2,97 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+from tests.fake_service import Door, Event, Service, story
 from wicore.cli import main
-from wicore.commands.client import Client, server_sent_events
+from wicore.client import Client
+from wicore.client.wire import EventReader
 from wicore.errors import Unavailable, UnknownJob
 from wicore.exit_codes import ExitCode
-
-Event = dict[str, Any]
-
-
-def story(*texts: str, end: Event | None = None) -> list[Event]:
-    events: list[Event] = [{"seq": 1, "type": "started", "attempt": 1}]
-    for text in texts:
-        events.append({"seq": len(events) + 1, "type": "token", "index": 0, "text": text})
-    return [*events, {"seq": len(events) + 1, **(end or {"type": "done"})}]
-
-
-class Service(ThreadingHTTPServer):
-    """Keeps one job's events, and sends at most `events_a_connection` before it drops the line."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Door)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.stories = {"j1": story("Once ", "upon ", "a ", "time")}
-        self.next_job = iter(self.stories)
-        self.events_a_connection = 1000
-        self.submitted: list[Event] = []
-        self.asked_after: list[int] = []
-        self.refusals = 0
-        """How many requests to answer 503 first."""
-
-
-class Door(BaseHTTPRequestHandler):
-    server: Service
-
-    def answer(self, status: int, value: Any = None) -> None:
-        body = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def refuse(self, status: int, code: str, message: str) -> None:
-        self.answer(status, {"error": {"message": message, "type": "x", "code": code, "param": None}})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if body.get("max_tokens") == 0:
-            self.refuse(400, "invalid_request", "max_tokens: must be at least 1 (got 0)")
-            return
-        self.server.submitted.append(body)
-        self.answer(202, {"id": next(self.server.next_job)})
-
-    def do_DELETE(self) -> None:
-        job = self.path.rsplit("/", 1)[1]
-        if job in self.server.stories:
-            self.answer(200, {"id": job, "status": "running"})
-        else:
-            self.refuse(404, "unknown_job", f"no job {job}")
-
-    def do_GET(self) -> None:
-        job = self.path.split("/")[3]
-        if self.server.refusals:
-            self.server.refusals -= 1
-            self.refuse(503, "unavailable", "Redis is not reachable")
-        elif job not in self.server.stories:
-            self.refuse(404, "unknown_job", f"no job {job}")
-        else:
-            last = int(self.headers["Last-Event-ID"])
-            self.server.asked_after.append(last)
-            left = [event for event in self.server.stories[job] if event["seq"] > last]
-            self.send_response(200 if left else 204)
-            self.end_headers()
-            if left:
-                self.wfile.write(b": comment\n\n")
-            for event in left[: self.server.events_a_connection]:
-                self.wfile.write(f"id: {event['seq']}\ndata: {json.dumps(event)}\n\n".encode())
-            if len(left) > self.server.events_a_connection:
-                self.wfile.write(b'id: 99\ndata: {"seq": 99, "ty')
-
-    def log_message(self, *args: Any) -> None:
-        pass
 
 
 @pytest.fixture
@@ -145,13 +67,13 @@ def test_a_service_that_is_away_for_a_moment_is_asked_again(
 def test_a_stream_without_progress_is_given_up_and_says_how_to_go_on(service: Service) -> None:
     service.refusals = 10**6
     with Client(service.url, patience_s=0.3) as client, pytest.raises(Unavailable) as caught:
-        list(client.events("j1"))
+        list(client.job("j1").events())
     assert "wicore watch j1 --from 1" in caught.value.message
 
 
 def test_an_unknown_job_is_an_error_at_once(service: Service, wicore: Callable[..., Any]) -> None:
     with Client(service.url) as client, pytest.raises(UnknownJob):
-        list(client.events("j9"))
+        list(client.job("j9").events())
     result = wicore("cancel", "j9")
     assert (result.exit_code, result.output) == (ExitCode.REFUSED, "error: no job j9\n")
 
@@ -260,4 +182,5 @@ def test_what_is_not_wicore_is_told_apart(service: Service, monkeypatch: pytest.
 
 def test_event_streams_are_read_as_the_standard_says() -> None:
     lines = [": hello", "", "id: 1", "data: a", "data:b", "", "event: x", "", "data: cut off"]
-    assert list(server_sent_events(lines)) == ["a\nb"]
+    reader = EventReader()
+    assert [data for line in lines if (data := reader.feed(line)) is not None] == ["a\nb"]

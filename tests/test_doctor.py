@@ -204,3 +204,23 @@ def test_the_table_shows_each_fix_below_its_check(monkeypatch: pytest.MonkeyPatc
 def test_warnings_alone_are_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "examine", lambda config: iter([doctor.Check("one", "warn", "hm", "look")]))
     assert CliRunner().invoke(main, ["doctor"]).exit_code == ExitCode.OK
+
+
+@pytest.mark.parametrize(
+    ("host", "more", "status"),
+    [
+        ("127.0.0.1", {}, "ok"),
+        ("0.0.0.0", {}, "fail"),
+        ("0.0.0.0", {"api.allow_anonymous": True}, "ok"),
+        ("0.0.0.0", {"api.keys": [{"name": "web", "key": "configured-key-with-enough-bits"}]}, "ok"),
+        ("0.0.0.0", {"redis.url": None}, "warn"),
+    ],
+)
+@pytest.mark.valkey
+def test_a_service_that_would_be_open_to_the_network_is_told_to_make_a_key(
+    redis_client: Any, valkey_url: str, host: str, more: dict[str, Any], status: str
+) -> None:
+    given = {"redis.url": valkey_url, "api.host": host} | more
+    check = doctor.check_access(load_settings(environ={}, overrides=given))
+    assert check.status == status
+    assert ("wicore keys" in (check.fix or "")) == (status != "ok")

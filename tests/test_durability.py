@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 
 import pytest
@@ -14,10 +15,37 @@ from wicore.request import Event, Priority, parse_job
 from wicore.stream.publisher import Publisher
 
 pytestmark = pytest.mark.valkey
-JOBS = {
+DIGITS = {"type": "array", "items": {"enum": [1, 2, 3, "vier", "fünf"]}, "minItems": 120, "maxItems": 140}
+LONG_CALL = {
+    "type": "object",
+    "properties": {
+        "path": {"type": "array", "items": {"enum": ["left", "right"]}, "minItems": 30, "maxItems": 40}
+    },
+    "required": ["path"],
+    "additionalProperties": False,
+}
+JOBS: dict[str, dict[str, object]] = {
     "greedy": {"temperature": 0.0},
     "seeded": {"temperature": 0.9, "top_p": 0.95, "seed": 11, "repetition_penalty": 1.2},
     "two choices": {"temperature": 0.8, "n": 2},
+    "a call": {
+        "kind": "chat",
+        "prompt": None,
+        "messages": [{"role": "user", "content": "Go"}],
+        "tools": [
+            {"type": "function", "function": {"name": "walk", "parameters": LONG_CALL, "strict": True}}
+        ],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "ignore_eos": False,
+        "max_tokens": 800,
+    },
+    "json": {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "digits", "schema": DIGITS}},
+        "seed": 5,
+        "max_tokens": 2000,
+        "ignore_eos": False,
+    },
 }
 
 
@@ -45,6 +73,8 @@ def test_a_killed_worker_costs_no_token_and_changes_none(redis_client, valkey_ur
     settings = settings_for(valkey_url, queue__lease_s=1.0)
     with running_worker(settings, "undisturbed"):
         expected = list(follow(redis_client, submit(redis_client, "job", **fields)))
+    result = Producer(redis_client).record("job").result
+    assert result is not None
     redis_client.flushall()
 
     job = submit(redis_client, "job", **fields)
@@ -63,7 +93,12 @@ def test_a_killed_worker_costs_no_token_and_changes_none(redis_client, valkey_ur
     kinds = [event["type"] for event in events if event["type"] != "token"]
     assert kinds == ["started", "resumed", "done"]
     assert texts(events) == texts(expected)
-    assert Producer(redis_client).record(job).attempts == 2
+    record = Producer(redis_client).record(job)
+    assert record.result is not None
+    assert record.result["choices"] == result["choices"]
+    assert record.attempts == 2
+    if "response_format" in fields:
+        assert len(json.loads(texts(events)[0])) in range(120, 141)
     assert not redis_client.hlen("wicore:unacked")
     assert not redis_client.zcard("wicore:leases")
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.engines import FIXTURES, TINY, Row, cpu_engine, generate, rows
 from tests.gpu_engines import emulated_engine
+from tests.test_sampling import Allowing
 from wicore.engine.base import Engine, Pool, StepPlan
 from wicore.errors import EngineError
 from wicore.request import SamplingParams
@@ -167,6 +168,24 @@ def test_seeded_sampling_does_not_depend_on_the_batch(engine) -> None:
             row.output.append(token)
             pending[row.key] = [token]
     assert shared.output == expected
+
+
+def test_a_row_with_a_constraint_takes_what_it_allows_and_the_others_are_as_without_it(engine) -> None:
+    held, free, alone = rows(engine, 3, 260, seed=12)
+    expected = generate(engine, alone, PROMPT[:50], 4)
+    every_third = np.arange(engine.info.vocab_size) % 3 == 1
+    pending = {held.key: PROMPT[:60], free.key: PROMPT[:50]}
+    while len(free.output) < len(expected):
+        inputs = {row.key: row.input(pending[row.key], sample=True) for row in (held, free)}
+        inputs[held.key].sampling.constraint = Allowing(every_third)
+        result = engine.step(StepPlan(tuple(inputs.values())))
+        for row in (held, free):
+            token = result.outputs[row.key].token.id
+            row.start += len(pending[row.key])
+            row.output.append(token)
+            pending[row.key] = [token]
+    assert free.output == expected
+    assert all(every_third[token] for token in held.output)
 
 
 def test_attention_mass_covers_the_sequence_and_sums_to_one(engine) -> None:

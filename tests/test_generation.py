@@ -152,3 +152,86 @@ def test_a_job_called_off_ends_with_the_usage_so_far(tiny, tiny_tokenizer, kind)
     event = generation.end(kind, {"code": "x"})
     assert (event["type"], event["usage"]["completion_tokens"]) == (kind, 1)
     assert event["error"] == {"code": "x"}
+
+
+# --- completions that choose, echo ----------------------------------------------------------------
+
+
+def test_the_best_of_several_choices_are_those_with_the_likeliest_tokens(tiny, tiny_tokenizer) -> None:
+    generation = start(completion(max_tokens=2, best_of=3, n=2), tiny, tiny_tokenizer)
+    for index, (token, logprob) in enumerate([(300, -3.0), (310, -1.0), (320, -2.0)]):
+        generation.take(index, SampledToken(token, logprob, ()))
+        generation.take(index, SampledToken(token, logprob, ()))
+    generation.events()
+    choices = generation.result("m", 1)["choices"]
+    assert [c["text"] for c in choices] == [tiny_tokenizer.decode([t, t]) for t in (310, 320)]
+    assert [c["index"] for c in choices] == [0, 1]
+    assert all(c["logprobs"] is None for c in choices)
+    assert generation.usage()["completion_tokens"] == 6
+
+
+def test_an_echoed_prompt_begins_the_text_whether_given_as_text_or_ids(tiny, tiny_tokenizer) -> None:
+    for prompt in ("Hello", tiny_tokenizer.encode("Hello", bos=False)):
+        body = parse_job({"kind": "completion", "prompt": prompt, "echo": True, "max_tokens": 1})
+        generation = start(body, tiny, tiny_tokenizer)
+        run(generation, [[300]])
+        text = generation.result("m", 1)["choices"][0]["text"]
+        assert text.strip() == f"Hello{tiny_tokenizer.decode([300])}"
+
+
+# --- calls ----------------------------------------------------------------------------------------
+
+TOOLS = [{"type": "function", "function": {"name": name}} for name in ("f", "g")]
+CALLS = '[{"name": "f", "parameters": {"x": "}"}}, {"name": "g", "parameters": {}}]'
+
+
+def asking(**fields: object) -> JobBody:
+    return parse_job({"messages": [{"role": "user", "content": "Hi"}], "tools": TOOLS, **fields})
+
+
+def test_an_answer_that_calls_ends_for_its_calls_and_the_result_has_them(tiny, tiny_tokenizer) -> None:
+    ids = [*tiny_tokenizer.encode(CALLS, bos=False), tiny_tokenizer.end_of_turn]
+    generation = start(asking(), tiny, tiny_tokenizer)
+    events = run(generation, [ids])
+    assert events[-1]["finish_reason"] == events[-2]["finish_reason"] == "tool_calls"
+    (choice,) = generation.result("m", 1)["choices"]
+    calls = choice["message"]["tool_calls"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"] is None
+    assert [(c["function"]["name"], c["function"]["arguments"]) for c in calls] == [
+        ("f", '{"x": "}"}'),
+        ("g", "{}"),
+    ]
+    assert len({c["id"] for c in calls}) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "content", "called"),
+    [
+        ("Hello", "stop", "Hello", 0),
+        (CALLS[:40], "length", None, 1),
+        (CALLS[:5], "length", None, 0),
+        ("Hello", "length", "Hello", 0),
+    ],
+)
+def test_text_and_cut_off_calls_end_as_they_would_without_tools(
+    tiny, tiny_tokenizer, text, reason, content, called
+) -> None:
+    ids = tiny_tokenizer.encode(text, bos=False)
+    end = [tiny_tokenizer.end_of_turn] if reason == "stop" else []
+    generation = start(asking(max_tokens=len(ids) + len(end)), tiny, tiny_tokenizer)
+    assert run(generation, [[*ids, *end]])[-1]["finish_reason"] == reason
+    message = generation.result("m", 1)["choices"][0]["message"]
+    assert (message["content"], len(message.get("tool_calls", []))) == (content, called)
+
+
+@QUIET
+@given(data=st.data())
+def test_a_call_cut_off_by_a_workers_death_is_the_same_call(data, tiny, tiny_tokenizer) -> None:
+    ids = [*tiny_tokenizer.encode(CALLS, bos=False), tiny_tokenizer.end_of_turn]
+    whole = start(asking(), tiny, tiny_tokenizer)
+    undisturbed = run(whole, [ids])
+    cut = data.draw(st.integers(1, len(undisturbed) - 1))
+    resumed = start(asking(), tiny, tiny_tokenizer, undisturbed[:cut])
+    assert run(resumed, [ids])[-1]["finish_reason"] == "tool_calls"
+    assert resumed.result("m", 1) == whole.result("m", 1)

@@ -28,20 +28,23 @@ def test_launches_of_a_kind_are_one_line_and_the_longest_comes_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "n", "k", "role", "matrices", "out_bytes"),
+    ("kernel", "n", "k", "role", "matrices", "out_bytes", "rows"),
     [
-        ("skinny", 8192, 5376, "qkv", 1, 2),
-        ("skinny", 5376, 4096, "out", 1, 4),
-        ("hopper_matmul", 21_504, 5376, "gate_up", 2, 2),
-        ("hopper_matmul", 5376, 21_504, "down", 1, 4),
-        ("skinny", 262_208, 5376, "head", 1, 4),
+        ("skinny", 8192, 5376, "qkv", 1, 2, 16),
+        ("skinny", 5376, 4096, "out", 1, 4, 16),
+        ("hopper_matmul", 21_504, 5376, "gate_up", 2, 2, 16),
+        ("hopper_matmul", 5376, 21_504, "down", 1, 4, 256),
+        ("hopper_matmul", 5376, 21_504, "down", 1, 2, 257),
+        ("skinny", 262_208, 5376, "head", 1, 4, 16),
     ],
 )
-def test_a_product_has_its_role_its_bytes_and_its_operations(kernel, n, k, role, matrices, out_bytes) -> None:
-    [line] = summary([launch(kernel, 16, n, k, 99)], [[1.0]], CONFIG, 0)
+def test_a_product_has_its_role_its_bytes_and_its_operations(
+    kernel, n, k, role, matrices, out_bytes, rows
+) -> None:
+    [line] = summary([launch(kernel, rows, n, k, 99)], [[1.0]], CONFIG, 0)
     assert line.kernel == f"{kernel} {role}"
-    assert line.flops == 2 * 16 * n * k * matrices
-    assert line.bytes == 2 * n * k * matrices + 2 * 16 * k + out_bytes * 16 * n
+    assert line.flops == 2 * rows * n * k * matrices
+    assert line.bytes == 2 * n * k * matrices + 2 * rows * k + out_bytes * rows * n
 
 
 def test_attention_of_single_rows_reads_the_kv_that_they_see() -> None:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
+import yaml
 from prometheus_client import Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from api.app import create_app
-from api.metrics import CacheCollector
-from api.services import build
+from api.callers import Caller
+from api.metrics import LATENCIES, TOKENS, Families, cache_families, worker_families
+from api.services import Services, build
 from tests.heartbeats import KV, beat
-from tests.services import settings_for
+from tests.queue_site import Site
+from tests.services import ROOT, follow, running_worker, settings_for, start_api, stop
+from tests.waiting import free_port, until
+from wicore.request import JobBody, Priority
 
 Samples = dict[tuple[str, ...], float]
 
@@ -31,7 +40,7 @@ def samples(family: Metric, *labels: str, suffix: str = "") -> Samples:
 
 
 def collected(*heartbeats: dict[str, Any]) -> dict[str, Metric]:
-    return families(generate_latest(CacheCollector(heartbeats)).decode())
+    return families(generate_latest(Families(cache_families(heartbeats))).decode())
 
 
 @pytest.fixture
@@ -101,29 +110,151 @@ def test_each_worker_has_its_own_samples_and_one_that_tells_nothing_has_none() -
 
 def test_every_family_is_there_without_a_worker() -> None:
     told = collected()
-    assert set(told) == {
-        *("wicore_kv_blocks", "wicore_kv_bytes_moved", "wicore_kv_hit_tokens", "wicore_kv_miss_blocks"),
-        *("wicore_kv_move_seconds", "wicore_kv_victim_age_tokens"),
-    }
+    assert {"wicore_kv_blocks", "wicore_kv_bytes_moved", "wicore_kv_move_seconds"} < set(told)
     assert all(family.documentation and not family.samples for family in told.values())
 
 
-@pytest.mark.valkey
-def test_the_door_tells_what_live_workers_do(redis_client: Any, valkey_url: str) -> None:
+def test_a_worker_of_an_older_version_has_what_it_tells() -> None:
+    told = families(generate_latest(Families(worker_families([{"worker": "w1"}]))).decode())
+    assert samples(told["wicore_worker_info"], "worker") == {("w1",): 1}
+    assert not told["wicore_time_to_first_token_seconds"].samples
+
+
+@pytest.fixture
+def services(redis_client: Any, valkey_url: str) -> Iterator[Services]:
     services = build(settings_for(valkey_url))
-    client = create_app(services.settings, services).test_client()
-    beat(services.redis, "w1", kv=KV)
-    for _ in range(2):  # and asking counts nothing twice
-        answer = client.get("/metrics")
-        assert answer.status_code == 200
-        assert answer.headers["Content-Type"].startswith("text/plain; version=")
-        hits = samples(families(answer.text)["wicore_kv_hit_tokens"], "worker", "tier", suffix="_total")
-        assert hits[("w1", "host")] == 64
+    yield services
     services.relay.close()
     services.redis.close()
+
+
+def scraped(services: Services) -> dict[str, Metric]:
+    answer = create_app(services.settings, services).test_client().get("/metrics")
+    assert answer.status_code == 200
+    assert answer.headers["Content-Type"].startswith("text/plain; version=")
+    return families(answer.text)
+
+
+@pytest.mark.valkey
+def test_the_door_tells_what_live_workers_do(services: Services) -> None:
+    beat(services.redis, "w1", kv=KV)
+    for _ in range(2):  # and asking counts nothing twice
+        hits = samples(scraped(services)["wicore_kv_hit_tokens"], "worker", "tier", suffix="_total")
+        assert hits[("w1", "host")] == 64
+
+
+@pytest.mark.valkey
+def test_what_a_worker_serves_is_measured(services: Services) -> None:
+    with running_worker(services.settings, "w1") as worker:
+        body = JobBody(kind="completion", prompt="Once upon", max_tokens=5, ignore_eos=True)
+        jobs = [services.accept(body, Priority.NORMAL, Caller("")).id for _ in range(3)]
+        for job in jobs:
+            assert list(follow(services.redis, job))[-1]["type"] == "done"
+        until(lambda: not worker._held)
+        worker._heartbeat._beat()
+        told = scraped(services)
+    of = ("worker", "model_name")
+    who = ("w1", "tiny")
+    assert samples(told["wicore_generation_tokens"], *of, suffix="_total") == {who: 15}
+    finished = samples(told["wicore_request_success"], "finished_reason", suffix="_total")
+    assert finished == {("length",): 3}
+    for name in (*(f"{name}_seconds" for name in LATENCIES), *TOKENS):
+        count = samples(told[f"wicore_{name}"], *of, suffix="_count")[who]
+        buckets = samples(told[f"wicore_{name}"], "le", suffix="_bucket")
+        assert buckets[("+Inf",)] == count
+        assert count == {"inter_token_latency_seconds": 12}.get(name, 3) or name == "iteration_tokens"
+    assert samples(told["wicore_requests_accepted"], suffix="_total") == {(): 3}
+    assert samples(told["wicore_requests_leased"], suffix="_total") == {(): 3}
+    ended = samples(told["wicore_requests_ended"], "status", suffix="_total")
+    assert ended == {("succeeded",): 3, ("failed",): 0, ("cancelled",): 0, ("expired",): 0}
+
+
+@pytest.mark.valkey
+def test_what_dead_workers_leave_is_counted(site: Site, services: Services) -> None:
+    site.submit()
+    site.worker().pop(1)
+    site.lose_workers()
+    told = scraped(services)
+    assert samples(told["wicore_requests_redelivered"], suffix="_total") == {(): 1}
+    waiting = samples(told["wicore_num_requests_waiting"], "priority")
+    assert (waiting[("suspect",)], waiting[("normal",)]) == (1, 0)
+    site.worker("w2").hand_back(site.worker("w2").pop(1))
+    assert samples(scraped(services)["wicore_requests_handed_back"], suffix="_total") == {(): 1}
+
+
+@pytest.mark.valkey
+def test_each_process_of_an_api_counts_for_all_of_them(redis_client: Any, valkey_url: str) -> None:
+    settings = settings_for(valkey_url, api__port=free_port(), api__workers=2, telemetry__access_log=False)
+    url = f"http://127.0.0.1:{settings.api.port}"
+    api = start_api(settings)
+    try:
+        for _ in range(20):  # a connection each, so that both processes get some
+            assert httpx.get(f"{url}/v1/jobs/nobodys").status_code == 404
+        for _ in range(6):
+            told = families(httpx.get(f"{url}/metrics").text)
+            counted = samples(told["wicore_http_requests"], "route", "status", suffix="_total")
+            assert counted[("/v1/jobs/<job_id>", "404")] == 20
+            count = samples(told["wicore_http_request_duration_seconds"], "route", suffix="_count")
+            assert count[("/v1/jobs/<job_id>",)] == 20
+    finally:
+        stop(api)
 
 
 def test_without_redis_the_door_is_unavailable() -> None:
     away = settings_for("unix:///nowhere/at/all.sock")
     answer = create_app(away).test_client().get("/metrics")
     assert (answer.status_code, answer.json["error"]["code"]) == (503, "unavailable")
+
+
+# --- dashboard and alerts -------------------------------------------------------------------------
+
+
+def exposed(told: dict[str, Metric]) -> set[str]:
+    """Names by which samples can be asked for."""
+    suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
+    return {f"{name}{suffix}" for name, family in told.items() for suffix in suffixes[family.type]}
+
+
+def expressions() -> Iterator[str]:
+    """Every query of the dashboard and of the alert rules."""
+    board = json.loads((ROOT / "docker/grafana/dashboards/wicore.json").read_text())
+    for panel in board["panels"]:
+        yield from (target["expr"] for target in panel.get("targets", ()))
+    yield from (variable["query"]["query"] for variable in board["templating"]["list"][1:])
+    for group in yaml.safe_load((ROOT / "docker/prometheus/rules.yml").read_text())["groups"]:
+        yield from (rule["expr"] for rule in group["rules"])
+
+
+@pytest.mark.valkey
+def test_every_metric_of_the_dashboard_and_the_alerts_exists(services: Services) -> None:
+    names = {name for text in expressions() for name in re.findall(r"\bwicore_\w+", text)}
+    assert len(names) > 25
+    assert names <= exposed(scraped(services))
+
+
+@pytest.mark.valkey
+def test_metrics_are_named_as_prometheus_wants_it(services: Services) -> None:
+    beat(services.redis, "w1", kv=KV)
+    told = scraped(services)
+    for name, family in told.items():
+        assert re.fullmatch(r"wicore_[a-z0-9_]+", name)
+        assert family.documentation.endswith(".")
+        assert not name.endswith(("_count", "_sum", "_bucket", "_total", "_ms", "_milliseconds"))
+        labels = {frozenset(sample.labels.keys() - {"le"}) for sample in family.samples}
+        assert len(labels) <= 1, name
+        assert not any(label.startswith("__") for found in labels for label in found)
+    text = "".join(name for name in told)
+    assert "created" not in text
+
+
+def test_panels_of_the_dashboard_neither_overlap_nor_share_an_id() -> None:
+    panels = json.loads((ROOT / "docker/grafana/dashboards/wicore.json").read_text())["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    cells = [
+        (x, y)
+        for place in (panel["gridPos"] for panel in panels)
+        for x in range(place["x"], place["x"] + place["w"])
+        for y in range(place["y"], place["y"] + place["h"])
+    ]
+    assert len(set(cells)) == len(cells)
+    assert max(x for x, _ in cells) < 24

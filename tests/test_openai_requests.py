@@ -7,10 +7,25 @@ from pydantic import ValidationError
 
 from wicore.errors import InvalidRequest
 from wicore.openai import chat_request, completion_request
-from wicore.request import JobBody, Priority
+from wicore.request import JobBody, Priority, parse_job
 
 HELLO = [{"role": "user", "content": "Hello"}]
+CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+PART = {"type": "text", "text": "Hello"}
+OBFUSCATED = {"include_obfuscation": True}
 IMAGE = [{"role": "user", "content": [{"type": "image_url", "text": ""}]}]
+
+
+def tool(name: str, parameters: Any = None) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [named(n) for n in names]}}
 
 
 def test_a_chat_body_becomes_a_chat_job() -> None:
@@ -52,12 +67,90 @@ def test_null_stands_for_a_field_that_was_not_set() -> None:
 
 def test_a_field_that_asks_for_nothing_is_accepted() -> None:
     chat_request({"messages": HELLO, "tools": [], "response_format": {"type": "text"}, "store": False})
+    chat_request(
+        {"messages": HELLO, "reasoning_effort": "none", "verbosity": "medium", "tool_choice": "none"}
+    )
     completion_request({"prompt": "a", "echo": False, "suffix": "", "best_of": 2, "n": 2})
 
 
 @pytest.mark.parametrize("prompt", ["one", ["one"]])
 def test_a_list_of_one_prompt_is_that_prompt(prompt: Any) -> None:
     assert completion_request({"prompt": prompt}).body.prompt == "one"
+
+
+@pytest.mark.parametrize("prompts", [["one", "two"], [[5, 6], [7]], ["one", [7]]])
+def test_several_prompts_are_a_job_each(prompts: Any) -> None:
+    request = completion_request({"prompt": prompts, "n": 2})
+    assert [body.prompt for body in request.bodies] == prompts
+    assert {body.n for body in request.bodies} == {2}
+    with pytest.raises(InvalidRequest, match="must be one prompt here"):
+        _ = request.body
+
+
+@pytest.mark.parametrize(
+    ("tier", "priority", "answered"),
+    [
+        ("auto", None, "default"),
+        ("flex", Priority.BATCH, "flex"),
+        ("priority", Priority.INTERACTIVE, "priority"),
+        ("fast", Priority.INTERACTIVE, "priority"),
+    ],
+)
+def test_a_service_tier_is_a_priority_and_is_named_in_the_answer(
+    tier: str, priority: Priority | None, answered: str
+) -> None:
+    request = chat_request({"messages": HELLO, "service_tier": tier})
+    assert request.body.priority is priority
+    assert request.answer([{}])["service_tier"] == answered
+    assert "service_tier" not in chat_request({"messages": HELLO}).answer([{}])
+
+
+@pytest.mark.parametrize(
+    ("fields", "names", "required", "parallel"),
+    [
+        ({}, ["f", "g"], False, True),
+        ({"tool_choice": "auto", "parallel_tool_calls": False}, ["f", "g"], False, False),
+        ({"tool_choice": "required"}, ["f", "g"], True, True),
+        ({"tool_choice": named("g")}, ["g"], True, False),
+        ({"tool_choice": allowed("auto", "g")}, ["g"], False, True),
+        ({"tool_choice": allowed("required", "g", "f")}, ["f", "g"], True, True),
+    ],
+)
+def test_tool_choice_says_what_may_be_called(
+    fields: dict[str, Any], names: list[str], required: bool, parallel: bool
+) -> None:
+    use = chat_request({"messages": HELLO, "tools": [tool("f"), tool("g")], **fields}).body.tool_use()
+    assert use is not None
+    assert ([f.name for f in use.functions], use.required, use.parallel) == (names, required, parallel)
+
+
+def test_with_tool_choice_none_nothing_is_called() -> None:
+    body = chat_request({"messages": HELLO, "tools": [tool("f")], "tool_choice": "none"}).body
+    assert body.tool_use() is None
+
+
+def test_a_message_may_be_sent_back_as_it_came() -> None:
+    empty = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
+    messages = [*HELLO, {"role": "assistant", "content": "Hi", **empty}, *HELLO]
+    plain = [*HELLO, {"role": "assistant", "content": "Hi"}, *HELLO]
+    assert chat_request({"messages": messages}).body == chat_request({"messages": plain}).body
+
+
+def test_a_chat_with_tools_travels_unchanged() -> None:
+    messages = [
+        *HELLO,
+        {"role": "assistant", "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "42"},
+    ]
+    body = chat_request({"messages": messages, "tools": [tool("f")], "tool_choice": named("f")}).body
+    assert parse_job(body.wire()) == body
+
+
+def test_best_of_asks_for_logprobs_of_its_own() -> None:
+    body = completion_request({"prompt": "a", "best_of": 3}).body
+    assert (body.sequences, body.n, body.logprobs, body.sampling().logprobs) == (3, 1, None, 0)
+    assert completion_request({"prompt": "a", "best_of": 3, "logprobs": 2}).body.sampling().logprobs == 2
+    assert completion_request({"prompt": "a", "best_of": 2, "n": 2}).body.sampling().logprobs is None
 
 
 @pytest.mark.parametrize("prompt", [[5, 6], [[5, 6]]])
@@ -74,9 +167,34 @@ def test_usage_is_streamed_on_request() -> None:
 @pytest.mark.parametrize(
     ("field", "extra"),
     [
-        ("tools", {"tools": [{"type": "function"}]}),
+        ("tools.0.function", {"tools": [{"type": "function"}]}),
+        ("tools.0.type", {"tools": [{"type": "custom", "custom": {"name": "f"}}]}),
+        ("tools.0.function.name", {"tools": [tool("no spaces")]}),
+        ("tools.0.function.parameters", {"tools": [tool("f", {"title": "\ud800"})]}),
+        ("tools.0.function.parameters", {"tools": [tool("f", {"type": "string"})]}),
+        ("tools", {"tools": [tool("f"), tool("f")]}),
         ("tool_choice", {"tool_choice": "auto"}),
-        ("response_format", {"response_format": {"type": "json_object"}}),
+        ("tool_choice", {"tools": [tool("f")], "tool_choice": "any"}),
+        ("tool_choice", {"tools": [tool("f")], "tool_choice": named("g")}),
+        ("tool_choice", {"tools": [tool("f")], "tool_choice": allowed("auto", "f", "g")}),
+        ("tool_choice.function", {"tools": [tool("f")], "tool_choice": {"type": "function"}}),
+        ("parallel_tool_calls", {"parallel_tool_calls": True}),
+        ("response_format", {"tools": [tool("f")], "response_format": {"type": "json_object"}}),
+        ("ignore_eos", {"tools": [tool("f")], "ignore_eos": True}),
+        ("messages.0.tool_calls", {"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}),
+        ("messages.0.tool_call_id", {"messages": [{"role": "tool", "content": "x"}]}),
+        ("messages.0.content", {"messages": [{"role": "assistant"}]}),
+        ("messages.0.content", {"messages": [{"role": "user", "content": None}]}),
+        ("messages.0.refusal", {"messages": [{"role": "user", "content": "x", "refusal": "no"}]}),
+        ("messages.0.function_call", {"messages": [{**HELLO[0], "function_call": {"name": "f"}}]}),
+        ("messages.0.tool_calls", {"messages": [{"role": "assistant", "tool_calls": [CALL, CALL]}]}),
+        ("metadata.a", {"metadata": {"a": "x" * 513}}),
+        ("service_tier", {"service_tier": "scale"}),
+        ("service_tier", {"service_tier": "flex", "priority": "normal"}),
+        ("stream_options.include_obfuscation", {"stream": True, "stream_options": OBFUSCATED}),
+        ("functions", {"functions": [{"name": "f"}]}),
+        ("echo", {"echo": True}),
+        ("response_format.type", {"response_format": {"type": "xml"}}),
         ("store", {"store": 0}),
         ("kind", {"kind": "chat"}),
         ("best_of", {"best_of": 2}),
@@ -106,6 +224,9 @@ def test_usage_is_streamed_on_request() -> None:
             "messages.0.content.0.type",
             {"messages": IMAGE},
         ),
+        ("messages.0.content.0.zz", {"messages": [{"role": "user", "content": [{**PART, "zz": 1}]}]}),
+        ("messages.0.zz", {"messages": [{**HELLO[0], "zz": 1}]}),
+        ("tools.0.function.zz", {"tools": [{"type": "function", "function": {"name": "f", "zz": 1}}]}),
         ("priority", {"priority": "urgent"}),
         ("timeout_s", {"timeout_s": -1}),
     ],
@@ -120,12 +241,16 @@ def test_a_bad_or_unsupported_chat_field_is_named(field: str, extra: dict[str, A
 @pytest.mark.parametrize(
     ("field", "extra"),
     [
-        ("echo", {"echo": True}),
+        ("echo", {"echo": True, "logprobs": 1}),
         ("suffix", {"suffix": "end"}),
-        ("best_of", {"best_of": 3, "n": 2}),
-        ("prompt", {"prompt": ["a", "b"]}),
-        ("prompt", {"prompt": [[1], [2]]}),
+        ("best_of", {"best_of": 2, "n": 3}),
+        ("best_of", {"best_of": 3, "n": 2, "stream": True}),
+        ("prompt", {"prompt": ["a"] * 129}),
+        ("prompt.1", {"prompt": ["a", ""]}),
+        ("prompt.1.0", {"prompt": [[1], [-1]]}),
+        ("prompt.1", {"prompt": ["a", 5]}),
         ("prompt", {"prompt": ""}),
+        ("tools", {"tools": [tool("f")]}),
         ("prompt", {"prompt": []}),
         ("prompt.0", {"prompt": [-1]}),
         ("messages", {"messages": HELLO}),

@@ -13,7 +13,7 @@ import pytest
 from tests.messages import message, pushed
 from tests.queue_site import RESULT, Site, ids
 from wicore.errors import Conflict, InvalidRequest, QueueFull, UnknownJob
-from wicore.request import Priority, parse_job, terminal_event, token_event
+from wicore.request import Priority, parse_job, terminal_event, token_event, usage_of
 
 pytestmark = pytest.mark.valkey
 LEVELS = sorted(Priority)
@@ -289,7 +289,7 @@ def test_a_job_runs_from_start_to_result(site: Site) -> None:
     assert site.finish(delivery) == 1
     record = site.producer.record(job.id)
     assert (record.status, record.result, record.finish_reason) == ("succeeded", RESULT, "stop")
-    assert record.usage == {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+    assert record.usage == usage_of(1, 1)
     times = [record.created_ms, record.started_ms, record.first_token_ms, record.finished_ms]
     assert None not in times
     assert times == sorted(times, key=lambda ms: ms or 0)

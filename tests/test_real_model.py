@@ -12,7 +12,7 @@ from wicore.gemma3.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from wicore.gemma3.config import PUBLISHED
 from wicore.gemma3.fetch import fetch
 from wicore.request import Message
-from wicore.text.template import render_chat
+from wicore.text.template import chat_turns, render
 from wicore.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.model
@@ -46,7 +46,7 @@ def test_every_reference_chat_has_the_ids_of_the_official_template(
 ) -> None:
     for messages, ids in token_cases["chats"]:
         chat = [Message.model_validate(message) for message in messages]
-        assert render_chat(chat, tokenizer) == ids
+        assert render(chat_turns(chat), tokenizer) == ids
 
 
 def test_no_text_becomes_a_control_piece(tokenizer: Tokenizer) -> None:

@@ -88,6 +88,26 @@ def one(logits, params, seed=0, prompt=(), output=()) -> SampledToken:
     return sample(np.array([logits], np.float32), [SamplingState(params, seed, prompt, output)])[0]
 
 
+class Allowing:
+    """A constraint that allows the same tokens all the time."""
+
+    complete, error = False, None
+
+    def __init__(self, allowed) -> None:
+        self.observed = []
+        self.now(allowed)
+
+    def now(self, allowed) -> None:
+        octets = np.packbits(np.pad(allowed, (0, -len(allowed) % 32)), bitorder="little")
+        self.mask = octets.view(np.uint32)
+
+    def allowed(self):
+        return self.mask
+
+    def observe(self, token) -> None:
+        self.observed.append(token)
+
+
 # --- randomness ---------------------------------------------------------------------------------------
 
 
@@ -317,6 +337,52 @@ def test_read_only_logits_are_accepted():
     assert sample(logits, [SamplingState(SamplingParams(temperature=0, logit_bias={4: 1.0}), 0)])[0].id == 4
 
 
+# --- constraints --------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    PARAMS, st.sampled_from([33, 512, 5000]), st.sampled_from([0.01, 0.3, 0.99]), st.integers(0, 2**32 - 1)
+)
+def test_a_constraint_is_as_good_as_banning_what_it_leaves_out(params, vocab, share, seed):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 2, (1, vocab)).astype(np.float32)
+    mask = rng.random(vocab) < share
+    mask[rng.integers(vocab)] = True
+    free = SamplingState(params, seed, [1, 2], [3, 4, 4])
+    held = SamplingState(params, seed, [1, 2], [3, 4, 4], Allowing(mask))
+    before = logits.copy()
+    assert sample(logits, [held]) == sample(np.where(mask, logits, np.float32(-np.inf)), [free])
+    np.testing.assert_array_equal(logits, before)
+
+
+def test_only_the_rows_that_have_a_constraint_keep_to_it():
+    logits = np.zeros((4, 64), np.float32)
+    states = [SamplingState(SamplingParams(), seed) for seed in range(4)]
+    alone = sample(logits, states)
+    held = SamplingState(SamplingParams(), 2, constraint=Allowing(np.arange(64) == 9))
+    with ThreadPoolExecutor(1) as executor:
+        drawn = sample(logits, [*states[:2], held, states[3]], executor)
+    assert drawn[2].id == 9
+    assert [*drawn[:2], drawn[3]] == [*alone[:2], alone[3]]
+
+
+def test_logprobs_are_those_of_the_raw_logits_whatever_the_constraint():
+    params = SamplingParams(temperature=0, logprobs=2)
+    logits = np.arange(40, dtype=np.float32)[None] / 10
+    [token] = sample(logits, [SamplingState(params, 0, constraint=Allowing(np.arange(40) < 20))])
+    assert token.id == 19
+    assert [i for i, _ in token.top] == [39, 38]
+    assert token.logprob == pytest.approx(1.9 - math.log(np.exp(logits.astype(np.float64)).sum()), abs=1e-5)
+
+
+def test_a_constraint_observes_what_was_generated_before_and_what_comes():
+    constraint = Allowing(np.ones(40, bool))
+    state = SamplingState(SamplingParams(), 0, [1, 2], [3, 4], constraint)
+    state.observe(5)
+    assert constraint.observed == [3, 4, 5]
+
+
 # --- what is refused ----------------------------------------------------------------------------------
 
 
@@ -336,6 +402,9 @@ def test_logits_that_are_no_numbers_are_an_error_naming_the_row(bad, params):
 def test_a_row_with_every_token_banned_is_an_error():
     with pytest.raises(EngineError, match="row 0"):
         one(np.full(9, -np.inf), SamplingParams())
+    nothing = SamplingState(SamplingParams(), 0, constraint=Allowing(np.zeros(9, bool)))
+    with pytest.raises(EngineError, match="row 0"):
+        sample(np.zeros((1, 9), np.float32), [nothing])
 
 
 def test_logits_that_do_not_fit_the_states_are_refused():

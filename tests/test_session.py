@@ -11,6 +11,7 @@ import pytest
 
 from api.callers import Caller
 from api.session import TRY_AGAIN_LATER, Session
+from api.slots import Budget
 from wicore.config import ApiSettings
 from wicore.request import Event, token_event
 
@@ -21,7 +22,7 @@ class SlowSocket:
     """Takes one frame, and the next when `reads_on` is set."""
 
     def __init__(self) -> None:
-        self.sock, self.input_buffer = SimpleNamespace(), []
+        self.sock, self.input_buffer, self.incoming_message_len = SimpleNamespace(), [], 0
         self.commands = ['{"type": "resume", "job": "j"}']
         self.reads_on = threading.Event()
         self.closed = threading.Event()
@@ -66,6 +67,8 @@ def test_a_reader_that_stops_reading_is_dropped_to_resume_and_holds_little_back(
         settings=SimpleNamespace(api=ApiSettings(stream_buffer=16)),
         relay=relay,
         record=known,
+        keys=SimpleNamespace(is_live=lambda caller: True),
+        arriving=Budget(2**20),
     )
     session = Session(ws, services, lambda: False, "request", Caller(""))
     served = threading.Thread(target=session.run)

@@ -9,6 +9,7 @@ import pytest
 from flask.testing import FlaskClient
 
 from api.app import create_app
+from api.callers import Caller
 from api.services import Services, build
 from api.status import add_up
 from tests.heartbeats import KV, beat
@@ -42,13 +43,15 @@ def client(services: Services) -> FlaskClient:
 def test_a_service_without_workers_answers_all_the_same(client: FlaskClient) -> None:
     answer = client.get("/status")
     assert answer.status_code == 200
-    assert answer.json == {"version": __version__, "queue": NOTHING_WAITS, "workers": [], "kv": {}}
+    told = answer.json
+    assert told.pop("versions").keys() == {"wicore", "python", "redis"}
+    assert told == {"version": __version__, "queue": NOTHING_WAITS, "rates": {}, "workers": [], "kv": {}}
 
 
 @pytest.mark.valkey
 def test_what_waits_is_counted_by_level(client: FlaskClient, services: Services) -> None:
     for level in (Priority.NORMAL, Priority.NORMAL, Priority.BACKGROUND):
-        services.accept(JobBody(kind="completion", prompt="Once"), level, "")
+        services.accept(JobBody(kind="completion", prompt="Once"), level, Caller(""))
     assert client.get("/status").json["queue"] == NOTHING_WAITS | {"normal": 2, "background": 1}
 
 
@@ -60,6 +63,9 @@ def test_a_running_worker_is_shown_by_its_heartbeat(client: FlaskClient, setting
     assert (shown["id"], shown["slots"], shown["running"]) == ("w1", settings.scheduler.max_batch, 0)
     assert 0 <= shown["age_s"] < 5
     assert shown.keys().isdisjoint({"worker", "lifeline"})
+    assert shown["version"] == __version__
+    assert shown["latency"]["time_to_first_token"] == {"count": 0, "sum": 0}
+    assert shown["requests"]["running"] == 0
 
 
 @pytest.mark.valkey

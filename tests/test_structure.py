@@ -16,7 +16,14 @@ LIBRARY = sorted((ROOT / "wicore").rglob("*.py"))
 CODE = sorted(path for part in ("wicore", "workers", "api") for path in (ROOT / part).rglob("*.py"))
 CORE = sorted(
     path
-    for pattern in ("scheduler/**/*.py", "hmt/**/*.py", "sampling.py", "request.py")
+    for pattern in (
+        "scheduler/**/*.py",
+        "hmt/**/*.py",
+        "sampling.py",
+        "request.py",
+        "messages.py",
+        "fields.py",
+    )
     for path in (ROOT / "wicore").glob(pattern)
 )
 EDGE = {"redis", "flask", "onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}

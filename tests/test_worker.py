@@ -10,9 +10,11 @@ import pytest
 import workers.worker
 from tests.failing_engine import POISON, FailingEngine
 from tests.services import follow, running_worker, settings_for, worker_process
+from tests.waiting import until
 from wicore.engine.factory import create_engine
-from wicore.errors import EngineError
+from wicore.errors import EngineError, InvalidRequest
 from wicore.exit_codes import ExitCode
+from wicore.grammar.compiler import GrammarConstraint
 from wicore.model import load_model
 from wicore.queue.connection import connect
 from wicore.queue.producer import Producer
@@ -22,6 +24,9 @@ from wicore.tiers.cache import TieredCache
 from workers.worker import Worker
 
 pytestmark = pytest.mark.valkey
+
+
+ENDLESS = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"$ref": "#"}}}
 
 
 def submit(redis_client, **fields: object) -> str:
@@ -79,6 +84,28 @@ def test_a_running_job_can_be_cancelled(worker, redis_client) -> None:
     assert Producer(redis_client).record(job).status == "cancelled"
 
 
+def test_what_runs_is_told_with_how_far_it_has_come(worker, redis_client) -> None:
+    job = submit(redis_client, max_tokens=3000, ignore_eos=True, n=2)
+    events = follow(redis_client, job)
+    seen = [next(events) for _ in range(20)]
+    first, second = worker.status()["sequences"]
+    assert (first["job"], first["index"], second["index"]) == (job, 0, 1)
+    assert (first["priority"], first["attempt"], first["max_tokens"]) == ("normal", 1, 3000)
+    assert first["waits"] is False
+    assert first["tokens"] >= len([event for event in seen if event.get("index") == 0])
+    assert worker.status()["prompt_tokens"] == first["prompt_tokens"] > 0
+    Producer(redis_client).cancel(job)
+    list(events)
+    assert worker.status()["sequences"] == []
+
+
+def test_ended_jobs_are_counted_by_how_they_ended(worker, redis_client) -> None:
+    for fields in ({"max_tokens": 2}, {"max_tokens": 3}, {"model": "gpt-4"}):
+        ending(redis_client, submit(redis_client, **fields))
+    assert until(lambda: sum(worker.status()["ended"].values()) == 3)
+    assert worker.status()["ended"] == {"succeeded": 2, "failed": 1, "cancelled": 0, "expired": 0}
+
+
 def test_a_job_past_its_deadline_expires_wherever_it_is(worker, redis_client) -> None:
     job = submit(redis_client, max_tokens=3500, ignore_eos=True, timeout_s=0.3)
     event = ending(redis_client, job)
@@ -93,6 +120,7 @@ def test_a_job_past_its_deadline_expires_wherever_it_is(worker, redis_client) ->
         ({"max_tokens": 100_000}, "max_tokens"),
         ({"prompt": [5, 100_000]}, "prompt"),
         ({"logit_bias": {"99999": 1.0}}, "logit_bias"),
+        ({"response_format": ENDLESS}, "response_format.json_schema.schema"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -121,6 +149,59 @@ def test_a_plain_redis_client_gets_its_answer(worker, redis_client) -> None:
     assert Producer(redis_client).record("from-elsewhere").status == "succeeded"
     stored = json.loads(redis_client.get("celery-task-meta-from-elsewhere"))
     assert stored["status"] == "SUCCESS"
+
+
+# --- structured output --------------------------------------------------------------------------
+
+
+POINT = {
+    "type": "object",
+    "properties": {"x": {"type": "integer", "minimum": 0, "maximum": 99}, "é": {"enum": ["ja", "nein"]}},
+    "required": ["x", "é"],
+    "additionalProperties": False,
+}
+
+
+def asking(schema: object) -> dict:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+
+
+def test_every_choice_of_a_job_is_held_to_its_schema_beside_jobs_that_have_none(worker, redis_client) -> None:
+    held = submit(redis_client, temperature=1.0, n=3, seed=4, max_tokens=200, response_format=asking(POINT))
+    free = submit(redis_client, max_tokens=30, ignore_eos=True)
+    assert ending(redis_client, held)["type"] == "done"
+    choices = Producer(redis_client).record(held).result["choices"]
+    for choice in choices:
+        assert choice["finish_reason"] == "stop"
+        answer = json.loads(choice["text"])
+        assert list(answer) == ["x", "é"]
+        assert answer["x"] in range(100)
+    assert len({choice["text"] for choice in choices}) > 1
+    assert ending(redis_client, free)["usage"]["completion_tokens"] == 30
+
+
+def test_an_output_cut_off_by_max_tokens_says_so(worker, redis_client) -> None:
+    job = submit(redis_client, max_tokens=3, response_format=asking(POINT))
+    assert ending(redis_client, job)["finish_reason"] == "length"
+    assert Producer(redis_client).record(job).result["choices"][0]["text"].startswith("{")
+
+
+def test_a_stop_string_ends_a_structured_output_too(worker, redis_client) -> None:
+    job = submit(redis_client, max_tokens=200, response_format=asking(POINT), stop=[","])
+    assert ending(redis_client, job)["finish_reason"] == "stop"
+    assert Producer(redis_client).record(job).result["choices"][0]["text"].startswith('{"x":')
+
+
+def test_a_job_whose_grammar_goes_astray_fails_and_others_go_on(worker, redis_client, monkeypatch) -> None:
+    def fail(constraint) -> None:
+        constraint.error = InvalidRequest("response_format: too complex", param="response_format")
+        constraint._mask[:] = constraint._ends
+
+    with monkeypatch.context() as patched:
+        patched.setattr(GrammarConstraint, "_find_mask", fail)
+        event = ending(redis_client, submit(redis_client, n=2, response_format={"type": "json_object"}))
+    assert (event["type"], event["error"]["param"]) == ("failed", "response_format")
+    assert ending(redis_client, submit(redis_client, max_tokens=2))["type"] == "done"
 
 
 # --- an engine that fails -----------------------------------------------------------------------

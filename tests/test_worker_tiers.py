@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from api.metrics import CacheCollector
+from api.metrics import Families, cache_families
 from tests.services import follow, running_worker, settings_for, worker_process
 from tests.waiting import until
 from wicore.queue.producer import Producer
@@ -96,7 +96,7 @@ def test_what_a_worker_tells_of_its_tiers_is_fit_for_prometheus(redis_client, va
             sample.name,
             *(sample.labels.get(name) for name in ("tier", "pool", "source", "target")),
         ): sample.value
-        for family in text_string_to_metric_families(generate_latest(CacheCollector(told)).decode())
+        for family in text_string_to_metric_families(generate_latest(Families(cache_families(told))).decode())
         for sample in family.samples
     }
     assert found["wicore_kv_hit_tokens_total", "device", None, None, None] > 100

@@ -29,6 +29,7 @@ COMMANDS = {
     "watch": _Lazy("wicore.commands.jobs:watch", "Stream a job's text, from its start or any point."),
     "cancel": _Lazy("wicore.commands.jobs:cancel", "Cancel a job."),
     "dead": _Lazy("wicore.commands.dead:dead", "Look at messages given up; try them again or drop them."),
+    "keys": _Lazy("wicore.commands.keys:keys", "Make, list and revoke API keys."),
     "doctor": _Lazy("wicore.commands.doctor:doctor", "Check everything the service needs, and say the fix."),
     "config": _Lazy("wicore.commands.config:config", "Show the settings and where each came from."),
     "model": _Lazy("wicore.commands.model:model", "Fetch and inspect checkpoints."),

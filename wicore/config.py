@@ -24,6 +24,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
 from pydantic_settings.sources.utils import parse_env_vars
 
+from wicore.access.keys import ConfiguredKey
 from wicore.errors import ConfigError
 
 REDIS_SCHEMES = ("redis://", "rediss://", "unix://", "sentinel://")
@@ -31,6 +32,9 @@ REDIS_SCHEMES = ("redis://", "rediss://", "unix://", "sentinel://")
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+_ORIGINS = r"^(\*|https?://[^/\s,*]+(,https?://[^/\s,*]+)*)$"
 
 
 class ApiSettings(_Section):
@@ -42,8 +46,20 @@ class ApiSettings(_Section):
     """Gunicorn processes."""
     max_body_bytes: int = Field(20 * 2**20, ge=1024)
     """Longest request body; a longer one is refused."""
+    max_file_bytes: int = Field(64 * 2**20, ge=1024)
+    """Largest file that is taken by /v1/files; files lie in Redis."""
+    max_files_bytes: int = Field(512 * 2**20, ge=1024)
+    """What the files of one client may take together."""
     max_sockets: int = Field(2000, ge=1)
-    """Open websockets and event streams a process."""
+    """Open websockets, event streams and calls that wait for their answer, a process."""
+    max_client_sockets: int = Field(1000, ge=1)
+    """How many of these one key may have."""
+    keys: tuple[ConfiguredKey, ...] | None = Field(None, repr=False)
+    """API keys: name, key or sha256, limits; besides those of `wicore keys`. See docs/operation.md."""
+    allow_anonymous: bool = False
+    """Serve everybody while there are no keys, even where other machines reach api.host."""
+    cors_origins: str | None = Field(None, pattern=_ORIGINS)
+    """Pages that may call, as https://a.example,https://b.example, or * for all; unset: those from here."""
     cancel_on_disconnect: bool = True
     """Cancel the job of a chat or completion call whose client closed the connection before the answer."""
     stream_buffer: int = Field(1024, ge=16)
@@ -187,8 +203,12 @@ class HmtSettings(_Section):
 class TelemetrySettings(_Section):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe message that is logged."""
+    access_log: bool = True
+    """Write a line of JSON to standard output for each request to the API."""
     log_prompts: bool = False
-    """Write prompts and answers to the log; they are private unless you say otherwise."""
+    """Put the bodies of requests, and so prompts, in the access log; they are private unless you say so."""
+    otlp_endpoint: str | None = Field(None, pattern=r"^https?://[^\s/]+(/\S*)?$")
+    """Send traces of jobs to this collector, by OTLP over HTTP (http://host:4318); unset: no traces."""
 
 
 class Settings(_Section):
@@ -206,8 +226,9 @@ class Settings(_Section):
 # --- loading ------------------------------------------------------------------------------------
 
 PREFIX = "WICORE_"
-NOT_SETTINGS = frozenset({"WICORE_CONFIG", "WICORE_CACHE"})
-"""Variables with the prefix that are no settings: the YAML files to read, and the folder for models."""
+NOT_SETTINGS = frozenset({"WICORE_CONFIG", "WICORE_CACHE", "WICORE_API_KEY"})
+"""Variables with the prefix that are no settings: the YAML files to read, the folder for models, and the key
+that commands send."""
 
 
 class _Readable(Settings, BaseSettings):
@@ -292,9 +313,9 @@ def shown(settings: Settings) -> dict[str, Any]:
 
 
 def _masked(field: FieldInfo, value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    return mask_passwords(value) if field.repr else "***"
+    if not field.repr:
+        return value if value is None else "***"
+    return mask_passwords(value) if isinstance(value, str) else value
 
 
 def allowed(field: FieldInfo) -> str:
@@ -310,6 +331,8 @@ def allowed(field: FieldInfo) -> str:
 
 
 def _words(kind: Any) -> str:
+    if get_origin(kind) is tuple:
+        return "a list"
     return "one of " + ", ".join(get_args(kind)) if get_origin(kind) is Literal else _KINDS[kind]
 
 
@@ -422,7 +445,9 @@ def _bad_value(err: ValidationError, origins: Mapping[str, _Layer]) -> ConfigErr
     written = origins[key].written[key]
     value = origins[key].values[key]
     told = _masked(FIELDS[key], value if isinstance(value, str) else scalar(value))
-    reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("tuple", "list")
+    if inner := first["loc"][2:]:  # of a list: which entry, and which field of it
+        reason = f"{'.'.join(map(str, inner))}: {reason}"
     return ConfigError(
         f"{written}: {told} is not allowed: {reason} (allowed: {allowed(FIELDS[key])})", param=written
     )

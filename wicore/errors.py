@@ -82,6 +82,38 @@ class UnknownDeadLetter(WicoreError):
     code = "unknown_dead_letter"
 
 
+class UnknownKey(WicoreError):
+    """No API key in force has this name or id."""
+
+    status = 404
+    kind = "invalid_request_error"
+    code = "unknown_key"
+
+
+class UnknownResponse(WicoreError):
+    """No response has this id: it never was, was not stored, was deleted, or has expired."""
+
+    status = 404
+    kind = "invalid_request_error"
+    code = "unknown_response"
+
+
+class UnknownFile(WicoreError):
+    """No file has this id: it never was, was deleted, or has expired."""
+
+    status = 404
+    kind = "invalid_request_error"
+    code = "unknown_file"
+
+
+class UnknownBatch(WicoreError):
+    """No batch has this id: it never was, or its record has expired."""
+
+    status = 404
+    kind = "invalid_request_error"
+    code = "unknown_batch"
+
+
 class UnknownModel(WicoreError):
     """The model named is not the one being served."""
 
@@ -107,12 +139,17 @@ class TooLarge(WicoreError):
 
 
 class RateLimited(WicoreError):
-    """The key's bucket is empty."""
+    """A limit of the key is reached.
+
+    Attributes:
+        rates: how full its buckets are, where that is known (wicore/access/rates.py).
+    """
 
     status = 429
     kind = "rate_limit_error"
     code = "rate_limited"
     retryable = True
+    rates: tuple[Any, ...] = ()
 
 
 class QueueFull(WicoreError):

@@ -7,10 +7,12 @@ and, as sampling is keyed by (seed, position), the tokens that would have come.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from statistics import fmean
+from typing import Any, NamedTuple
 
+from wicore.errors import WicoreError
 from wicore.openai import ChoiceResult, logprob_entry, result_object
 from wicore.request import (
     Event,
@@ -23,10 +25,11 @@ from wicore.request import (
     token_event,
     usage_of,
 )
-from wicore.sampling import SampledToken, SamplingState, choice_seed, seed_of_job
+from wicore.sampling import Constraint, SampledToken, SamplingState, choice_seed, seed_of_job
 from wicore.scheduler import SequenceRequest
+from wicore.text.calls import read_answer
 from wicore.text.detokenizer import Detokenizer
-from wicore.text.prompt import Prompt
+from wicore.text.prompt import Prompt, prompt_text
 from wicore.text.tokenizer import Tokenizer
 
 
@@ -35,8 +38,13 @@ class _Choice:
     detokenizer: Detokenizer
     ids: list[int] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
-    logprobs: list[dict[str, object]] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    constraint: Constraint | None = None
+
+    def likelihood(self) -> float:
+        """Mean log-probability of the tokens, whose log-probabilities must have been asked for."""
+        return fmean(entry["logprob"] for entry in self.logprobs)
 
 
 class _Taken(NamedTuple):
@@ -67,20 +75,28 @@ class Generation:
         priority: Priority,
         attempt: int = 1,
         log: Sequence[Event] = (),
+        constrain: Callable[[], Constraint] | None = None,
     ) -> None:
-        """`log` are the events that earlier attempts published, complete and in order."""
+        """`log` are the events that earlier attempts published, complete and in order; `constrain` makes what
+        a choice's output is held to, at its beginning."""
         self.job_id = job_id
         self.body = body
         self.prompt = prompt
         self._tokenizer = tokenizer
         self._priority = priority
         self._sampling = body.sampling()
+        self._use = body.tool_use()
         self._seed = seed_of_job(job_id) if body.seed is None else body.seed
-        self._choices = [_Choice(Detokenizer(tokenizer, body.stop)) for _ in range(body.n)]
+        self._constrain = constrain
+        self._choices = [_Choice(Detokenizer(tokenizer, body.stop)) for _ in range(body.sequences)]
+        self.error: WicoreError | None = None
+        """Why the job cannot go on, if it cannot; known when `take` has returned."""
         self.seq = 0
         """Sequence number of the last event."""
         for event in log:
             self._replay(event)
+        self._cached: int | None = None
+        """Tokens of the prompt that were cached; None: unknown."""
         self._untold: list[Event] = [started_event(job_id, self._next(), attempt)]
         self._taken: list[_Taken] = []
 
@@ -106,12 +122,15 @@ class Generation:
                 )
 
     def take(self, index: int, token: SampledToken) -> bool:
-        """Add a token to a choice; whether it was the choice's last.
+        """Add a token, which the choice's sampling state has observed; whether it was the choice's last.
 
         Engines wait for this, so it does no more than that takes: without stop strings the text is made
         only in `events`.
         """
         choice, text = self._choices[index], None
+        if choice.constraint is not None and choice.constraint.error is not None:
+            self.error = choice.constraint.error  # what was drawn is no part of an answer
+            return True
         choice.ids.append(token.id)
         if token.id in self.prompt.stop_ids:
             choice.finish_reason, text = "stop", ""
@@ -119,6 +138,8 @@ class Generation:
             text = choice.detokenizer.push(token.id)
             if choice.detokenizer.stopped:
                 choice.finish_reason = "stop"
+        if choice.constraint is not None and choice.constraint.complete:
+            choice.finish_reason = "stop"
         if choice.finish_reason is None and len(choice.ids) >= self.prompt.max_tokens:
             choice.finish_reason = "length"
         self._taken.append(_Taken(self._next(), index, token, text, choice.finish_reason))
@@ -138,17 +159,38 @@ class Generation:
             self.job_id, self._next(), kind, finish_reason=reason, usage=self.usage(), error=error
         )
 
-    def usage(self) -> dict[str, int]:
-        return usage_of(len(self.prompt.token_ids), sum(len(choice.ids) for choice in self._choices))
+    def found_cached(self, tokens: int | None) -> None:
+        """Note how many of a choice's tokens were cached when it started. Of several choices the one that
+        found least counts: the others find what it computed."""
+        if tokens is not None:
+            known = len(self.prompt.token_ids) if self._cached is None else self._cached
+            self._cached = min(known, tokens)
 
-    def result(self, model: str, created_s: int) -> dict[str, object]:
+    def usage(self) -> dict[str, Any]:
+        completion = sum(len(choice.ids) for choice in self._choices)
+        return usage_of(len(self.prompt.token_ids), completion, self._cached)
+
+    def generated(self, index: int) -> int:
+        """Tokens that a choice has, those of earlier attempts included."""
+        return len(self._choices[index].ids)
+
+    def result(self, model: str, created_s: int, fingerprint: str | None = None) -> dict[str, object]:
         """The job's result, in OpenAI's form. Call it after `events`, which makes the text."""
-        with_logprobs = self._sampling.logprobs is not None
+        with_logprobs = self.body.logprobs is not None
+        echoed = prompt_text(self.body, self._tokenizer) if self.body.echo else ""
         choices = [
-            ChoiceResult("".join(c.text), c.finish_reason, c.logprobs if with_logprobs else None)
-            for c in self._choices
+            ChoiceResult(echoed + "".join(c.text), c.finish_reason, c.logprobs if with_logprobs else None)
+            for c in self._best()
         ]
-        return result_object(self.job_id, self.body, model, created_s, choices, self.usage())
+        return result_object(
+            self.job_id, self.body, model, created_s, choices, self.usage(), fingerprint=fingerprint
+        )
+
+    def _best(self) -> list[_Choice]:
+        """The choices that the result has: with `best_of`, the likeliest, by the mean of their tokens."""
+        if self.body.sequences == self.body.n:
+            return self._choices
+        return sorted(self._choices, key=_Choice.likelihood, reverse=True)[: self.body.n]
 
     def _event(
         self, seq: int, index: int, token: SampledToken, text: str | None, reason: FinishReason | None
@@ -159,6 +201,8 @@ class Generation:
         if reason is not None:
             text += choice.detokenizer.flush()
         choice.text.append(text)
+        if reason is not None and self._use is not None and read_answer("".join(choice.text)).called:
+            choice.finish_reason = reason = "tool_calls"
         entries = None
         if self._sampling.logprobs is not None:
             entries = [self._logprob_entry(token)]
@@ -184,7 +228,8 @@ class Generation:
 
     def _sampling_state(self, index: int, generated: list[int]) -> SamplingState:
         seed = choice_seed(self._seed, index)
-        return SamplingState(self._sampling, seed, self.prompt.token_ids, generated)
+        constraint = self._choices[index].constraint = self._constrain() if self._constrain else None
+        return SamplingState(self._sampling, seed, self.prompt.token_ids, generated, constraint)
 
     def _logprob_entry(self, token: SampledToken) -> dict[str, object]:
         spell = self._tokenizer.piece_bytes

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from wicore import __version__
 from wicore.config import Settings
 from wicore.engine.sizing import longest
 from wicore.gemma3.checkpoint import Checkpoint, open_checkpoint, resolve_model
@@ -25,6 +27,12 @@ class Model:
     little for such a sequence does not start."""
     created_s: int
     """Unix time of the checkpoint."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what text depends on beside the request: while it stays, a seed gives the same text."""
+        described = f"{__version__} {self.checkpoint.fingerprint}"
+        return f"fp_{hashlib.sha256(described.encode()).hexdigest()[:12]}"
 
 
 def load_model(settings: Settings) -> Model:

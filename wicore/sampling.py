@@ -1,9 +1,9 @@
 """Drawing tokens from logits.
 
 A row goes through, in this order (Hugging Face's and vLLM's): logit bias, repetition penalty, frequency
-and presence penalties, temperature, top-k, top-p, min-p, draw. Top-p weighs the tokens that top-k left;
-min-p compares with the likeliest token. Log-probabilities are the log-softmax of the raw logits, before
-any of that, as OpenAI and vLLM report them.
+and presence penalties, the constraint's mask, temperature, top-k, top-p, min-p, draw. Top-p weighs the
+tokens that top-k left; min-p compares with the likeliest token. Log-probabilities are the log-softmax of
+the raw logits, before any of that, as OpenAI and vLLM report them.
 
 Every filter keeps a prefix of the tokens ordered by (logit descending, id ascending), so the draw is an
 inverse CDF over that prefix, and the vocabulary is never sorted: maxima over blocks of the row bound
@@ -23,11 +23,12 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wicore.errors import EngineError
+from wicore.errors import EngineError, WicoreError
 from wicore.request import SamplingParams
 
 GREEDY_BELOW = 1e-5
@@ -110,6 +111,30 @@ class SampledToken:
     top: tuple[tuple[int, float], ...]
 
 
+class Constraint(Protocol):
+    """Which tokens may come next in one sequence.
+
+    Attributes:
+        complete: nothing more may come: the text is whole without a token that says so.
+        error: why the sequence cannot go on, if it cannot; then only tokens that end it are allowed.
+    """
+
+    @property
+    def complete(self) -> bool: ...
+
+    error: WicoreError | None
+
+    def allowed(self) -> NDArray[np.uint32]:
+        """A bitmask of tokens, uint32 [ceil(vocab / 32)]: bit i % 32 of word i // 32 allows token i.
+
+        At least one is set. It stays as it is until `observe`, and is only read. The work is done in the
+        first call after `observe`, tens of microseconds as a rule, mostly without the interpreter's lock.
+        """
+
+    def observe(self, token: int) -> None:
+        """Take `token` as the next one."""
+
+
 class SamplingState:
     """What drawing the next token of one sequence depends on, besides its logits.
 
@@ -120,14 +145,21 @@ class SamplingState:
 
     __slots__ = (
         *("_bias_ids", "_bias_values", "_counts", "_ids", "_slots"),
-        *("params", "penalised", "position", "seed"),
+        *("constraint", "params", "penalised", "position", "seed"),
     )
 
     def __init__(
-        self, params: SamplingParams, seed: int, prompt: Iterable[int] = (), output: Sequence[int] = ()
+        self,
+        params: SamplingParams,
+        seed: int,
+        prompt: Iterable[int] = (),
+        output: Sequence[int] = (),
+        constraint: Constraint | None = None,
     ) -> None:
+        """`constraint` is at its beginning, and observes `output` here; None: any token is allowed."""
         self.params = params
         self.seed = seed
+        self.constraint = constraint
         self.position = 0
         self.penalised = (
             params.repetition_penalty != 1.0
@@ -150,6 +182,8 @@ class SamplingState:
     def observe(self, token: int) -> None:
         """Take `token` as the output at `position`, and move on to the next."""
         self.position += 1
+        if self.constraint is not None:
+            self.constraint.observe(token)
         if self.penalised:
             slot = self._slot(token)
             self._counts[slot] += 1
@@ -200,7 +234,8 @@ def sample(
 
     States are only read. Bias and penalties are written into `logits` during the call and undone before
     it returns. With an `executor` (threads) the rows are shared out between it and the caller; the
-    tokens are the same. -inf bans a token. Raises EngineError naming the row when a row has a NaN or
+    tokens are the same. -inf bans a token. A row whose state has a constraint takes one of the tokens that
+    it allows. Raises EngineError naming the row when a row has a NaN or
     +inf, or nothing but -inf, and ValueError when the shapes disagree.
     """
     if logits.ndim != 2 or len(logits) != len(states):
@@ -245,12 +280,54 @@ def _sample_row(index: int, logits: NDArray[np.float32], state: SamplingState, r
         top = tuple((int(i), float(logits[i]) - log_total) for i in raw.likeliest(wanted))
     saved = state.adjust(logits)
     try:
-        row = raw if wanted is not None and saved is None else _Row(index, logits)
-        token = row.choose(state.params, random)
+        if state.constraint is not None:
+            token = _choose_allowed(index, logits, state.constraint.allowed(), state.params, random)
+        else:
+            row = raw if wanted is not None and saved is None else _Row(index, logits)
+            token = row.choose(state.params, random)
     finally:
         if saved is not None:
             logits[saved[0]] = saved[1]
     return SampledToken(token, None if wanted is None else float(logits[token]) - log_total, top)
+
+
+_BANS = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, -np.inf
+).astype(np.float32)
+"""What eight bits of a mask add to the logits of their tokens."""
+
+
+def _choose_allowed(
+    index: int,
+    logits: NDArray[np.float32],
+    allowed: NDArray[np.uint32],
+    params: SamplingParams,
+    random: float,
+) -> int:
+    """The token that `random` selects among those allowed. Often they are few: then they are a row."""
+    words = np.flatnonzero(allowed)
+    if len(words) > _BLOCK // 32:
+        return _Row(index, _masked(logits, allowed)).choose(params, random)
+    bits = np.flatnonzero(np.unpackbits(allowed[words].view(np.uint8), bitorder="little"))
+    ids = words[bits // 32] * 32 + bits % 32
+    if not len(ids):
+        raise unusable_logits(index, -math.inf)
+    return int(ids[_Row(index, logits[ids]).choose(params, random)])
+
+
+def _masked(logits: NDArray[np.float32], allowed: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """The row with -inf where a token is not allowed, in memory that the thread's next call here reuses.
+
+    A table looked up by bytes: a third of the time that a mask of booleans takes.
+    """
+    octets = allowed.view(np.uint8)
+    buffer: NDArray[np.float32] | None = getattr(_thread, "masked", None)
+    if buffer is None or len(buffer) != len(octets):
+        buffer = _thread.masked = np.empty((len(octets), 8), np.float32)
+    np.take(_BANS, octets, axis=0, out=buffer, mode="clip")
+    row: NDArray[np.float32] = buffer.reshape(-1)[: len(logits)]
+    row += logits
+    return row
 
 
 def _inverse_cdf(cumulative: NDArray[np.float64], random: float) -> int:

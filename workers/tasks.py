@@ -1,9 +1,9 @@
-"""The Celery app for what is neither generating nor answering: webhooks, upkeep, long preparations.
+"""The Celery app for what is neither generating nor answering: webhooks, batches, upkeep, long preparations.
 
 `python -m workers.tasks`, or `celery -A workers.tasks worker`, takes the queue `wicore-tasks` and runs the
 schedule below in a thread of its own; any number of them may run. Stock Kombu can lose a message when its
 process is killed, so nothing here relies on one: webhooks are owed in Redis until they end, and the schedule
-finds what is overdue.
+finds what is overdue; batches need no messages (batches.py).
 
 SIGTERM: take no more tasks, finish those that run, exit 0.
 """
@@ -28,6 +28,7 @@ from celery.platforms import SecurityWarning
 from celery.worker.control import control_command
 
 from wicore.admission import admit
+from wicore.batches.runner import Runner
 from wicore.config import Settings, load_settings
 from wicore.errors import ConfigError, Unavailable, WicoreError
 from wicore.exit_codes import exit_code
@@ -40,6 +41,7 @@ from wicore.queue.schema import Keys
 from wicore.queue.scripts import WEBHOOK_TASK, Scripts
 from wicore.request import Priority, parse_job
 from wicore.webhooks.outbox import Outbox
+from workers.batches import BatchThread
 from workers.panel import revoke
 
 log = logging.getLogger("wicore.tasks")
@@ -93,6 +95,7 @@ def create_app(settings: Settings) -> Celery:
     app = Celery("wicore", broker=broker.url, backend=broker.url, set_as_current=False)
     app.conf.update(_configuration(context, broker.options))
     app.steps["worker"].add(Schedule)
+    app.steps["worker"].add(_batches_step(context))
     _add_upkeep(app, context)
     _add_prepare(app, context)
     _answer_revokes(context)
@@ -143,6 +146,18 @@ class Schedule(bootsteps.StartStopStep):
 
     def create(self, worker: Any) -> Any:
         return EmbeddedService(worker.app, thread=True, scheduler_cls=Scheduler)
+
+
+def _batches_step(context: Context) -> type[bootsteps.StartStopStep]:
+    """The batch runner as a part of the Celery worker: started and stopped with it."""
+
+    class BatchesStep(bootsteps.StartStopStep):
+        requires = ("celery.worker.components:Pool",)
+
+        def create(self, worker: Any) -> Any:
+            return BatchThread(Runner(context.redis, context.settings, lambda: context.model))
+
+    return BatchesStep
 
 
 def _add_upkeep(app: Celery, context: Context) -> None:

@@ -2,7 +2,8 @@
 
 Threads
     engine     (the caller of `run`) owns scheduler, engine and every `Generation`; never waits for Redis.
-    intake     pops jobs when there is room, tokenises them, hands them to the engine thread.
+    intake     pops jobs when there is room, tokenises them and compiles their grammars, hands them to the
+               engine thread.
     keeper     renews leases, reaps those of dead workers, hears of cancels (LeaseKeeper).
     publisher  writes events and results (Publisher).
     look-ahead has the cached prefixes of waiting jobs brought nearer (LookAhead).
@@ -24,49 +25,36 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from redis import Redis
 
+from wicore import __version__
 from wicore.admission import admit
 from wicore.config import Settings
 from wicore.engine.base import Engine, PendingStep, StepPlan
 from wicore.errors import Cancelled, EngineError, Expired, Unavailable, WicoreError
-from wicore.generation import Generation
 from wicore.model import Model
 from wicore.queue.consumer import Delivery, LeaseConsumer, LeaseKeeper
 from wicore.queue.producer import Producer
 from wicore.queue.registry import Heartbeat
-from wicore.request import Priority, TerminalType, terminal_event
-from wicore.scheduler import Limits, Scheduler, SequenceRequest, TokenOut
+from wicore.request import Priority, TerminalType, terminal_event, usage_of
+from wicore.scheduler import Limits, Scheduler, TokenOut
 from wicore.stream.publisher import Publisher
-from wicore.stream.relay import read_log
+from wicore.telemetry.tracing import tracer_of
 from wicore.tiers.cache import TieredCache
+from workers.account import Account
 from workers.control import CancelListener, CeleryNode
 from workers.intake import Intake
+from workers.job import Job
 from workers.lookahead import LookAhead
 from workers.panel import Panel
+from workers.preparation import Preparation
 
 log = logging.getLogger("wicore.worker")
 
 _FLUSH_S = 5.0
 """How long a stopping worker waits for Redis to take what is left to write."""
-
-
-@dataclass(eq=False, slots=True)
-class _Job:
-    """A job that the engine thread has."""
-
-    delivery: Delivery
-    generation: Generation
-    requests: list[tuple[int, SequenceRequest]]
-    """By choice index."""
-    deadline: float | None
-    """Monotonic time at which it expires."""
-    keys: dict[int, int] = field(default_factory=dict)
-    """Choice index by sequence key, of the choices still running."""
-    ending: tuple[TerminalType, WicoreError | None] | None = None
 
 
 class _Step(NamedTuple):
@@ -98,17 +86,16 @@ class Worker:
         self._owner = owner
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._cache = TieredCache(settings, engine, self._wake)
+        self._preparation = Preparation(settings, model, engine.info.vocab_size, self._cache.manager, redis)
         limits = Limits(settings.scheduler.max_batch, settings.scheduler.token_budget)
         self._scheduler = Scheduler(limits, self._cache.manager)
-        self._jobs: dict[str, _Job] = {}
+        self._jobs: dict[str, Job] = {}
         """By delivery tag."""
-        self._by_key: dict[int, _Job] = {}
+        self._by_key: dict[int, Job] = {}
         self._held: dict[str, Delivery] = {}
         """Leases that this worker has, by tag, from the pop until the end is stored."""
-        self._next_key = 0
-        """The intake thread's."""
         self._step: _Step | None = None
-        self._untold: dict[_Job, None] = {}
+        self._untold: dict[Job, None] = {}
         """Those with something to publish, in order."""
         self._freed: list[tuple[int, Priority]] = []
         """Slots to be released, with their level."""
@@ -117,9 +104,12 @@ class Worker:
         self._step_ended = 0.0
         self._awaits_blocks = False
         """Every sequence waits for blocks under way."""
-        self._steps = self._tokens = self._accepted = 0
+        self._steps = self._tokens = self._prompt_tokens = self._accepted = 0
+        self._sampled: list[int] = []
+        """Keys of the sequences to which the last step gave a token."""
         self._between = _Mean()
         """Seconds from a step's result to the start of one that follows at once."""
+        self._account = Account(model.context, owner, tracer_of(settings.telemetry, "wicore-worker"))
         prefix, leases = settings.redis.prefix, settings.queue
         self._consumer = LeaseConsumer(redis, owner, prefix, leases)
         self._intake = Intake(
@@ -213,11 +203,29 @@ class Worker:
             "device_memory": dict(info.memory),
             "steps": self._steps,
             "tokens": self._tokens,
+            "prompt_tokens": self._prompt_tokens,
+            "ended": dict(self._publisher.ended),
+            "sequences": self._sequences(),
             "between_ms": round(self._between.mean * 1e3, 3),
             "preemptions": self._scheduler.preemptions,
             "kv": self._cache.report(),
             "jobs": self._accepted,
+            "version": __version__,
+            **self._account.stats.report(
+                time.monotonic(),
+                running=len(self._held),
+                sequences=self._scheduler.running,
+                waiting=self._scheduler.waiting,
+                num_preemptions=self._scheduler.preemptions,
+            ),
         }
+
+    def _sequences(self) -> list[dict[str, object]]:
+        """What is told of each choice that the engine has, oldest first: of those that run, and of as many
+        that wait, as may when more urgent ones came."""
+        known = list(self._by_key.items())[: 2 * self._settings.scheduler.max_batch]
+        told = (job.told_of(key, self._scheduler.waits) for key, job in known)
+        return [sequence for sequence in told if sequence is not None]
 
     def step_lasts_s(self) -> float:
         """How long the engine has been in the step under way; 0 between steps. For any thread."""
@@ -259,7 +267,7 @@ class Worker:
         self._tell()
         self._scheduler.catch_up()
         if ended is not None:
-            self._cache.observe(*ended)
+            self._observe(*ended)
         if self._step is not None:
             self._empty_inbox(None, block=False)
             self._offer_room()
@@ -276,6 +284,10 @@ class Worker:
             if following:
                 self._between.add(started - self._step_ended)
             self._step = _Step(plan, self._engine.start(plan), started)
+            for sequence in plan.sequences:
+                job = self._by_key.get(sequence.key)
+                if job is not None and job.times.scheduled is None:
+                    job.times.scheduled = started
 
     def _end_step(self) -> tuple[StepPlan, float] | None:
         """Wait for the step under way, if any, and take its result over; the plan, and how long it took."""
@@ -287,18 +299,32 @@ class Worker:
         self._step = self._step_started = None
         self._step_ended = time.monotonic()
         self._steps += 1
-        for out in self._scheduler.apply(result):
+        tokens = self._scheduler.apply(result)
+        for out in tokens:
             self._take(out)
+        self._sampled = [out.key for out in tokens]
         return plan, self._step_ended - started
+
+    def _observe(self, plan: StepPlan, seconds: float) -> None:
+        """What a step tells of the cache and of how jobs are served."""
+        self._cache.observe(plan, seconds)
+        computed = sum(len(sequence.tokens) for sequence in plan.sequences)
+        self._account.stats.step(self._sampled, computed, self._step_ended)
 
     def _take(self, out: TokenOut) -> None:
         job = self._by_key.get(out.key)
         if job is None:
             return
         self._tokens += 1
+        if job.times.first_token is None:
+            job.times.first_token = self._step_ended
+            self._account.stats.started(job.times, len(job.generation.prompt.token_ids))
         self._trial.observe(job.delivery)
         self._untold[job] = None
-        if job.generation.take(job.keys[out.key], out.token):
+        ended = job.generation.take(job.keys[out.key], out.token)
+        if job.generation.error is not None:
+            self._end(job, "failed", job.generation.error)
+        elif ended:
             self._end_choice(job, out.key)
 
     def _tell(self) -> None:
@@ -314,14 +340,17 @@ class Worker:
         freed, self._freed = self._freed, []
         self._room.release(freed, ending=self._scheduler.ending_soon())
 
-    def _publish(self, job: _Job) -> None:
+    def _publish(self, job: Job) -> None:
         self._publisher.publish(job.delivery, job.generation.events())
         if job.ending is None:
             return
         kind, error = job.ending
         event = job.generation.end(kind, error.body() if error else None)
+        outcome = event.get("finish_reason") or kind
+        self._account.ended(job.delivery, job.times, outcome, job.generation.usage())
         created_s = job.delivery.created_ms // 1000
-        result = job.generation.result(self._model.name, created_s) if kind == "done" else None
+        model = self._model
+        result = job.generation.result(model.name, created_s, model.fingerprint) if kind == "done" else None
         self._publisher.finish(job.delivery, event, result)
 
     def _empty_inbox(self, until: float | None, *, block: bool) -> None:
@@ -335,7 +364,7 @@ class Worker:
         except queue.Empty:
             return
 
-    def _begin(self, job: _Job) -> None:
+    def _begin(self, job: Job) -> None:
         earlier = self._jobs.get(job.delivery.tag)
         if earlier is not None:
             # We lost the lease, nobody told us yet, and got the job anew.
@@ -343,46 +372,52 @@ class Worker:
             self._abandon(earlier)
         self._jobs[job.delivery.tag] = job
         self._untold[job] = None
+        self._prompt_tokens += len(job.generation.prompt.token_ids)
         try:
             for index, request in job.requests:
                 self._scheduler.add(request)
                 job.keys[request.key] = index
                 self._by_key[request.key] = job
         except WicoreError as err:
-            self._release(job, job.generation.body.n - len(job.keys))
+            self._release(job, job.generation.body.sequences - len(job.keys))
             self._end(job, "failed", err)
             return
         # Choices that an earlier attempt finished need no slot; all of them, if it died before the end.
-        self._release(job, job.generation.body.n - len(job.requests))
+        self._release(job, job.generation.body.sequences - len(job.requests))
         if job.generation.finished:
             self._end(job, "done")
 
-    def _end_choice(self, job: _Job, key: int) -> None:
+    def _end_choice(self, job: Job, key: int) -> None:
+        job.generation.found_cached(self._scheduler.cached(key))
         self._scheduler.remove(key)
+        self._account.stats.gone(key)
         del job.keys[key], self._by_key[key]
         self._release(job, 1)
         if job.generation.finished:
             self._end(job, "done")
 
-    def _end(self, job: _Job, kind: TerminalType, error: WicoreError | None = None) -> None:
+    def _end(self, job: Job, kind: TerminalType, error: WicoreError | None = None) -> None:
         job.ending = kind, error
+        job.times.last_token = self._step_ended
         self._untold[job] = None
         self._forget(job)
 
-    def _abandon(self, job: _Job) -> None:
+    def _abandon(self, job: Job) -> None:
         """Forget a job that is another worker's now, and what was to be said of it."""
         self._untold.pop(job, None)
+        self._account.left(job.delivery, job.times, "lost")
         self._forget(job)
 
-    def _forget(self, job: _Job) -> None:
+    def _forget(self, job: Job) -> None:
         self._jobs.pop(job.delivery.tag, None)
         for key in job.keys:
             self._scheduler.remove(key)
+            self._account.stats.gone(key)
             del self._by_key[key]
         self._release(job, len(job.keys))
         job.keys.clear()
 
-    def _release(self, job: _Job, slots: int) -> None:
+    def _release(self, job: Job, slots: int) -> None:
         """The room is told later: that wakes the intake, which would compete with the next plan."""
         self._freed.append((slots, job.delivery.level))
 
@@ -419,6 +454,8 @@ class Worker:
         self._tell()
         self._publisher.stop(_FLUSH_S)
         self._keeper.stop()
+        for job in self._jobs.values():
+            self._account.left(job.delivery, job.times, "handed_back" if healthy else "failed")
         # What never got to the engine is to be blamed for nothing.
         left = [delivery for tag, delivery in list(self._held.items()) if healthy or tag not in self._jobs]
         try:
@@ -430,6 +467,7 @@ class Worker:
             log.warning("stopped; the leases of %d jobs run out, for %s", len(self._held), err.message)
         self._heartbeat.stop()
         self._consumer.close()
+        self._account.close()
         if healthy:
             self._cache.flush(_FLUSH_S, self._wait)
             self._cache.close()
@@ -471,6 +509,7 @@ class Worker:
 
     def _let_go(self, delivery: Delivery) -> None:
         self._keeper.release(delivery)
+        self._account.let_go(delivery)
         if self._held.get(delivery.tag) is delivery:
             del self._held[delivery.tag]
         self._trial.end(delivery)
@@ -484,37 +523,14 @@ class Worker:
         self._held[delivery.tag] = delivery
         self._accepted += 1
         self._keeper.hold(delivery)
+        times = self._account.popped(delivery)
         try:
-            job = self._prepare(delivery)
+            job = self._preparation.job(delivery, times)
         except WicoreError as err:
+            self._account.ended(delivery, times, "failed", usage_of(0, 0))
             event = terminal_event(delivery.job_id, delivery.seq + 1, "failed", error=err.body())
             self._publisher.finish(delivery, event)
             return
-        self._room.claim(delivery.body.n, delivery.level)
+        self._room.claim(delivery.body.sequences, delivery.level)
         self._look_ahead.wake()
         self._inbox.put(lambda: self._begin(job))
-
-    def _prepare(self, delivery: Delivery) -> _Job:
-        body = delivery.body
-        prompt = admit(body, self._model, self._settings)
-        events = (
-            read_log(self._redis, delivery.job_id, prefix=self._settings.redis.prefix) if delivery.seq else []
-        )
-        generation = Generation(
-            delivery.job_id,
-            body,
-            prompt,
-            self._model.tokenizer,
-            priority=delivery.level,
-            attempt=delivery.attempt,
-            log=events,
-        )
-        deadline = None
-        if delivery.deadline_ms is not None:
-            deadline = time.monotonic() + (delivery.deadline_ms - delivery.popped_ms) / 1000
-        requests = [
-            (index, replace(request, chain=self._cache.manager.chain([*request.prompt, *request.generated])))
-            for index, request in generation.requests(self._next_key)
-        ]
-        self._next_key += body.n
-        return _Job(delivery, generation, requests, deadline)

@@ -2,23 +2,23 @@
 
     python benchmarks/gpu/attention.py                      # 27B: correctness, decode, prefill, append
     python benchmarks/gpu/attention.py --model 4b --kv int8
-    python benchmarks/gpu/attention.py --tune               # candidates of settings instead
+    python benchmarks/gpu/attention.py --only check,prefill # what a prompt needs, and nothing else
+    python benchmarks/gpu/attention.py --tune decode        # candidates of settings instead; or prefill
 
 Needs numpy, cuda-bindings and torch, which makes the pools and the reference. Times are of CUDA graph replays
 between events: a decode line is the attention of all layers of a step, one launch after the other; "+append"
 is the same with QK-norm, RoPE and the KV append of each layer. "mass" is what counting attention mass adds to
-the global layers. One JSON line a measurement goes to
-$OUT/attention.jsonl where OUT is set.
+the global layers. A prefill line is one layer of each kind, by each kernel that can do the shape, in turns;
+its TFLOP/s count the products of what each row sees, "all ms" is what all layers take. One JSON line a
+measurement goes to $OUT/attention.jsonl where OUT is set.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,245 +28,75 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from wicore.engine.base import KVLayout, Pool
-from wicore.engine.tensorrt.attention import (
-    Attention,
+from benchmarks.gpu.attention_step import SHAPES, Bench, Step
+from wicore.engine.base import Pool
+from wicore.engine.tensorrt.attention import StepTables
+from wicore.engine.tensorrt.attention_settings import (
     DecodeSetting,
-    PoolMemory,
-    PrefillSetting,
-    StepTables,
+    HopperSetting,
+    MmaSetting,
+    PromptSetting,
 )
-from wicore.engine.tensorrt.ceilings import ceilings
-from wicore.engine.tensorrt.cuda import CudaDevice
-from wicore.gemma3.config import Gemma3Config, alternating_layers
+from wicore.errors import EngineError
 
-SHAPES = {  # heads, kv_heads, head_dim, layers, window
-    "270m": (4, 1, 256, 18, 512),
-    "1b": (4, 1, 256, 26, 512),
-    "4b": (8, 4, 256, 34, 1024),
-    "12b": (16, 8, 256, 48, 1024),
-    "27b": (32, 16, 128, 62, 1024),
-}
+POOLS: tuple[Pool, Pool] = ("global", "window")
 DECODE = ((1, 640), (16, 640), (64, 640), (1, 8192), (1, 32768), (1, 131072), (8, 8192))
 """Rows, tokens of context each."""
-PREFILL = (1024, 8192)
-
-
-class Bench:
-    """A card, a model's shape, and what is written down."""
-
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        heads, kv_heads, width, layers, window = SHAPES[arguments.model]
-        self.config = Gemma3Config(
-            hidden_size=64,
-            layers=layers,
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=width,
-            intermediate_size=64,
-            vocab_size=64,
-            max_context=131072,
-            sliding_window=window,
-            layer_kinds=alternating_layers(layers),
-            query_pre_attn_scalar=width,
-        )
-        counts = self.config.global_layers, self.config.window_layers
-        self.layout = KVLayout(
-            arguments.block_tokens, *counts, kv_heads, width, window=window, dtype=arguments.kv
-        )
-        torch.cuda.init()
-        self.device = CudaDevice()
-        self.stream = self.device.stream()
-        self.record = Path(os.environ["OUT"]) / "attention.jsonl" if os.environ.get("OUT") else None
-        self.copy_rate = ceilings(self.device)["copy_bytes_s"] / 1e12
-        self.model, self.kv = arguments.model, arguments.kv
-        self.note(kind="card", name=self.device.name, sms=self.device.sms, copy_tb_s=self.copy_rate)
-
-    def note(self, **line: Any) -> None:
-        if self.record:
-            with self.record.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-
-    def time_ms(self, work: Callable[[], None], repeats: int = 7, replays: int = 3) -> float:
-        """Milliseconds of what `work` enqueues, as a graph: the median of some runs."""
-        work()
-        graph = self.device.capture(self.stream, work)
-        graph.launch(self.stream)
-        times = []
-        for _ in range(repeats):
-            start, end = self.device.event(timing=True), self.device.event(timing=True)
-            start.record(self.stream)
-            for _ in range(replays):
-                graph.launch(self.stream)
-            end.record(self.stream)
-            self.stream.synchronize()
-            times.append(end.elapsed_ms(start) / replays)
-        graph.close()
-        return statistics.median(times)
-
-
-class Step:
-    """Some sequences of `context` tokens with `rows` new ones each, over random pools."""
-
-    def __init__(self, bench: Bench, sequences: int, context: int, rows: int = 1, **settings: Any) -> None:
-        self.bench, self.rows, self.context = bench, sequences * rows, context
-        config, layout, size = bench.config, bench.layout, bench.layout.block_tokens
-        first = max(0, context - rows - layout.window + 1) // size
-        counts = {"global": -(-context // size), "window": -(-context // size) - first}
-        generator = np.random.default_rng(1)
-        ints = lambda x: self.keep(torch.from_numpy(np.ascontiguousarray(x, np.int32)).cuda())  # noqa: E731
-        self.kept: list[torch.Tensor] = []
-        self.positions = np.tile(np.arange(context - rows, context), sequences)
-        self.order = {
-            pool: generator.permutation(sequences * count).astype(np.int32) for pool, count in counts.items()
-        }
-        self.counts, self.first = counts, first
-        self.tables = StepTables(
-            ids=0,
-            positions=ints(self.positions),
-            row_seq=ints(np.repeat(np.arange(sequences), rows)),
-            global_offset=ints(np.arange(sequences) * counts["global"]),
-            window_offset=ints(np.arange(sequences) * counts["window"]),
-            window_first=ints(np.full(sequences, first)),
-            streamed=ints(np.zeros(sequences)),
-            global_tables=ints(self.order["global"]),
-            window_tables=ints(self.order["window"]),
-        )
-        self.attention = Attention(
-            bench.device, config, layout, self.rows, self.rows, sequences * counts["global"], **settings
-        )
-        self.pools: dict[str, torch.Tensor] = {}
-        for pool in ("global", "window"):
-            data = torch.empty(
-                sequences * counts[pool], layout.block_bytes(pool), dtype=torch.uint8, device="cuda"
-            )
-            if layout.dtype == "float16":
-                data.view(torch.float16).normal_()
-            else:
-                data.fill_(0x3C)
-                data[:, ::3].random_(0, 0x3D)
-                data.view(-1, 4)[:, 3] = 0x3C
-            self.pools[pool] = data
-            self.attention.bind(PoolMemory(pool, data.data_ptr(), 0, layout.block_bytes(pool)))
-        shape = (self.rows, config.heads, config.head_dim)
-        self.q = torch.randn(shape, dtype=torch.float16, device="cuda") * 2 * config.head_dim**-0.5
-        self.out = torch.full(shape, float("nan"), dtype=torch.float16, device="cuda")
-        wide = config.heads + 2 * config.kv_heads
-        self.qkv = torch.randn(self.rows, wide, config.head_dim, dtype=torch.float16, device="cuda")
-        self.norm = torch.ones(config.head_dim, device="cuda")
-        torch.cuda.synchronize()
-
-    def keep(self, tensor: torch.Tensor) -> int:
-        self.kept.append(tensor)
-        return tensor.data_ptr()
-
-    def close(self) -> None:
-        self.attention.close()
-        self.pools.clear()
-        del self.q, self.out, self.qkv
-        torch.cuda.empty_cache()
-
-    def layers(self, pools: Sequence[Pool]) -> list[tuple[Pool, int]]:
-        """In the order of the model's layers."""
-        found: list[tuple[Pool, int]] = []
-        for kind in self.bench.config.layer_kinds:
-            if kind in pools:
-                found.append((kind, sum(pool == kind for pool, _ in found)))
-        return found
-
-    def decode(self, pools: Sequence[Pool] = ("global", "window"), mass: bool = True) -> None:
-        a, stream, address = self.attention, self.bench.stream, (self.q.data_ptr(), self.out.data_ptr())
-        for pool, layer in self.layers(pools):
-            a.decode(stream, self.rows, pool, layer, *address, self.tables, mass=mass)
-
-    def append(self, pool: Pool, layer: int) -> None:
-        norm = self.norm.data_ptr()
-        addresses = self.qkv.data_ptr(), norm, norm, self.q.data_ptr()
-        self.attention.append(self.bench.stream, self.rows, pool, layer, *addresses, self.tables)
-
-    def append_and_decode(self) -> None:
-        a, stream, address = self.attention, self.bench.stream, (self.q.data_ptr(), self.out.data_ptr())
-        for pool, layer in self.layers(("global", "window")):
-            self.append(pool, layer)
-            a.decode(stream, self.rows, pool, layer, *address, self.tables)
-
-    def schedule(self) -> None:
-        self.attention.schedule(self.bench.stream, self.rows, self.tables)
-
-    def bytes_read(self, pools: Sequence[Pool]) -> int:
-        layout = self.bench.layout
-        vector = 2 * layout.kv_heads * layout.vector_bytes
-        seen = {"global": self.positions + 1, "window": np.minimum(self.positions + 1, layout.window)}
-        return sum(vector * int(seen[pool].sum()) for pool, _ in self.layers(pools))
-
-    def reference(self, pool: Pool, layer: int, row: int) -> torch.Tensor:
-        """Attention of one row of one of the sequences, float32 [heads][head_dim]."""
-        layout, config = self.bench.layout, self.bench.config
-        per_sequence = self.rows * self.counts[pool] // len(self.order[pool])
-        sequence, position = row // per_sequence, int(self.positions[row])
-        blocks = self.order[pool][sequence * self.counts[pool] :][: self.counts[pool]]
-        start = self.first * layout.block_tokens if pool == "window" else 0
-        size = layout.kv_heads * layout.block_tokens * layout.vector_bytes
-        found = []
-        for part in range(2):
-            at = (2 * layer + part) * size
-            data = self.pools[pool][torch.from_numpy(blocks).cuda().long()][:, at : at + size]
-            shape = (len(blocks), layout.kv_heads, layout.block_tokens)
-            codes = layout.kv_heads * layout.block_tokens * layout.head_dim
-            if layout.dtype == "int8":
-                x = data[:, :codes].contiguous().view(torch.int8).float().reshape(*shape, layout.head_dim)
-                x *= data[:, codes:].contiguous().view(torch.float32).reshape(*shape, 1)
-            else:
-                x = data.contiguous().view(torch.float16).float().reshape(*shape, layout.head_dim)
-            x = x.transpose(0, 1).reshape(layout.kv_heads, -1, layout.head_dim)
-            low = max(0, position - layout.window + 1) if pool == "window" else 0
-            x = x[:, low - start : position + 1 - start]
-            found.append(x.repeat_interleave(config.heads // config.kv_heads, 0))
-        scores = torch.einsum("hd,hkd->hk", self.q[row].float(), found[0])
-        return torch.einsum("hk,hkd->hd", scores.softmax(-1), found[1])
-
-    def error(self, pool: Pool, layer: int, rows: Sequence[int]) -> float:
-        """Largest error of `out`, in units of the reference's standard deviation."""
-        self.bench.stream.synchronize()
-        errors = []
-        for row in rows:
-            expected = self.reference(pool, layer, row)
-            errors.append(float((self.out[row].float() - expected).abs().max() / expected.std()))
-        return float(np.max(errors))
-
-    def prefill_work(self, chunk: int) -> tuple[int, int]:
-        tiles = Attention.tiles([(0, chunk, 0, self.context - chunk)])
-        return self.keep(torch.from_numpy(tiles).cuda()), len(tiles)
+PREFILL = ((1024, 1024), (8192, 8192), (2048, 32768))
+"""New tokens, tokens of context with them."""
+HOPPER_TFLOPS = 989
+"""Of the data sheet: dense half products of an H100 or H200 SXM."""
 
 
 def correctness(bench: Bench, settings: dict[str, Any]) -> None:
-    print(f"{'check':28} {'error':>9}   (largest, in standard deviations of the result)")
-    for name, sequences, context, rows in (
-        ("decode 3 x 700", 3, 700, 1),
-        ("decode 1 x 20000", 1, 20000, 1),
-        ("prefill 1500 after 500", 1, 2000, 1500),
-    ):
-        step = Step(bench, sequences, context, rows, **settings)
-        checked = [0, step.rows // 2, step.rows - 1]
-        for pool in ("global", "window"):
-            layer = bench.config.global_layers - 1
-            address = step.q.data_ptr(), step.out.data_ptr(), step.tables
-            if rows == 1:
-                step.schedule()
-                step.attention.decode(bench.stream, step.rows, pool, layer, *address)
-            else:
-                tiles, count = step.prefill_work(rows)
-                step.attention.prefill(bench.stream, tiles, count, pool, layer, *address)
-            error = step.error(pool, layer, checked)
-            mark = "" if error < 0.02 else "  WRONG"
-            print(f"{name + ' ' + pool:28} {error:9.1e}{mark}")
-            bench.note(kind="check", what=name, pool=pool, error=error)
-        if rows == 1:
-            total = mass_sum(step)
-            print(
-                f"{name + ' mass a row':28} {abs(total - 1):9.1e}{'' if abs(total - 1) < 1e-3 else '  WRONG'}"
-            )
+    print(f"{'check':34} {'error':>9}   (largest, in standard deviations of the result)")
+    for name, sequences, context in (("decode 3 x 700", 3, 700), ("decode 1 x 20000", 1, 20000)):
+        step = Step(bench, sequences, context, 1, **settings)
+        step.schedule()
+        for pool, layer, address in checked_layers(step):
+            step.attention.decode(bench.stream, step.rows, pool, layer, *address)
+            report(step, name, pool, layer)
+        total = mass_sum(step)
+        print(f"{name + ' mass a row':34} {abs(total - 1):9.1e}{'' if abs(total - 1) < 1e-3 else '  WRONG'}")
         step.close()
+    for kernel, setting in prompt_settings(bench).items():
+        for what, context, rows, streamed in (
+            ("1500 after 500", 2000, 1500, 0),
+            ("77 after 3", 80, 77, 0),
+            ("4000 after 4193", 8193, 4000, 0),
+            ("700 after 2300, streamed", 3000, 700, 90),
+        ):
+            step = Step(bench, 1, context, rows, streamed=streamed, prefill_setting=setting)
+            tiles, count = step.prefill_work(rows)
+            for pool, layer, address in checked_layers(step):
+                step.attention.prefill(bench.stream, tiles, count, pool, layer, *address)
+                report(step, f"{kernel} {what}", pool, layer)
+            step.close()
+
+
+def checked_layers(step: Step) -> Iterator[tuple[Pool, int, tuple[int, int, StepTables]]]:
+    """A layer of each kind, and what attention is given besides."""
+    for pool in POOLS:
+        step.out.fill_(float("nan"))
+        torch.cuda.synchronize()
+        yield pool, step.bench.config.global_layers - 1, (step.q.data_ptr(), step.out.data_ptr(), step.tables)
+
+
+def report(step: Step, name: str, pool: Pool, layer: int) -> None:
+    """Print how far some rows are off."""
+    rows = sorted({0, step.rows - 1, *np.random.default_rng(2).integers(0, step.rows, 30).tolist()})
+    error = step.error(pool, layer, rows)
+    print(f"{name + ' ' + pool:34} {error:9.1e}{'' if error < 0.02 else '  WRONG'}", flush=True)
+    step.bench.note(kind="check", what=name, pool=pool, error=error)
+
+
+def prompt_settings(bench: Bench) -> dict[str, PromptSetting]:
+    """By name, of the kernels that can do the shape."""
+    shape = bench.config, bench.layout, bench.device.capability
+    found: dict[str, PromptSetting] = {"mma": MmaSetting.of(*shape)}
+    if hopper := HopperSetting.of(*shape):
+        found["hopper"] = hopper
+    return found
 
 
 def mass_sum(step: Step) -> float:
@@ -315,30 +145,45 @@ def decode(bench: Bench, shapes: Sequence[tuple[int, int]], settings: dict[str, 
         step.close()
 
 
-def prefill(bench: Bench, lengths: Sequence[int], settings: dict[str, Any]) -> None:
-    print(f"{'prefill':>16} {'us/global':>9} {'TFLOP/s':>8} {'us/window':>9} {'TFLOP/s':>8}")
-    for length in lengths:
-        step = Step(bench, 1, length, length, **settings)
-        tiles, count = step.prefill_work(length)
-        address = step.q.data_ptr(), step.out.data_ptr(), step.tables
-        us, rate = {}, {}
-        for pool in ("global", "window"):
-            layers = min(4, bench.config.global_layers)
+def prefill(
+    bench: Bench, lengths: Sequence[tuple[int, int]], settings: dict[str, PromptSetting], rounds: int = 3
+) -> None:
+    """Medians of some rounds, in which the kernels take turns."""
+    print(
+        f"{'prefill':>16} {'kernel':>8} {'us/global':>9} {'TFLOP/s':>8} {'share':>6} "
+        f"{'us/window':>9} {'TFLOP/s':>8} {'share':>6} {'all ms':>7}"
+    )
+    of_pool = {"global": bench.config.global_layers, "window": bench.config.window_layers}
+    layers = min(4, bench.config.global_layers)
+    for length, context in lengths:
+        steps = {name: Step(bench, 1, context, length, prefill_setting=s) for name, s in settings.items()}
+        times: dict[tuple[str, Pool], list[float]] = {(name, pool): [] for name in steps for pool in POOLS}
+        for _ in range(rounds):
+            for name, pool in times:
+                step = steps[name]
+                tiles, count = step.prefill_work(length)
+                address = step.q.data_ptr(), step.out.data_ptr(), step.tables
 
-            def work() -> None:
-                for layer in range(layers):  # noqa: B023
-                    step.attention.prefill(bench.stream, tiles, count, pool, layer, *address)  # noqa: B023
+                def work() -> None:
+                    for layer in range(layers):
+                        step.attention.prefill(bench.stream, tiles, count, pool, layer, *address)  # noqa: B023
 
-            us[pool] = bench.time_ms(work) / layers * 1e3
-            seen = step.positions + 1
-            pairs = int((np.minimum(seen, bench.layout.window) if pool == "window" else seen).sum())
-            rate[pool] = 4 * bench.config.head_dim * bench.config.heads * pairs / us[pool] / 1e6
-        print(f"{length:>16}", *(f"{us[pool]:9.1f} {rate[pool]:8.0f}" for pool in us), flush=True)
-        bench.note(
-            kind="prefill", model=bench.model, kv=bench.kv, length=length, us=us, tflop_s=rate,
-            setting=asdict(settings["prefill_setting"]) if settings else None,
-        )  # fmt: skip
-        step.close()
+                times[name, pool].append(bench.time_ms(work) / layers * 1e3)
+        for name, step in steps.items():
+            us = {pool: statistics.median(times[name, pool]) for pool in POOLS}
+            rate = {pool: step.prefill_flops(pool) / us[pool] / 1e6 for pool in POOLS}
+            ms = sum(us[pool] * of_pool[pool] for pool in POOLS) / 1e3
+            print(
+                f"{f'{length} of {context}':>16} {name:>8}",
+                *(f"{us[pool]:9.1f} {rate[pool]:8.0f} {rate[pool] / HOPPER_TFLOPS:6.1%}" for pool in POOLS),
+                f"{ms:7.2f}",
+                flush=True,
+            )
+            bench.note(
+                kind="prefill", model=bench.model, kv=bench.kv, length=length, context=context, kernel=name,
+                us=us, tflop_s=rate, all_ms=ms, setting=asdict(settings[name]),
+            )  # fmt: skip
+            step.close()
 
 
 def append(bench: Bench) -> None:
@@ -363,10 +208,9 @@ def append(bench: Bench) -> None:
         step.close()
 
 
-def tune(bench: Bench) -> None:
+def tune_decode(bench: Bench) -> None:
     """Candidates; what does not fit or compile is skipped."""
     base = DecodeSetting.of(bench.config, bench.layout, bench.device.capability)
-    plain = PrefillSetting.of(bench.config, bench.layout, bench.device.capability)
     for warps, tiles, span, blocks in (
         (4, 2, 128, 3), (4, 2, 256, 3), (4, 2, 512, 3), (4, 2, 256, 2), (4, 1, 128, 3), (4, 1, 256, 3),
         (4, 4, 256, 1), (8, 1, 128, 2), (8, 1, 256, 2), (8, 2, 256, 1), (2, 4, 128, 3), (2, 4, 256, 3),
@@ -375,27 +219,40 @@ def tune(bench: Bench) -> None:
         if setting.shared_bytes(bench.config, bench.layout) > 227 << 10:
             continue
         print(setting)
-        try:
-            shapes = ((1, 640), (16, 640), (64, 640), (1, 32768))
-            decode(bench, shapes, {"decode_setting": setting, "prefill_setting": plain})
-        except Exception as err:
-            print(f"  failed: {err}")
-            if "context is lost" in str(err):
-                raise
+        shapes = ((1, 640), (16, 640), (64, 640), (1, 32768))
+        attempt(lambda: decode(bench, shapes, {"decode_setting": setting}))  # noqa: B023
+
+
+def tune_prefill(bench: Bench) -> None:
+    """The same of the prompt kernels."""
+    candidates: list[PromptSetting] = []
     for pack, m_tiles, keys, blocks in (
         (2, 2, 64, 2), (2, 2, 32, 2), (2, 1, 64, 1), (2, 1, 32, 1), (2, 1, 32, 2), (1, 1, 64, 2),
         (1, 1, 64, 3), (1, 2, 64, 3), (1, 2, 64, 4), (2, 2, 128, 1),
     ):  # fmt: skip
-        prefill_setting = PrefillSetting(pack, m_tiles, keys, blocks)
-        if prefill_setting.shared_bytes(bench.config, bench.layout) > 227 << 10:
-            continue
-        print(prefill_setting)
-        try:
-            prefill(bench, (8192,), {"decode_setting": base, "prefill_setting": prefill_setting})
-        except Exception as err:
-            print(f"  failed: {err}")
-            if "context is lost" in str(err):
-                raise
+        mma = MmaSetting(pack, m_tiles, keys, blocks)
+        if mma.shared_bytes(bench.config, bench.layout) <= 227 << 10:
+            candidates.append(mma)
+    if HopperSetting.of(bench.config, bench.layout, bench.device.capability):
+        for keys in (48, 64, 80, 96, 112, 128, 144):
+            for k_stages, v_stages in ((2, 2), (3, 2), (3, 3)):
+                for turns in (True, False):
+                    hopper = HopperSetting(keys, k_stages, v_stages, turns)
+                    if hopper.shared_bytes(bench.config) <= 227 << 10:
+                        candidates.append(hopper)
+    for setting in candidates:
+        print(setting)
+        attempt(lambda: prefill(bench, ((8192, 8192),), {"": setting}, rounds=1))  # noqa: B023
+
+
+def attempt(work: Callable[[], None]) -> None:
+    """Go on after what does not compile."""
+    try:
+        work()
+    except EngineError as err:
+        print(f"  failed: {str(err)[:300]}")
+        if "context is lost" in str(err):
+            raise
 
 
 def main() -> None:
@@ -405,19 +262,24 @@ def main() -> None:
     parser.add_argument("--model", choices=SHAPES, default="27b")
     parser.add_argument("--kv", choices=("float16", "int8"), default="float16")
     parser.add_argument("--block-tokens", type=int, default=16)
-    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--only", default="check,decode,prefill,append", help="parts, by commas")
+    parser.add_argument("--tune", choices=("decode", "prefill"))
     arguments = parser.parse_args()
     bench = Bench(arguments)
     print(
         f"{bench.device.name}: copy {bench.copy_rate:.2f} TB/s; Gemma 3 {arguments.model}, KV {arguments.kv}"
     )
     if arguments.tune:
-        tune(bench)
+        (tune_decode if arguments.tune == "decode" else tune_prefill)(bench)
         return
-    correctness(bench, {})
-    decode(bench, DECODE, {})
-    prefill(bench, PREFILL, {})
-    append(bench)
+    parts: dict[str, Callable[[], None]] = {
+        "check": lambda: correctness(bench, {}),
+        "decode": lambda: decode(bench, DECODE, {}),
+        "prefill": lambda: prefill(bench, PREFILL, prompt_settings(bench)),
+        "append": lambda: append(bench),
+    }
+    for part in arguments.only.split(","):
+        parts[part]()
 
 
 if __name__ == "__main__":

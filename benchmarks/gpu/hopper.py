@@ -33,9 +33,9 @@ from wicore.engine.tensorrt.hopper import HopperMatmul, Kind, Tiling
 LAYERS = 62
 MATRICES: dict[str, tuple[Kind, int, int]] = {
     "qkv": ("half", 8192, 5376),
-    "o": ("float", 5376, 4096),
+    "o": ("half", 5376, 4096),
     "gate_up": ("glu", 21504, 5376),
-    "down": ("float", 5376, 21504),
+    "down": ("half", 5376, 21504),
 }
 CACHE_BYTES = 400 << 20
 """Weights that pass between two uses of the same copy."""

@@ -5,6 +5,7 @@ Libraries are kept by a digest of all that they are made of.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import platform
@@ -55,9 +56,11 @@ def build(source: Path, defines: Mapping[str, int | str]) -> Path:
         digest.update(path.read_bytes() + b"\0")
     folder = _cache_folder()
     target = folder / f"{source.stem}-{digest.hexdigest()[:32]}.so"
-    if target.exists():
-        return target
-    with tempfile.TemporaryDirectory(dir=folder) as work:
+    # Test processes that run side by side want the same libraries at the same time: one compiles.
+    with open(folder / f"{target.name}.lock", "w") as lock, tempfile.TemporaryDirectory(dir=folder) as work:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            return target
         unit = Path(work) / "unit.cc"
         unit.write_text(_unit(source, _kernels(cxx, source, flags)))
         library = Path(work) / "library.so"

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wicore.engine.base import KVLayout, Pool
-from wicore.engine.tensorrt.attention import MASS_ONLY, Attention, PoolMemory, StepTables
+from wicore.engine.tensorrt.attention import MASS_ONLY, Attention, StepTables
 from wicore.engine.tensorrt.device import Buffer, Device
+from wicore.engine.tensorrt.prompt_attention import PoolMemory, prompt_tiles
 from wicore.gemma3.config import Gemma3Config, alternating_layers
 
 Float = NDArray[np.float64]
@@ -203,7 +204,17 @@ class Step:
         self.host.array[: self.host_blocks.data.nbytes] = self.host_blocks.data.reshape(-1)
         for pool in self.blocks:
             host = self.host.address if pool == "global" else 0
-            self.attention.bind(PoolMemory(pool, self.device_address[pool], host, layout.block_bytes(pool)))
+            host_blocks = len(self.host_blocks.data) if host else 0
+            self.attention.bind(
+                PoolMemory(
+                    pool,
+                    self.device_address[pool],
+                    host,
+                    layout.block_bytes(pool),
+                    device_blocks=len(self.blocks[pool].data),
+                    host_blocks=host_blocks,
+                )
+            )
 
     def close(self) -> None:
         self.attention.close()
@@ -295,7 +306,7 @@ class Step:
                 (int(row), len(s.positions), i, s.positions[0])
                 for i, (row, s) in enumerate(zip(firsts, self.sequences, strict=False))
             ]
-        tiles = Attention.tiles(chunks)
+        tiles = prompt_tiles(chunks)
         address, stream = self.memory.upload(tiles), self.memory.stream
         self.attention.prefill(
             stream, address, len(tiles), pool, layer, self.q_address, self.out, self.tables

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from tests.kernels.attention_steps import Blocks, Step, Text, half, layout_of, mass_only, model
 from wicore.engine.base import Pool
-from wicore.engine.tensorrt.attention import Attention, DecodeSetting, PrefillSetting
+from wicore.engine.tensorrt.attention import Attention
+from wicore.engine.tensorrt.attention_settings import DecodeSetting, MmaSetting
 from wicore.engine.tensorrt.device import Device
+from wicore.engine.tensorrt.prompt_attention import prompt_tiles
 from wicore.errors import EngineError
 from wicore.gemma3.config import Gemma3Config
 from wicore.gemma3.rope import rope_table
@@ -202,9 +204,9 @@ def test_tokens_of_an_image_see_all_of_it(device: Device) -> None:
 
 
 def test_tiles_end_at_fixed_positions_and_the_longest_come_first() -> None:
-    tiles = Attention.tiles([(0, 100, 0, 30), (100, 1, 2, 64)])
+    tiles = prompt_tiles([(0, 100, 0, 30), (100, 1, 2, 64)])
     assert tiles.tolist() == [[98, 2, 0, 128], [34, 64, 0, 64], [100, 1, 2, 64], [0, 34, 0, 30]]
-    assert Attention.tiles([]).shape == (0, 4)
+    assert prompt_tiles([]).shape == (0, 4)
 
 
 # --- mass ---
@@ -389,4 +391,4 @@ def test_every_gemma_fits_on_every_card(capability: tuple[int, int], dtype: str)
         if capability == (8, 0):
             most = 163 << 10
         assert DecodeSetting.of(config, layout, capability).shared_bytes(config, layout) <= most
-        assert PrefillSetting.of(config, layout, capability).shared_bytes(config, layout) <= most
+        assert MmaSetting.of(config, layout, capability).shared_bytes(config, layout) <= most

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.test_sampling import (
     PARAMS,
+    Allowing,
     filtered,
     margin_of_filters,
     reference_kept,
@@ -41,39 +42,23 @@ class Bench:
             self.samplers[vocab] = Sampler(self.device, vocab, 8)
         return self.samplers[vocab]
 
-    def draw(self, logits, states, masks=None) -> list[SampledToken | None]:
+    def draw(self, logits, states) -> list[SampledToken | None]:
         logits = np.ascontiguousarray(logits, np.float32)
         rows, vocab = logits.shape
         sampler = self.sampler(vocab)
         staging = self.device.allocate_host(logits.nbytes)
         staging.array[:] = logits.view(np.uint8).reshape(-1)
         on_device = self.device.allocate(logits.nbytes, "logits")
-        held = []
         try:
-            addresses = None
-            if masks is not None:
-                addresses = []
-                for mask in masks:
-                    if mask is None:
-                        addresses.append(0)
-                        continue
-                    bits = np.packbits(np.pad(mask, (0, -len(mask) % 32)), bitorder="little")
-                    host, words = (
-                        self.device.allocate_host(len(bits)),
-                        self.device.allocate(len(bits), "mask"),
-                    )
-                    host.array[:] = bits
-                    self.device.copy(words.address, host.address, len(bits), self.stream)
-                    held += [host, words]
-                    addresses.append(words.address)
             self.device.copy(on_device.address, staging.address, logits.nbytes, self.stream)
-            sampler.pack(states, addresses)
+            sampler.pack(states)
             sampler.upload(self.stream)
+            sampler.upload_masks(self.stream)
             sampler.launch(self.stream, rows, on_device.address)
             self.stream.synchronize()
             return sampler.read(rows)
         finally:
-            for buffer in (staging, on_device, *held):
+            for buffer in (staging, on_device):
                 buffer.free()
 
     def one(self, logits, params, seed=0, prompt=(), output=()) -> SampledToken:
@@ -237,25 +222,42 @@ def test_a_mask_is_as_good_as_banning_what_it_leaves_out(bench, params, vocab, s
     mask[rng.integers(vocab)] = True
     banned = np.where(mask, logits[0], -np.inf).astype(np.float32)
     state = SamplingState(params, seed, [1, 2], [3, 4, 4])
-    masked, plain = bench.draw(logits, [state, state], [mask, None])
+    constrained = SamplingState(params, seed, [1, 2], [3, 4, 4], Allowing(mask))
+    masked, plain = bench.draw(logits, [constrained, state])
     assert [masked] == bench.draw(banned[None], [state])
     assert [plain] == bench.draw(logits[:1], [state])
     assert mask[masked.id]
 
 
+def test_each_step_has_masks_of_its_own(bench):
+    logits = np.zeros((3, 512), np.float32)
+    constraints = [Allowing(np.arange(512) == 5), Allowing(np.arange(512) == 400)]
+    states = [
+        SamplingState(SamplingParams(), 0, constraint=c) for c in (constraints[0], None, constraints[1])
+    ]
+    first = bench.draw(logits, states)
+    assert (first[0].id, first[2].id) == (5, 400)
+    constraints[1].now(np.arange(512) == 77)
+    second = bench.draw(logits, states)
+    assert (second[0].id, second[2].id) == (5, 77)
+    assert second[1] == first[1] == bench.draw(logits[:1], [states[1]])[0]
+
+
 def test_a_mask_that_allows_nothing_is_an_error_naming_the_row(bench):
-    states = [SamplingState(SamplingParams(), 0)] * 2
+    states = [SamplingState(SamplingParams(), 0, constraint=c) for c in (None, Allowing(np.zeros(40, bool)))]
     with pytest.raises(EngineError, match="row 1"):
-        bench.draw(np.zeros((2, 40)), states, [None, np.zeros(40, bool)])
+        bench.draw(np.zeros((2, 40)), states)
 
 
 def test_logprobs_are_those_of_the_raw_logits_whatever_the_mask(bench):
     logits = np.arange(40, dtype=np.float32) / 10
-    state = SamplingState(SamplingParams(temperature=0, logprobs=2), 0)
-    [token] = bench.draw(logits[None], [state], [np.arange(40) < 20])
+    constraint = Allowing(np.arange(40) < 20)
+    state = SamplingState(SamplingParams(temperature=0, logprobs=2), 0, constraint=constraint)
+    [token] = bench.draw(logits[None], [state])
     assert token.id == 19
     assert [i for i, _ in token.top] == [39, 38]
     assert token.logprob == pytest.approx(1.9 - math.log(np.exp(logits.astype(np.float64)).sum()), abs=1e-5)
+    assert [token] == sample(logits[None], [state])
 
 
 # --- logprobs -----------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def test_a_gguf_file_is_decoded_on_the_way(device, tiny, tmp_path, kind):
 
 
 def test_a_tensor_of_many_pieces_arrives_whole_and_progress_reaches_the_total(device, tiny, monkeypatch):
-    monkeypatch.setattr(weights_module, "_PIECE_BYTES", 1000)
+    monkeypatch.setattr(weights_module, "PIECE_BYTES", 1000)
     reports: list[tuple[int, int]] = []
     threads = set()
 
@@ -162,6 +162,8 @@ def test_random_weights_have_the_deviation_that_keeps_activations_in_range(devic
         assert abs(values.mean()) < 5 * values.std() / values.size**0.5, names
         assert values.std() == pytest.approx(values.shape[1] ** -0.5, rel=0.05)
         assert np.abs(values).max() <= 1.74 * values.shape[1] ** -0.5
+        bits = found.astype(np.float32).view(np.uint32)
+        assert not (bits & 0xFFFF).any(), f"{names}: not numbers of bfloat16"
     for layer in weights.layers:
         for name, found in norms(device, tiny.config, layer):
             scale = tiny.config.query_pre_attn_scalar**-0.5 if name == "self_attn.q_norm" else 1

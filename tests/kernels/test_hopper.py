@@ -40,7 +40,11 @@ class Product:
         return np.full((rows, self.n), np.nan, np.float32 if self.kind == "float" else np.float16)
 
     def run(
-        self, matmul: HopperMatmul, tiling: Tiling | None = None, rows: int | None = None
+        self,
+        matmul: HopperMatmul,
+        tiling: Tiling | None = None,
+        rows: int | None = None,
+        exponent: int | None = None,
     ) -> NDArray[Any]:
         """y of the first `rows` rows, all of it written over NaN."""
         rows = rows or self.rows
@@ -48,7 +52,8 @@ class Product:
         if self.kind == "glu":
             matmul.glu(self.stream, rows, x, w, y, self.n, self.k, tiling)
         else:
-            matmul.plain(self.stream, rows, x, w, y, self.n, self.k, self.kind == "half", tiling)
+            half = self.kind == "half"
+            matmul.plain(self.stream, rows, x, w, y, self.n, self.k, half, tiling, exponent)
         return download(self.device, y, self.output(0).dtype, (rows, self.n))
 
     @property
@@ -137,6 +142,19 @@ def test_a_gated_value_too_large_for_half_is_saturated_and_nan_is_kept(device: D
     np.testing.assert_allclose(y[rest], product.expected[rest], rtol=1e-3, atol=1e-2)
 
 
+def test_a_scaled_sum_too_large_for_half_is_saturated_and_nan_is_kept(device: Device) -> None:
+    product = Product(device, "half", rows=64, n=16, k=64)
+    product.w = np.full_like(product.w, 30000)
+    product.x[5, 0] = np.nan
+    plain, scaled = (product.run(HopperMatmul(device), SMALL, exponent=exponent) for exponent in (None, -6))
+    rest = np.delete(np.arange(64), 5)
+    assert np.isinf(plain[rest]).any()
+    assert np.isnan(scaled[5]).all()
+    expected = np.clip(product.expected[rest] / 64, -65504, 65504)
+    assert (np.abs(expected) < 65504).any()
+    np.testing.assert_allclose(scaled[rest], expected, rtol=1e-3)
+
+
 @pytest.mark.parametrize(("n", "k"), [(12, 64), (64, 12), (0, 64), (64, 0)])
 def test_sizes_that_the_copy_engine_cannot_take_are_refused(emulated: EmulatedDevice, n: int, k: int) -> None:
     with pytest.raises(EngineError, match="multiples of 8"):
@@ -176,6 +194,20 @@ def test_candidates_fit_the_card_and_come_by_their_cost(rows: int, kind_n_k: tup
     assert matmul.choose(rows, n, k, kind) == matmul.choose(-(-rows // 64) * 64, n, k, kind)
 
 
+@pytest.mark.parametrize("kind_n_k", SHAPES, ids=str)
+def test_for_one_row_of_tiles_the_candidates_that_keep_most_of_the_card_busy_come_first(
+    kind_n_k: tuple[Kind, int, int],
+) -> None:
+    kind, n, k = kind_n_k
+    device = EmulatedDevice(sms=132)
+    device.name = "a card"
+    found = HopperMatmul(device).candidates(64, n, k, kind)
+    assert {tiling.rows for tiling in found} == {64}
+    idle = [tiling.idle(n, kind, 132) for tiling in found]
+    assert idle == sorted(idle)
+    assert idle[0] < 0.16
+
+
 def test_tuning_takes_the_fastest_tiling_it_measured(device: Device) -> None:
     matmul = HopperMatmul(device)
     product = Product(device, "float", rows=70, n=40, k=64)
@@ -191,7 +223,7 @@ def test_after_preparation_a_product_can_be_captured(device: Device) -> None:
     matmul = HopperMatmul(device)
     product = Product(device, "float", rows=70, n=40, k=64)
     x, w, y = (product.upload(array) for array in (product.x, product.w, product.output(70)))
-    matmul.prepare([64, 128], [(40, 64, "float")])
+    matmul.compile(matmul.choose(70, 40, 64, "float"), "float")
     graph = device.capture(
         product.stream, lambda: matmul.plain(product.stream, 70, x, w, y, 40, 64, half_out=False)
     )

@@ -8,11 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from tests.device_arrays import download, upload
+from tests.emulation import EmulatedDevice, EmulationError
 from wicore.engine.tensorrt.device import Device
 
 PROBES = Path(__file__).parent.parent / "emulation" / "sources" / "probes.cu"
+HOPPER_PROBES = PROBES.with_name("hopper_probes.cu")
+HOPPER_SHARED = 1024 + 1024 + 2 * 16 * 128
 RNG = np.random.default_rng(5)
 
 Run = Callable[..., None]
@@ -37,6 +41,34 @@ def test_mma_multiplies_as_numpy_does(device: Device, run: Run, kernel: str) -> 
     np.testing.assert_allclose(
         download(device, y.address, np.float32, (16, 8)), expected, rtol=1e-5, atol=1e-5
     )
+
+
+def multiply_registers(device: Device, *, hasty: bool) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """What comes out, and what must."""
+    a, b = (RNG.standard_normal(shape).astype(np.float16) for shape in ((64, 16), (16, 128)))
+    x, w, y = upload(device, a), upload(device, b), device.allocate(64 * 128 * 4, "y")
+    function = device.compile(str(HOPPER_PROBES), {}).function("multiply_registers")
+    w_map = device.tensor_map_2d(w.address, 16, 128, 256, 16, 64)
+    args = (x.address, w_map, y.address, np.int32(hasty))
+    function(device.stream(), 1, 128, args, dynamic_shared=HOPPER_SHARED, dependent=False)
+    return download(device, y.address, np.float32, (64, 128)), 1 + a.astype(np.float64) @ b.astype(np.float64)
+
+
+def test_a_warpgroup_multiplies_registers_as_numpy_does(device: Device) -> None:
+    found, expected = multiply_registers(device, hasty=False)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_registers_that_are_written_under_a_product_are_reported(emulated: EmulatedDevice) -> None:
+    with pytest.raises(EmulationError, match="registers of a product under way"):
+        multiply_registers(emulated, hasty=True)
+
+
+def test_a_warp_can_come_by_a_barrier_without_waiting(device: Device) -> None:
+    y = device.allocate(32 * 4, "y")
+    function = device.compile(str(HOPPER_PROBES), {}).function("swap_numbers")
+    function(device.stream(), 1, 128, (y.address,), dynamic_shared=HOPPER_SHARED, dependent=False)
+    np.testing.assert_array_equal(download(device, y.address, np.int32, 32), np.arange(32, 64))
 
 
 def test_shuffles_and_votes_follow_their_definition(device: Device, run: Run) -> None:

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from tests.emulation import EmulatedDevice
 from tests.kernels.memory import Memory
 from wicore.engine.tensorrt.device import Device
 from wicore.engine.tensorrt.norms import Norms
@@ -107,13 +108,22 @@ def test_a_delta_scaled_by_a_power_of_two_gives_the_same_bits(memory: Memory, sc
     assert [a.tobytes() for a in plain] == [a.tobytes() for a in scaled]
 
 
-def test_a_rows_bits_are_the_same_alone_and_among_others(memory: Memory) -> None:
-    delta, residual = random(5, 7, 640), random(6, 7, 640)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_rows_bits_are_the_same_alone_and_among_others(memory: Memory, dtype: type) -> None:
+    delta, residual = random(5, 7, 640).astype(dtype), random(6, 7, 640)
     new, normed = added(memory, delta, residual)
     for row in range(7):
         alone = added(memory, delta[row : row + 1], residual[row : row + 1])
         assert alone[0].tobytes() == new[row].tobytes()
         assert alone[1].tobytes() == normed[row].tobytes()
+
+
+@pytest.mark.parametrize("rows", [4, 5, 11])
+def test_blocks_that_go_through_several_rows_norm_each_once(rows: int) -> None:
+    memory = Memory(EmulatedDevice(sms=1))  # four blocks of this width
+    delta, residual = random(12, rows, 2560).astype(np.float16), random(13, rows, 2560)
+    check_added(added(memory, delta, residual), delta, residual)
+    memory.free()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -153,7 +163,7 @@ def test_rows_are_gathered_and_absent_ones_are_zero(memory: Memory, hidden: int)
     source, rows = random(11, 6, hidden).astype(np.float16), np.array([5, -1, 0, 5], np.int32)
     target = memory.room((4, hidden), np.float16)
     norms(memory.device, hidden).gather(
-        memory.stream, 4, memory.put(rows), memory.put(source), target.address
+        memory.stream, 4, memory.put(rows), memory.put(source), target.address, 2 * hidden
     )
     expected = source[rows]
     expected[1] = 0

@@ -17,7 +17,7 @@ KEYS = Keys()
 WORKERS = ("wA", "wB")
 PAST = b"1"
 """The time at which something ran out that the model let run out."""
-_ESTIMATES = {KEYS.capacity, KEYS.pace, KEYS.turns}
+_ESTIMATES = {KEYS.capacity, KEYS.pace, KEYS.turns, KEYS.counts}
 """Keys that hold measurements, or that only their differences matter of."""
 _TURNS = {KEYS.clients(str(int(level))) for level in Priority}
 _TIMES = re.compile(rb"\b1[5-9]\d{11}\b|\b\d{4}-\d\d-\d\dT[\d:.]+\+00:00")

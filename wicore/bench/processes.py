@@ -72,6 +72,7 @@ def service_process(
         "WICORE_ENGINE__NULL_STEP_MS": str(setting.step_ms),
         "WICORE_SCHEDULER__MAX_BATCH": str(setting.slots),
         "WICORE_TELEMETRY__LOG_LEVEL": "warning",
+        "WICORE_TELEMETRY__ACCESS_LOG": "false",  # standard output is for the measurements
         **{f"WICORE_{name}".upper(): str(value) for name, value in settings.items()},
     }
     command: Sequence[str] = (sys.executable, "-m", module, *arguments)

@@ -7,11 +7,10 @@ from typing import Any
 
 import click
 
-from wicore.commands.client import Client, failure_of
+from wicore.client import Client
 from wicore.commands.jobs import given, sampling_options
 from wicore.commands.options import service_url, url_option
 from wicore.errors import WicoreError
-from wicore.request import TERMINAL_TYPES
 
 HELP = "/reset forgets the conversation, /quit ends it, Ctrl-C stops an answer."
 
@@ -70,15 +69,12 @@ def _turn(client: Client, messages: list[dict[str, str]], line: str, fields: dic
             {"kind": "chat", "messages": [*messages, question], "priority": "interactive", **fields}
         )
         try:
-            for event in client.events(job):
-                if event["type"] == "token":
-                    answer += event["text"]
-                    click.echo(event["text"], nl=False)
-                    sys.stdout.flush()
-                elif event["type"] in TERMINAL_TYPES and (err := failure_of(event)) is not None:
-                    raise err
+            for text in job.stream():
+                answer += text
+                click.echo(text, nl=False)
+                sys.stdout.flush()
         except KeyboardInterrupt:
-            client.cancel(job)
+            job.cancel()
             click.echo(" [stopped]", nl=False)
         click.echo()
     except WicoreError as err:

@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 
 import click
 
-from wicore.commands.client import Client
+from wicore.client import Client
 from wicore.commands.options import Function, service_url, url_option
 from wicore.errors import InvalidRequest, UnknownDeadLetter
 from wicore.exit_codes import ExitCode
@@ -71,7 +71,7 @@ def retry(letter: str | None, every: bool, url: str | None) -> None:
     check_one_or_all(letter, every)
     with Client(service_url(url)) as client:
         if letter is not None:
-            click.echo(client.retry(letter))
+            click.echo(client.retry(letter).id)
         elif not _retry_all(client):
             raise click.exceptions.Exit(ExitCode.FAILED)
 
@@ -81,7 +81,7 @@ def _retry_all(client: Client) -> bool:
     # All ids first: what is retried leaves the list, and may come back to it under a new one.
     for letter in [letter["id"] for letter in client.dead_letters()]:
         try:
-            click.echo(client.retry(letter))
+            click.echo(client.retry(letter).id)
         except (InvalidRequest, UnknownDeadLetter) as err:
             click.echo(f"error: {err.message}", err=True)
             well = False

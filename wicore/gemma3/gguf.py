@@ -22,6 +22,7 @@ from gguf.quants import dequantize
 from wicore.errors import CheckpointError
 from wicore.gemma3.checkpoint import Bytes, Checkpoint, Float, StoredTensor
 from wicore.gemma3.config import Gemma3Config, config_from_hf
+from wicore.gemma3.files import OpenFile, Place
 
 _SCALARS = {
     0: "<u1",
@@ -79,8 +80,10 @@ def open_gguf(path: Path) -> Checkpoint:
             f"{path}: expected a whole model, found one of {fields['split.count']} parts; "
             "join them with llama.cpp's llama-gguf-split --merge"
         )
-    data = np.memmap(path, np.uint8, "r")
-    tensors = {_canonical_name(name): _stored_tensor(path, name, info, data) for name, info in infos.items()}
+    data, opened = np.memmap(path, np.uint8, "r"), OpenFile.of(path)
+    tensors = {
+        _canonical_name(name): _stored_tensor(path, name, info, data, opened) for name, info in infos.items()
+    }
     return Checkpoint(
         path, _config(path, fields, tensors), tensors, lambda: _sentencepiece_model(path, fields)
     )
@@ -97,7 +100,9 @@ def _canonical_name(name: str) -> str:
     return name
 
 
-def _stored_tensor(path: Path, name: str, info: _TensorInfo, data: Bytes) -> StoredTensor:
+def _stored_tensor(
+    path: Path, name: str, info: _TensorInfo, data: Bytes, opened: OpenFile | None
+) -> StoredTensor:
     block, block_bytes = GGML_QUANT_SIZES[info.kind]
     width, rows = math.prod(info.shape[-1:]), math.prod(info.shape[:-1])
     if width % block:
@@ -109,7 +114,9 @@ def _stored_tensor(path: Path, name: str, info: _TensorInfo, data: Bytes) -> Sto
             f"{path}: {name}: expected a file of at least {end} bytes, found {data.size}: it is truncated"
         )
     raw = data[info.offset : end].reshape(rows, row_bytes)
-    return StoredTensor(info.shape, info.kind.name, raw, _decoder(info.kind, name.endswith("norm.weight")))
+    decode = _decoder(info.kind, name.endswith("norm.weight"))
+    place = Place(opened, info.offset) if opened else None
+    return StoredTensor(info.shape, info.kind.name, raw, decode, place)
 
 
 def _decoder(kind: GGMLQuantizationType, norm: bool) -> Callable[[Bytes], Float]:

@@ -6,7 +6,9 @@ from wicore.openai.responses import (
     ChunkWriter,
     completion_id,
     logprob_entry,
+    merged,
     result_object,
+    summed_usage,
 )
 
 __all__ = [
@@ -17,5 +19,7 @@ __all__ = [
     "completion_id",
     "completion_request",
     "logprob_entry",
+    "merged",
     "result_object",
+    "summed_usage",
 ]

@@ -17,6 +17,7 @@ from typing import Any
 
 from wicore.errors import InvalidRequest
 from wicore.request import JOB_ID, JobBody, Priority, parse_job
+from wicore.telemetry.tracing import valid_traceparent
 
 TASK = "wicore.generate"
 
@@ -46,10 +47,19 @@ class Message:
     body: JobBody
     expires_ms: int | None
     """Celery's `expires`: ms since 1970 after which the job must not start any more."""
+    traceparent: str | None = None
+    """The span that the job belongs under, as the W3C writes it."""
 
 
 def encode(
-    body: JobBody, *, job_id: str, tag: str, priority: Priority, queue: str = "wicore", origin: str = "wicore"
+    body: JobBody,
+    *,
+    job_id: str,
+    tag: str,
+    priority: Priority,
+    queue: str = "wicore",
+    origin: str = "wicore",
+    traceparent: str | None = None,
 ) -> bytes:
     """The message to LPUSH; `body` as plain JSON text. `decode` gives an equal body back."""
     message = {
@@ -67,6 +77,7 @@ def encode(
             "eta": None,
             "expires": None,
             "origin": origin,
+            **({"traceparent": traceparent} if traceparent else {}),
         },
         "properties": {
             "correlation_id": job_id,
@@ -102,6 +113,7 @@ def decode(raw: bytes) -> Message:
         tag=tag,
         body=_body(message, properties, job_id),
         expires_ms=_expires_ms(headers.get("expires"), job_id),
+        traceparent=valid_traceparent(headers.get("traceparent")),
     )
 
 

@@ -56,6 +56,8 @@ class Delivery:
     deadline_ms: int | None
     seq: int
     """Last sequence number in the log; over 0 when an earlier attempt left events to go on from."""
+    traceparent: str | None = None
+    """The span of the submit, if it is traced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +164,7 @@ class LeaseConsumer:
                     popped_ms=row[9],
                     deadline_ms=deadline,
                     seq=row[8],
+                    traceparent=message.traceparent,
                 )
             )
         if not calls:

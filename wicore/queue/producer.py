@@ -13,10 +13,13 @@ from typing import Any, Literal, cast
 
 import redis
 
+from wicore.access.keys import NO_LIMITS, Limits
+from wicore.access.rates import Rates, limits_text, rate_limited, rates_of
 from wicore.config import QueueSettings
 from wicore.errors import Conflict, InvalidRequest, QueueFull, Unavailable, UnknownJob
 from wicore.queue.codec import encode
 from wicore.queue.connection import unavailable_on_failure
+from wicore.queue.index import page_from
 from wicore.queue.schema import BELL, Keys
 from wicore.queue.scripts import Arg, Scripts
 from wicore.request import JOB_ID, JobBody, JobStatus, Priority, new_job_id
@@ -35,6 +38,8 @@ class Submission:
     clients take."""
     estimated_wait_s: float | None
     """Seconds from then until it starts if nothing more urgent comes; None: nothing is known of the pace."""
+    rates: Rates = ()
+    """What is left of the client's rate limits, where it has any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +70,7 @@ class JobRecord:
     """Last sequence number in the log."""
     cancel_requested: bool
     finish_reason: str | None
-    usage: dict[str, int] | None
+    usage: dict[str, Any] | None
     result: dict[str, Any] | None
     error: dict[str, Any] | None
     metadata: dict[str, str]
@@ -76,11 +81,13 @@ class JobRecord:
     """None until the job has ended."""
     webhook_error: str | None
     """Why the last attempt failed, if it did."""
+    response: dict[str, Any] | None
+    """What a response keeps with its job (wicore/openai/responses_api). Not shown to clients."""
 
     def public(self) -> dict[str, Any]:
         """JSON form for clients; what is not known yet is null."""
         fields = asdict(self) | {"priority": self.priority.name.lower()}
-        del fields["client"]
+        del fields["client"], fields["response"]
         return fields
 
 
@@ -120,17 +127,23 @@ class Producer:
         client: str = "",
         prompt_tokens: int | None = None,
         max_tokens: int | None = None,
+        limits: Limits = NO_LIMITS,
+        reserve: int = 0,
         fields: Mapping[str, str] | None = None,
+        traceparent: str | None = None,
     ) -> Submission:
         """Write the record and put the job in its line in one atomic step; on return it is accepted.
 
         `client` takes turns with the others of its level, by tokens. `prompt_tokens` and `max_tokens` (output
         of one choice), where the caller knows them, say how much the job may take. `body.timeout_s` becomes
         the deadline; `body.queue_timeout_s` or `queue.max_wait_s` bounds the wait for the first start.
-        `fields` go into the record. Sending the same id twice adds nothing, so a caller may repeat a submit
-        whose answer was lost, giving the same `job_id`.
+        `limits` are the client's: one request and `reserve` tokens are taken of them; when the job ends, the
+        tokens that it took are counted instead. `fields` go into the record, `traceparent` with the message.
+        Sending the same id twice adds nothing, so a caller may repeat a submit whose answer was lost, giving
+        the same `job_id`.
 
-        Raises QueueFull when `max_jobs` or `max_tokens` wait on the level, Conflict when the client used the
+        Raises QueueFull when `max_jobs` or `max_tokens` wait on the level, RateLimited when the client is at
+        one of its limits, Conflict when the client used the
         idempotency key with another body in the last 24 h, InvalidRequest for a bad job id, Unavailable when
         fewer than `wait_replicas` confirm: the job is there, but a failover may lose it; repeat the submit.
         """
@@ -140,7 +153,14 @@ class Producer:
                 f'id: must be 1 to 128 letters, digits, "_", ".", ":" or "-" (got {job_id!r:.60})', param="id"
             )
         tag = str(uuid.uuid4())
-        raw = encode(body, job_id=job_id, tag=tag, priority=priority, queue=self._keys.prefix)
+        raw = encode(
+            body,
+            job_id=job_id,
+            tag=tag,
+            priority=priority,
+            queue=self._keys.prefix,
+            traceparent=traceparent,
+        )
         record = {**record_fields(body), **(fields or {})}
         if prompt_tokens is not None:
             record["prompt_tokens"] = str(prompt_tokens)
@@ -148,9 +168,10 @@ class Producer:
         with unavailable_on_failure(self._client):
             args: list[Arg] = [
                 *(job_id, tag, raw, int(priority), client),
-                *(len(raw) // 4 if prompt_tokens is None else prompt_tokens, output * body.n),
+                *(len(raw) // 4 if prompt_tokens is None else prompt_tokens, output * body.sequences),
                 *(_ms(body.timeout_s), _ms(body.queue_timeout_s or self._settings.max_wait_s)),
                 *_idempotency(body, priority, client, idempotency_key),
+                *(limits_text(limits), reserve),
                 *(part for item in record.items() for part in item),
             ]
             return self._submission(self._submit(args))
@@ -178,6 +199,8 @@ class Producer:
                 "try again later",
                 retry_after=_RETRY_AFTER_S if wait_ms < 0 else max(1.0, wait_ms / 1000),
             )
+        if answer[0] == b"limited":
+            raise rate_limited(answer)
         known = answer[1].decode()
         if answer[0] == b"conflict":
             raise Conflict(
@@ -190,6 +213,7 @@ class Producer:
             status=cast(JobStatus, answer[3].decode()),
             position=answer[2],
             estimated_wait_s=None if answer[4] < 0 else answer[4] / 1000,
+            rates=rates_of(answer[5]),
         )
 
     def cancel(self, job_id: str) -> JobStatus:
@@ -209,6 +233,18 @@ class Producer:
             raise unknown_job(job_id)
         return cast(JobStatus, status)
 
+    def forget(self, job_id: str) -> bool:
+        """Delete a response and call its job off if that is open; whether there was one.
+
+        Of a job that has ended record, log and result go; of an open one, or one that owes a webhook, what
+        made it a response, and the rest at the end of its retention.
+        """
+        with unavailable_on_failure(self._client):
+            known = bool(self._scripts.call("forget", job_id))
+            if known and self._client.exists(self._keys.job(job_id)):
+                self._scripts.call("cancel", job_id)
+        return known
+
     def record(self, job_id: str) -> JobRecord:
         """Raises UnknownJob."""
         with unavailable_on_failure(self._client):
@@ -218,33 +254,23 @@ class Producer:
         return record_of(job_id, cast("dict[bytes, bytes]", fields))
 
     def list(
-        self, status: JobStatus | None = None, limit: int = 20, after: str | None = None
+        self,
+        status: JobStatus | None = None,
+        limit: int = 20,
+        after: str | None = None,
+        client: str | None = None,
     ) -> builtins.list[JobRecord]:
-        """Newest first; `after` is the id of the last job of the page before. Raises UnknownJob for it."""
-        index = self._keys.jobs if status is None else self._keys.jobs_by_status(status)
-        below = None if after is None else (self.record(after).created_ms, after)
-        page: list[JobRecord] = []
-        with unavailable_on_failure(self._client):
-            while len(page) < limit:
-                ids = self._ids(index, below, limit - len(page))
-                if not ids:
-                    break
-                below = ids[-1]
-                page += self._records([job_id for _, job_id in ids])
-        return page
+        """Newest first; `after` is the id of the last job of the page before. Raises UnknownJob for it.
 
-    def _ids(self, index: str, below: tuple[int, str] | None, count: int) -> builtins.list[tuple[int, str]]:
-        """Next (created_ms, id) pairs of an index, in falling order, under `below`."""
-        if below is None:
-            found = self._client.zrange(index, 0, count - 1, desc=True, withscores=True)
+        `client`: only the jobs of that one, which must have a name; None: of all.
+        """
+        if client is not None:
+            index = self._keys.jobs_of(client, status)
         else:
-            # Ties in the millisecond of `below` come along and are sorted out by id.
-            ties = self._client.zcount(index, below[0], below[0])
-            found = self._client.zrange(
-                index, below[0], "-inf", desc=True, byscore=True, offset=0, num=count + ties, withscores=True
-            )
-        pairs = [(int(score), member.decode()) for member, score in cast("list[tuple[bytes, float]]", found)]
-        return [pair for pair in pairs if below is None or pair < below][:count]
+            index = self._keys.jobs if status is None else self._keys.jobs_by_status(status)
+        below = None if after is None else (self.record(after).created_ms, after)
+        with unavailable_on_failure(self._client):
+            return page_from(self._client, index, below, limit, "desc", self._records)
 
     def _records(self, ids: Sequence[str]) -> builtins.list[JobRecord]:
         with self._client.pipeline(transaction=False) as pipe:
@@ -351,4 +377,5 @@ def record_of(job_id: str, fields: Mapping[bytes, bytes]) -> JobRecord:
         webhook_url=texts.get("webhook_url"),
         webhook_status=cast("Any", texts.get("webhook_status")),
         webhook_error=texts.get("webhook_error") or None,
+        response=data("response"),
     )

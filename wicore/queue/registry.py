@@ -1,6 +1,7 @@
 """Who works: each worker's heartbeat in one hash.
 
-A worker is alive while its last heartbeat, by Redis TIME, is less than three of its periods old. A
+A worker is alive while its last heartbeat, by Redis TIME, is less than three of its periods old; it writes
+one more often than that, so that who watches sees it move. A
 stopping worker takes its entry away; what a crash leaves is taken by who sees the worker's lifeline gone
 (lifeline.py), or swept after an hour by whoever reads.
 """
@@ -25,12 +26,15 @@ log = logging.getLogger(__name__)
 
 _FORGET_MS = 3_600_000
 _RETRY_S = 0.5
+_WRITE_S = 1.0
+"""Longest time between two heartbeats; a period is what a reader may rely on."""
 
 
 class Heartbeat:
     """Thread that holds this worker's lifeline and writes what `status()` says of it, through any outage.
 
-    It writes every `period_s`, and at once when the lifeline had to be made anew.
+    It writes every second, or every `period_s` if that is shorter, and at once when the lifeline had to be
+    made anew.
     """
 
     def __init__(
@@ -78,7 +82,7 @@ class Heartbeat:
                 if not failing:
                     log.warning("%s: no heartbeat: %s", self._worker, err)
                 failing = True
-            self._lifeline.wait(min(_RETRY_S, self._period_s) if failing else self._period_s)
+            self._lifeline.wait(min(_RETRY_S if failing else _WRITE_S, self._period_s))
 
     def _beat(self) -> None:
         now = _now_ms(self._client)

@@ -25,19 +25,40 @@ With prefix `wicore` ({q} is a level's list, {level} 0, 3, 6 or 9, {id} a job, {
     wicore:idem:{sha256}          string  an idempotency key: `body digest, id`                24 h
     wicore:jobs                   zset    all ids by `created_ms`: the listing                 retention
     wicore:jobs:{status}          zset    ids by `created_ms`: the listing by status           retention
-    wicore:finished               zset    ids by `finished_ms`: whom the sweep forgets         retention
+    wicore:jobs:all:{client},     zset    the same of one client that has a name; what is      retention
+      wicore:jobs:{status}:{client}         queued or running counts against its limit
+    wicore:finished               zset    `id` or `id client` by `finished_ms`: for the sweep  retention
     wicore:deadlines              zset    waiting ids by when they expire                      while waiting
     wicore:pace                   hash    decayed sums over ended jobs: jobs, ms, tokens,      for ever
                                           output (line.lua)
     wicore:workers                hash    worker -> heartbeat JSON (registry.py; abandon)      see there
     wicore:capacity               string  slots of all live workers                            1 s
+    wicore:counts                 hash    jobs so far: accepted, leased, handed_back,          for ever
+                                          redelivered, and {status} they ended with
     wicore:webhooks               zset    ids whose webhook is owed, by when it is due, ms     until it ends
     wicore:steady                 string  since when the tasks' sweep has run without a gap    15 s
     wicore-tasks and its levels   list    Celery messages for workers/tasks.py; LPUSH in       until done
                                           (terminate, any client); taken by stock Kombu,
                                           with its own wicore-tasks:unacked and the like
-    wicore:bucket:{key}           hash    token bucket (the API)                               see there
+    wicore:keys                   hash    digest -> API key as JSON (wicore/access/store.py)   for ever
+    wicore:bucket:{client}        hash    its rate limits: requests, tokens (limits.lua)       until full
     celery-task-meta-{id}         string  the result in Celery's JSON                          retention
+    wicore:file:{file}            hash    a file: client, filename, purpose, bytes, pieces,    its own expiry
+                                          created_ms, expires_ms (files.py)
+    wicore:file:{file}:{n}        string  its content, in pieces of about 1 MiB                as the file; an
+                                                                                               upload's, 1 h
+    wicore:files                  zset    files by `created_ms`: the listing                   30 days
+    wicore:files:{client}         zset    the same of one client                               30 days
+    wicore:batch:{batch}          hash    a batch: status, counts, files (batches/record.py)   30 days from
+                                                                                               its end
+    wicore:batch:{batch}:lines    list    lines that are no jobs yet, the next one first       until its end
+    wicore:batch:{batch}:draft:{} list    the same while its file is checked                   1 h
+    wicore:batch:{batch}:open     hash    lines that are jobs, unanswered: number, custom_id   until its end
+    wicore:batch:{batch}:ended    list    ids of those whose job has ended (terminate)         until its end
+    wicore:batch:{batch}:claim    string  a runner works on it                                 5 s
+    wicore:batches                zset    batches by `created_ms`: the listing                 as they
+    wicore:batches:of:{client}    zset    the same of one client                               as they
+    wicore:batches:open           set     batches that have not ended                          until then
 
 Written by the scripts in lua/, whose heads say which, unless said otherwise here. "Retention": until
 `retention_s` after the job's end.
@@ -50,9 +71,12 @@ Fields of a record: `status`; `level` (0, 3, 6, 9); `client` (who takes turns wi
 leased); `leases`; `worker`; `attempts`; `seq` (last in the log); `created_ms`, `deadline_ms`, `start_by_ms`,
 `leased_ms`, `started_ms`, `first_token_ms`, `finished_ms`; `unread` (nobody has read the body yet); `kind`,
 `model`, `metadata`, `prompt_tokens`, `tokens` (expected in all), `charged` (to its client's turn);
+`reserved`, `reserved_rate` (tokens taken from its client's bucket until the end, and the rate then);
 `position`, `wait_ms` (told at acceptance); `cancel` (wished); `finish_reason`, `usage`, `result`, `error`
 (JSON); `finished_by` (fence of who ended it); `retry_of` (id of the dead letter);
-`webhook_url`, `webhook_status` (pending, delivered, failed), `webhook_attempts`, `webhook_error`.
+`webhook_url`, `webhook_status` (pending, delivered, failed), `webhook_attempts`, `webhook_error`;
+`response` (JSON: what a response repeats and its conversation, which so live as long as the record);
+`custom_id` and `batch` (of a line of a batch; `batch` until its answer is put out, and the record with it).
 
 Invariants, between any two commands:
     open jobs (status queued or running) = jobs waiting (`at`) + jobs leased (`fence`);
@@ -69,6 +93,7 @@ the scripts touch keys of many slots.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from wicore.request import Priority
 
@@ -138,15 +163,26 @@ class Keys:
         return f"{self.prefix}:capacity"
 
     @property
+    def counts(self) -> str:
+        return f"{self.prefix}:counts"
+
+    @property
     def jobs(self) -> str:
         return f"{self.prefix}:jobs"
 
     def jobs_by_status(self, status: str) -> str:
         return f"{self.prefix}:jobs:{status}"
 
+    def jobs_of(self, client: str, status: str | None = None) -> str:
+        return f"{self.prefix}:jobs:{status or 'all'}:{client}"
+
     @property
     def finished(self) -> str:
         return f"{self.prefix}:finished"
+
+    @property
+    def keys(self) -> str:
+        return f"{self.prefix}:keys"
 
     @property
     def workers(self) -> str:
@@ -199,8 +235,41 @@ class Keys:
     def idempotency(self, digest: str) -> str:
         return f"{self.prefix}:idem:{digest}"
 
-    def bucket(self, key: str) -> str:
-        return f"{self.prefix}:bucket:{key}"
+    def file(self, file_id: str) -> str:
+        return f"{self.prefix}:file:{file_id}"
+
+    def file_piece(self, file_id: str, number: int) -> str:
+        return f"{self.prefix}:file:{file_id}:{number}"
+
+    @property
+    def files(self) -> str:
+        return f"{self.prefix}:files"
+
+    def files_of(self, client: str) -> str:
+        return f"{self.prefix}:files:{client}"
+
+    def batch(self, batch_id: str) -> str:
+        return f"{self.prefix}:batch:{batch_id}"
+
+    def batch_part(self, batch_id: str, part: Literal["lines", "open", "ended", "claim"]) -> str:
+        return f"{self.prefix}:batch:{batch_id}:{part}"
+
+    def batch_draft(self, batch_id: str, token: str) -> str:
+        return f"{self.prefix}:batch:{batch_id}:draft:{token}"
+
+    @property
+    def batches(self) -> str:
+        return f"{self.prefix}:batches"
+
+    def batches_of(self, client: str) -> str:
+        return f"{self.prefix}:batches:of:{client}"
+
+    @property
+    def batches_open(self) -> str:
+        return f"{self.prefix}:batches:open"
+
+    def bucket(self, client: str) -> str:
+        return f"{self.prefix}:bucket:{client}"
 
     @staticmethod
     def celery_result(job_id: str) -> str:

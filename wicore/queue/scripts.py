@@ -1,8 +1,8 @@
 """Loading and calling the Lua scripts.
 
 A script's text is its flags, a header with the key names and settings (so that both have one source),
-`base.lua`, `line.lua`, `common.lua`, then its own file. Keys are built in the scripts and not declared: see
-schema.py about Redis Cluster.
+`base.lua`, `line.lua`, `limits.lua`, `common.lua`, then its own file. Keys are built in the scripts and not
+declared: see schema.py about Redis Cluster.
 """
 
 from __future__ import annotations
@@ -34,13 +34,16 @@ Name = Literal[
     "reap",
     "cancel",
     "acquit",
+    "forget",
+    "batch_line",
     "dead_list",
     "dead_get",
     "dead_drop",
     "webhook",
     "webhook_end",
+    "spend",
 ]
-_NEED_MEMORY: frozenset[Name] = frozenset(("submit", "pop", "adopt", "append"))
+_NEED_MEMORY: frozenset[Name] = frozenset(("submit", "pop", "adopt", "append", "spend"))
 """What the server refuses when memory is full. The rest ends jobs or keeps leases: needs little, or frees."""
 _READ_ONLY: frozenset[Name] = frozenset(("peek", "dead_list", "dead_get"))
 """The server refuses their writes; there should be none."""
@@ -103,7 +106,7 @@ class Scripts:
 @cache
 def _text(header: str, name: Name) -> tuple[str, str]:
     lua = resources.files("wicore.queue") / "lua"
-    parts = [(lua / f"{part}.lua").read_text() for part in ("base", "line", "common", name)]
+    parts = [(lua / f"{part}.lua").read_text() for part in ("base", "line", "limits", "common", name)]
     text = "\n".join((_flags(name), header, *parts))
     return text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
@@ -129,12 +132,17 @@ def _header(keys: Keys, settings: QueueSettings) -> str:
                 "jobs",
                 "finished",
             ),
-            *("control", "workers", "turns", "waiting", "pace", "capacity", "webhooks", "tasks"),
+            *("control", "workers", "turns", "waiting", "pace", "capacity", "counts", "webhooks", "tasks"),
+            "batches_open",
         )
     }
     # Keys of one job, owner or level: the name up to that, which the scripts append.
-    families = ("job", "log", "events", "cancel", "message", "celery_result", "idempotency", "trial")
+    families = (
+        *("job", "log", "events", "cancel", "message", "celery_result", "idempotency", "trial"),
+        *("file", "batch"),
+    )
     names |= {name: getattr(keys, name)("") for name in families}
+    names |= {"jobs_of_all": keys.jobs_of(""), "bucket": keys.bucket("")}
     names |= {"queue": keys.line(""), "clients": keys.clients(""), "backlog": keys.backlog("")}
     names["jobs_by_status"] = {status: keys.jobs_by_status(status) for status in _RECORD_STATES}
     names["levels"] = [str(int(level)) for level in keys.queues()]

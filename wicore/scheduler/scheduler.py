@@ -88,6 +88,12 @@ class Scheduler:
         """How many more sequences could be taken without making any wait for a slot."""
         return max(0, self._limits.max_batch - len(self._present))
 
+    def waits(self, key: int) -> bool:
+        """Whether a sequence is not in the steps: it waits for a slot or blocks, or was preempted. For any
+        thread."""
+        sequence = self._present.get(key)
+        return sequence is not None and not sequence.running
+
     @property
     def idle(self) -> bool:
         return not self._present
@@ -125,6 +131,10 @@ class Scheduler:
             self.catch_up()
         (self._running if sequence.running else self._waiting).remove(sequence)
         self._cache.close(key)
+
+    def cached(self, key: int) -> int | None:
+        """Tokens that a sequence present did not have to compute when it started; None before that."""
+        return self._present[key].cached
 
     def plan(self) -> StepPlan | None:
         """The next step, with all its blocks reserved; None when there is nothing to compute, or (when the
@@ -264,7 +274,8 @@ class Scheduler:
                 self._running.remove(sequence)
                 self._wait_again(sequence)
             else:
-                sequence.computed, sequence.restoring = computed, False
+                sequence.restoring = False
+                self._begin_at(sequence, computed)
 
     # --- admission --------------------------------------------------------------------------------
 
@@ -294,9 +305,16 @@ class Scheduler:
         key = sequence.key
         self._cache.open(key, sequence.chain, match, len(sequence.chain), sequence.positions)
         sequence.restoring = self._cache.restoring(key)
-        sequence.computed = 0 if sequence.restoring else self._cache.computed(key) or 0
+        if not sequence.restoring:
+            self._begin_at(sequence, self._cache.computed(key) or 0)
         sequence.running = True
         insort(self._running, sequence, key=rank)
+
+    @staticmethod
+    def _begin_at(sequence: ScheduledSequence, computed: int) -> None:
+        sequence.computed = computed
+        if sequence.cached is None:
+            sequence.cached = computed
 
     def _held(self, sequence: ScheduledSequence, match: PrefixMatch) -> bool:
         """Whether a running prefill is about to make a longer match possible."""

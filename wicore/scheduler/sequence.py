@@ -64,6 +64,7 @@ class ScheduledSequence:
 
     __slots__ = (
         "arrival",
+        "cached",
         "chain",
         "chunk",
         "computed",
@@ -89,6 +90,8 @@ class ScheduledSequence:
         self.positions = len(request.prompt) + request.max_tokens - 1
         """Positions it will have computed at the end: all but the last token's."""
         self.computed = 0
+        self.cached: int | None = None
+        """Tokens whose KV was there when it first started; None: it has not started."""
         self.running = False
         """Admitted: it has a slot and blocks."""
         self.restoring = False

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from wicore.errors import InvalidRequest, TooLarge
 from wicore.gemma3.config import Gemma3Config
 from wicore.request import JobBody
-from wicore.text.template import render_chat
+from wicore.text.calls import preamble
+from wicore.text.template import chat_turns, render
 from wicore.text.tokenizer import Tokenizer
 
 COMPLETION_MAX_TOKENS = 16
@@ -63,34 +64,33 @@ def prompt_ids(body: JobBody, tokenizer: Tokenizer, limit: int) -> list[int]:
     A body may hold megabytes: what is sure to exceed `limit` raises TooLarge, without the seconds of
     tokenising it. Raises InvalidRequest as `prepare` does.
     """
-    at_least = _characters(body) // tokenizer.longest_piece
-    if at_least > limit:
-        field = _field(body)
-        raise TooLarge(f"{field}: at least {at_least} tokens, over the context of {limit}", param=field)
     if body.kind == "chat":
-        return render_chat(body.messages or [], tokenizer)
+        use = body.tool_use()
+        turns = chat_turns(body.messages or [], "" if use is None else preamble(use))
+        _check_length(body, sum(len(turn.text) for turn in turns), tokenizer, limit)
+        return render(turns, tokenizer)
     if isinstance(body.prompt, str):
+        _check_length(body, len(body.prompt), tokenizer, limit)
         return tokenizer.encode(body.prompt, bos=True)
     token_ids = list(body.prompt or [])
     _check_ids(token_ids, tokenizer.vocab_size, "prompt")
     return token_ids
 
 
+def prompt_text(body: JobBody, tokenizer: Tokenizer) -> str:
+    """The prompt of a completion, as `echo` gives it back."""
+    return body.prompt if isinstance(body.prompt, str) else tokenizer.decode(body.prompt or [])
+
+
+def _check_length(body: JobBody, characters: int, tokenizer: Tokenizer, limit: int) -> None:
+    at_least = characters // tokenizer.longest_piece
+    if at_least > limit:
+        field = _field(body)
+        raise TooLarge(f"{field}: at least {at_least} tokens, over the context of {limit}", param=field)
+
+
 def _field(body: JobBody) -> str:
     return "messages" if body.kind == "chat" else "prompt"
-
-
-def _characters(body: JobBody) -> int:
-    """At least how many characters of the body are tokenised; the chat template may strip the rest."""
-    if body.kind == "completion":
-        return len(body.prompt) if isinstance(body.prompt, str) else 0
-    contents = (message.content for message in body.messages or [])
-    texts = (
-        text
-        for content in contents
-        for text in ([content] if isinstance(content, str) else [part.text for part in content])
-    )
-    return sum(len(text.strip()) for text in texts)
 
 
 def _stop_ids(body: JobBody, tokenizer: Tokenizer, config: Gemma3Config) -> frozenset[int]:

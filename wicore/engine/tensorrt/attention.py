@@ -1,7 +1,8 @@
 """Attention over the paged KV pool: RoPE, KV append, single rows, prompt chunks and attention mass.
 
-The kernels are kernels/rope.cu, decode_attention.cu and prefill_attention.cu. Methods only enqueue work on
-the stream they are given; addresses are of device memory. Array shapes use the names of `Gemma3Config`.
+The kernels are kernels/rope.cu, decode_attention.cu and those of `prompt_attention`. Methods only enqueue
+work on the stream they are given; addresses are of device memory. Array shapes use the names of
+`Gemma3Config`.
 
 Invariance: what `decode` writes for a row depends on that row's q and the K and V that it sees, and on
 nothing else, to the bit. The same is true of `prefill`; the two differ from each other by rounding.
@@ -9,15 +10,20 @@ nothing else, to the bit. The same is true of `prefill`; the two differ from eac
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from wicore.engine.base import KVLayout, Pool
+from wicore.engine.tensorrt.attention_settings import (
+    MERGE_THREADS,
+    DecodeSetting,
+    PromptSetting,
+    prompt_setting,
+)
 from wicore.engine.tensorrt.device import Buffer, Device
+from wicore.engine.tensorrt.prompt_attention import PagedLayer, PoolMemory, prompt_attention
 from wicore.errors import EngineError
 from wicore.gemma3.config import Gemma3Config
 from wicore.gemma3.rope import inverse_frequencies
@@ -25,26 +31,13 @@ from wicore.gemma3.rope import inverse_frequencies
 MASS_ONLY = 1 << 30
 """Added to a row's index in `schedule`: its attention mass is wanted, not its output."""
 
-TILE_POSITIONS = 64
-"""Most positions of a prefill tile."""
-
 _LIST_ROWS = 64
 """Listed rows that share scratch; more are launched group by group."""
 
 _SCHEDULE_THREADS = 1024
-_MERGE_THREADS = 128
-_ITEM_BYTES, _ENTRY_BYTES, _WORK_BYTES = 48, 32, 128
+_ITEM_BYTES, _ENTRY_BYTES = 48, 32
 _EVERYTHING = 1 << 30
 """The window of layers that have none."""
-
-_SHARED_KIB = {
-    (8, 0): (164, 163),
-    (8, 7): (164, 163),
-    (9, 0): (228, 227),
-    (10, 0): (228, 227),
-    (10, 3): (228, 227),
-}
-"""Shared memory of a multiprocessor and of a block, by compute capability; 100 and 99 otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,103 +64,6 @@ class StepTables:
     text only."""
 
 
-@dataclass(frozen=True, slots=True)
-class PoolMemory:
-    """Where a pool's blocks are."""
-
-    pool: Pool
-    device_address: int
-    host_address: int
-    """Of pinned host memory, as kernels see it; 0 where nothing is streamed."""
-    block_bytes: int
-    """From one block, or row of host memory, to the next."""
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeSetting:
-    """Macros of decode_attention.cu. `span` and `max_spans` are part of the arithmetic: results differ in
-    rounding from one setting to another."""
-
-    tiles: int
-    """16-key tiles of a warp in a step."""
-    span: int
-    """Positions that a block sums up; a multiple of 16 tiles * warps."""
-    max_spans: int
-    """Of a row: longer rows have longer spans, by doubling."""
-    merge_parts: int
-    blocks: int
-    """A multiprocessor."""
-    warps: int = 4
-    """Of a block."""
-
-    @classmethod
-    def of(cls, config: Gemma3Config, layout: KVLayout, capability: tuple[int, int]) -> DecodeSetting:
-        tiles = 1 if layout.vector_bytes >= 256 else 2
-        columns = config.heads // config.kv_heads * config.head_dim // 4
-        parts = 1
-        while parts * config.kv_heads < 8 and columns % (2 * parts) == 0 and columns // (2 * parts) >= 32:
-            parts *= 2
-        chosen = cls(
-            tiles=tiles,
-            span=256 if config.kv_heads > 8 else 128,
-            max_spans=min(256, max(64, 1024 // config.kv_heads)),
-            merge_parts=parts,
-            blocks=1,
-        )
-        total, _ = _SHARED_KIB.get(capability, (100, 99))
-        fits = (total << 10) // (chosen.shared_bytes(config, layout) + 1024)
-        # As many as there are registers for.
-        return replace(chosen, blocks=max(1, min(2 if config.head_dim > 128 else 3, fits)))
-
-    def shared_bytes(self, config: Gemma3Config, layout: KVLayout) -> int:
-        group, int8 = config.heads // config.kv_heads, layout.dtype == "int8"
-        keys = 16 * self.tiles
-        buffer = keys * _row_bytes(layout.head_dim * np.dtype(layout.dtype).itemsize) + 4 * keys * int8
-        return self.warps * (2 * buffer + 4 * group * config.head_dim + 2 * 4 * 8) + 16
-
-    def merge_shared_bytes(self, config: Gemma3Config) -> int:
-        return 4 * (config.heads // config.kv_heads * self.max_spans + 8) + 16 * _MERGE_THREADS
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillSetting:
-    """Macros of prefill_attention.cu. `tile_keys` is part of the arithmetic."""
-
-    pack: int
-    """Query heads of a tile."""
-    m_tiles: int
-    """16-row tiles of a warp."""
-    tile_keys: int
-    blocks: int
-    """A multiprocessor."""
-
-    @classmethod
-    def of(cls, config: Gemma3Config, layout: KVLayout, capability: tuple[int, int]) -> PrefillSetting:
-        even = config.heads // config.kv_heads % 2 == 0
-        wide = config.head_dim > 128
-        _, most = _SHARED_KIB.get(capability, (100, 99))
-        for pack, keys in ((2, 64), (1, 64), (2, 32), (1, 32), (1, 16)):
-            if layout.dtype == "int8" and not wide:
-                keys = min(keys, 32)  # for want of registers
-            setting = cls(pack, 2 if pack == 2 and not wide else 1, keys, 1 if wide and pack == 2 else 2)
-            if (even or pack == 1) and setting.shared_bytes(config, layout) <= most << 10:
-                return setting
-        raise EngineError(f"attention: heads of {config.head_dim} do not fit in shared memory")
-
-    @property
-    def threads(self) -> int:
-        return TILE_POSITIONS * self.pack // (16 * self.m_tiles) * 32
-
-    def shared_bytes(self, config: Gemma3Config, layout: KVLayout) -> int:
-        half_row = _row_bytes(2 * config.head_dim)
-        queries, decoded = TILE_POSITIONS * self.pack * half_row, 2 * self.tile_keys * half_row
-        stage = decoded
-        if layout.dtype == "int8":
-            stage = 2 * self.tile_keys * (_row_bytes(config.head_dim) + 4)
-        work = 4 * TILE_POSITIONS + _WORK_BYTES
-        return queries + 2 * stage + (decoded if layout.dtype == "int8" else 0) + work
-
-
 class Attention:
     """The attention of all layers of one model, for steps of at most `max_rows` rows, of which `schedule` is
     given at most `listed_rows`, and whose global tables have at most `max_table` entries together.
@@ -190,7 +86,7 @@ class Attention:
         *,
         mass_blocks: int | None = None,
         decode_setting: DecodeSetting | None = None,
-        prefill_setting: PrefillSetting | None = None,
+        prefill_setting: PromptSetting | None = None,
     ) -> None:
         """Compiles the kernels and takes the scratch. Raises EngineError for a shape they cannot do."""
         _check(config, layout)
@@ -199,7 +95,7 @@ class Attention:
         self._listed_rows = listed_rows
         self._mass_blocks = min(max_table, 1 << 17) if mass_blocks is None else mass_blocks
         self._decode_setting = decode_setting or DecodeSetting.of(config, layout, device.capability)
-        self._prefill_setting = prefill_setting or PrefillSetting.of(config, layout, device.capability)
+        self._prefill_setting = prefill_setting or prompt_setting(config, layout, device.capability)
         self._pools: dict[Pool, PoolMemory] = {}
         self._just_scheduled = False
         """Whether nothing of this was enqueued since `schedule`."""
@@ -208,7 +104,7 @@ class Attention:
         self._reserve()
 
     def _compile(self) -> None:
-        config, layout, d, p = self._config, self._layout, self._decode_setting, self._prefill_setting
+        config, layout, d = self._config, self._layout, self._decode_setting
         shape: dict[str, int | str] = {
             "HEADS": config.heads,
             "KV_HEADS": config.kv_heads,
@@ -236,11 +132,9 @@ class Attention:
         self._decode = decode.function("decode_attention", self._decode_shared)
         self._merge = decode.function("merge_spans", d.merge_shared_bytes(config))
         self._mass_of_sequences = decode.function("mass_of_sequences")
-        self._prefill_shared = p.shared_bytes(config, layout)
-        self._prefill = self._device.compile(
-            "prefill_attention.cu",
-            {**shape, "PACK": p.pack, "M_TILES": p.m_tiles, "TILE_KEYS": p.tile_keys, "MIN_BLOCKS": p.blocks},
-        ).function("prefill_attention", self._prefill_shared)
+        self._prompt = prompt_attention(
+            self._device, config, layout, shape, self._max_rows, self._prefill_setting
+        )
 
     def _reserve(self) -> None:
         config, setting = self._config, self._decode_setting
@@ -274,6 +168,7 @@ class Attention:
 
     def bind(self, memory: PoolMemory) -> None:
         """Use this memory for a pool from now on (graphs keep what they were captured with)."""
+        self._prompt.bind(memory)
         self._pools[memory.pool] = memory
 
     def close(self) -> None:
@@ -398,7 +293,7 @@ class Attention:
             self._merge(
                 stream,
                 listed * config.kv_heads * setting.merge_parts,
-                _MERGE_THREADS,
+                MERGE_THREADS,
                 merge_args,
                 dynamic_shared=setting.merge_shared_bytes(config),
             )
@@ -414,43 +309,24 @@ class Attention:
         out: int,
         tables: StepTables,
     ) -> None:
-        """Attention of prompt chunks, by tiles: int32 [tile_count][4] as `tiles` makes them.
+        """Attention of prompt chunks, by tiles: int32 [tile_count][4] as `prompt_tiles` makes them.
 
-        q, out: half [rows of the step][heads][head_dim]. Counts no mass: list a chunk's last row in
-        `schedule` with MASS_ONLY for a sample of it.
+        q, out: half [rows of the step][heads][head_dim]; q has room for `max_rows`. Counts no mass: list a
+        chunk's last row in `schedule` with MASS_ONLY for a sample of it.
         """
-        config, setting, memory = self._config, self._prefill_setting, self._pools[pool]
-        layer_offset = self._layer_offset(layer)
-        offset, first, entries = self._table_arguments(pool, tables)
         is_global = pool == "global"
-        args = (
-            *(tiles_address, q, out, memory.device_address + layer_offset),
-            *(memory.host_address + layer_offset, np.int64(memory.block_bytes), entries, offset, first),
-            *(
-                tables.streamed if is_global else 0,
-                np.int32(_EVERYTHING if is_global else self._layout.window),
-            ),
-            tables.image_end,
+        offset, first, entries = self._table_arguments(pool, tables)
+        view = PagedLayer(
+            memory=self._pools[pool],
+            layer_offset=self._layer_offset(layer),
+            tables=entries,
+            table_offset=offset,
+            table_first=first,
+            streamed=tables.streamed if is_global else 0,
+            window=_EVERYTHING if is_global else self._layout.window,
+            image_end=tables.image_end,
         )
-        grid = tile_count * (config.heads // setting.pack)
-        self._prefill(stream, grid, setting.threads, args, dynamic_shared=self._prefill_shared)
-
-    @staticmethod
-    def tiles(chunks: Iterable[tuple[int, int, int, int]]) -> NDArray[np.int32]:
-        """The work list of `prefill`, [tiles][4], longest first: (first row, rows, sequence, position).
-
-        chunks: (first row, rows, sequence, position of the first row). Tiles end where a multiple of
-        TILE_POSITIONS does, and so fewest keys are read in vain.
-        """
-        found = []
-        for row, count, sequence, position in chunks:
-            end = row + count
-            while row < end:
-                size = min(end - row, TILE_POSITIONS - position % TILE_POSITIONS)
-                found.append((row, size, sequence, position))
-                row, position = row + size, position + size
-        found.sort(key=lambda tile: -tile[3])
-        return np.array(found, np.int32).reshape(-1, 4)
+        self._prompt(stream, tiles_address, tile_count, view, q, out)
 
     # --- mass -----------------------------------------------------------------------------------------
 
@@ -490,12 +366,6 @@ class Attention:
 
 
 _KINDS: tuple[Pool, Pool] = ("global", "window")
-
-
-def _row_bytes(size: int) -> int:
-    """Of a vector of `size` bytes in shared memory; attention.cuh, Tile::STRIDE."""
-    pieces = size // 16
-    return 16 * (pieces if pieces % 8 == 0 else pieces | 1)
 
 
 def _check(config: Gemma3Config, layout: KVLayout) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from wicore.engine.tensorrt.bodies import Body, SegmentBody
 from wicore.engine.tensorrt.device import KERNELS, Device
 from wicore.engine.tensorrt.limits import Limits
-from wicore.engine.tensorrt.matmuls import Choice, Matmuls, Way, layer_products
+from wicore.engine.tensorrt.matmuls import Choice, Matmuls, Way
 from wicore.engine.tensorrt.skinny import MAX_ROWS, Product
 from wicore.engine.tensorrt.timing import median_ms
 from wicore.engine.tensorrt.weights import DeviceWeights
@@ -30,7 +30,7 @@ from wicore.gemma3.config import Gemma3Config
 
 log = logging.getLogger("wicore.engine")
 
-REVISION = 1
+REVISION = 3
 """To be raised when candidates change, or how they are measured."""
 _ROWS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _LAYERS = 4
@@ -113,19 +113,17 @@ class Autotuner:
         self._fill()
         found = Choices()
         sizes = rows_to_measure(self._rows)
-        products = [
-            (measured, rows_to_measure(self._samples) if measured.y == self._buffers.logits else sizes)
-            for measured in self._products()
-        ]
+        products = [(rows, measured) for rows in sizes for measured in self._layer(rows)]
+        products += [(rows, self._head()) for rows in rows_to_measure(self._samples)]
         self._matmuls.compile(
             (rows, measured.product, way)
-            for measured, each in products
-            for rows in each
+            for rows, measured in products
             for way in self._matmuls.candidates(rows, measured.product)
         )
-        for measured, each in products:
-            choices = (self._best(measured, rows) for rows in each)
-            found.products[measured.product] = [choice for choice in choices if choice is not None]
+        for rows, measured in products:
+            choice = self._best(measured, rows)
+            if choice is not None:
+                found.products.setdefault(measured.product, []).append(choice)
         found.use(self._matmuls)
         if segments is not None:
             for rows in sizes:
@@ -136,15 +134,17 @@ class Autotuner:
         log.info("measured what is fastest on this card in %.1f s", time.monotonic() - started)
         return found
 
-    def _products(self) -> Iterable[_Measured]:
+    def _layer(self, rows: int) -> Iterable[_Measured]:
         b, layers = self._buffers, self._weights.layers[:_LAYERS]
-        qkv, out, gated, down = layer_products(self._config)
+        qkv, out, gated, down = self._matmuls.layer_products(self._config, rows)
         yield _Measured(qkv, b.normed, [w.qkv for w in layers], b.qkv)
         yield _Measured(out, b.attended, [w.out for w in layers], b.delta)
         yield _Measured(gated, b.normed, [w.gate_up for w in layers], b.act)
         yield _Measured(down, b.act, [w.down for w in layers], b.delta)
-        head = Product(self._config.vocab_size, self._config.hidden_size)
-        yield _Measured(head, b.normed, [self._weights.embedding], b.logits)
+
+    def _head(self) -> _Measured:
+        product = Product(self._config.vocab_size, self._config.hidden_size)
+        return _Measured(product, self._buffers.normed, [self._weights.embedding], self._buffers.logits)
 
     def _best(self, measured: _Measured, rows: int) -> Choice | None:
         times: list[tuple[float, int, Way]] = []

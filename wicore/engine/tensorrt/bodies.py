@@ -19,6 +19,8 @@ from wicore.gemma3.config import Gemma3Config
 
 DOWN_EXPONENT = -6
 """The activation between gate and down is scaled by 2 to this power, lest it overflow 16 bits."""
+OUT_EXPONENT = -6
+"""So is what o_proj gives, where that is half."""
 
 
 class Matmul(Protocol):
@@ -28,6 +30,10 @@ class Matmul(Protocol):
         self, stream: Stream, rows: int, x: int, w: int, y: int, n: int, k: int, half_out: bool
     ) -> None:
         """y [rows, n] = x [rows, k] w', y half or float32."""
+
+    def delta(self, stream: Stream, rows: int, x: int, w: int, y: int, n: int, k: int, exponent: int) -> bool:
+        """y [rows, n] = x [rows, k] w', for a norm to read. True: half, times 2 ** exponent and saturated;
+        False: float32, as it is."""
 
     def glu(self, stream: Stream, rows: int, x: int, gate_up: int, y: int, inner: int, k: int) -> None:
         """y [rows, inner] = gelu(x gate') * (x up') * 2 ** DOWN_EXPONENT, half."""
@@ -63,16 +69,26 @@ class KernelBody:
     def after(self, stream: Stream, rows: int, layer: int) -> None:
         b, layers, hidden = self._buffers, self._weights.layers, self._hidden
         here, following = layers[layer], layers[layer + 1] if layer + 1 < len(layers) else None
-        self._matmul.plain(stream, rows, b.attended, here.out, b.delta, hidden, self._wide, False)
-        self._norms.add(
-            stream, rows, b.delta, here.post_attention_norm, b.residual, here.pre_mlp_norm, b.normed, 0
+        half = self._matmul.delta(
+            stream, rows, b.attended, here.out, b.delta, hidden, self._wide, OUT_EXPONENT
         )
+        exponent, norms = OUT_EXPONENT if half else 0, (here.post_attention_norm, here.pre_mlp_norm)
+        self._add(stream, rows, norms, exponent, half)
         self._matmul.glu(stream, rows, b.normed, here.gate_up, b.act, self._inner, hidden)
-        self._matmul.plain(stream, rows, b.act, here.down, b.delta, hidden, self._inner, False)
+        half = self._matmul.delta(stream, rows, b.act, here.down, b.delta, hidden, self._inner, 0)
         norm = self._weights.final_norm if following is None else following.input_norm
-        self._norms.add(stream, rows, b.delta, here.post_mlp_norm, b.residual, norm, b.normed, DOWN_EXPONENT)
+        self._add(stream, rows, (here.post_mlp_norm, norm), DOWN_EXPONENT, half)
         if following is not None:
             self._matmul.plain(stream, rows, b.normed, following.qkv, b.qkv, self._qkv, hidden, True)
+
+    def _add(
+        self, stream: Stream, rows: int, norms: tuple[int, int], exponent: int, half_delta: bool
+    ) -> None:
+        """The delta through the first norm to the residual stream, and that through the second."""
+        b, (post, following) = self._buffers, norms
+        self._norms.add(
+            stream, rows, b.delta, post, b.residual, following, b.normed, exponent, half_delta=half_delta
+        )
 
 
 class SegmentBody:

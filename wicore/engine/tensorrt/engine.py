@@ -16,16 +16,15 @@ from numpy.typing import NDArray
 from wicore.engine.base import EngineInfo, KVLayout, PendingStep, Pool, StepPlan, StepResult, Ticket
 from wicore.engine.plans import check_plan
 from wicore.engine.sizing import layout_of
-from wicore.engine.tensorrt.attention import PoolMemory
 from wicore.engine.tensorrt.autotune import Autotuner, Choices
 from wicore.engine.tensorrt.bodies import Body, KernelBody, SegmentBody
 from wicore.engine.tensorrt.ceilings import ceilings
 from wicore.engine.tensorrt.copies import Health, KVCopies, PoolBlocks
 from wicore.engine.tensorrt.device import Device
 from wicore.engine.tensorrt.limits import Limits
-from wicore.engine.tensorrt.matmuls import layer_products
 from wicore.engine.tensorrt.passes import SLICE
 from wicore.engine.tensorrt.profile import KernelTime, kv_bytes, summary
+from wicore.engine.tensorrt.prompt_attention import PoolMemory
 from wicore.engine.tensorrt.runner import Runner, Running
 from wicore.engine.tensorrt.segments import Segments
 from wicore.engine.tensorrt.weights import DeviceWeights
@@ -112,7 +111,8 @@ class TensorrtEngine:
             better = choices.segments_for(rows) if choices.segments else rows > SLICE and not matmuls.hopper
             return plans if plans is not None and fits and better else kernels
 
-        self._runner = Runner(device, config, layout, weights, workspace, body, graphs=graphs)
+        last = KernelBody(config, weights, workspace.buffers.of_last_rows(), workspace.norms, matmuls)
+        self._runner = Runner(device, config, layout, weights, workspace, body, last, graphs=graphs)
         blocks: Mapping[Pool, int] = {"global": global_blocks, "window": window_blocks}
         if fit_blocks is not None:
             blocks = fit_blocks()
@@ -214,7 +214,7 @@ class TensorrtEngine:
             self._device.close()
 
     def _prepare(self) -> None:
-        self._matmuls.prepare(self._most_rows, layer_products(self._config))
+        self._matmuls.prepare(self._most_rows, self._config)
         self._runner.prepare()
 
     def _allocate_pools(self, layout: KVLayout, blocks: Mapping[Pool, int]) -> dict[Pool, PoolBlocks]:
@@ -230,8 +230,16 @@ class TensorrtEngine:
 
     def _bind(self, pool: Pool, layout: KVLayout) -> None:
         """Tell the kernels where the pool's blocks are, and its host memory."""
-        addresses = self._pools[pool].address, self._copies.host_address(pool)
-        self._attention.bind(PoolMemory(pool, *addresses, layout.block_bytes(pool)))
+        blocks, copies = self._pools[pool], self._copies
+        memory = PoolMemory(
+            pool,
+            blocks.address,
+            copies.host_address(pool),
+            layout.block_bytes(pool),
+            device_blocks=blocks.count,
+            host_blocks=copies.slots(pool) or 0,
+        )
+        self._attention.bind(memory)
         self._runner.forget_graphs()
 
     def _guarded(self, work: Callable[[], T]) -> T:

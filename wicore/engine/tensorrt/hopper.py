@@ -7,9 +7,7 @@ the tile and the number of rows.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -35,6 +33,7 @@ _SHARED_RATE = 128.0
 _CACHE_RATE = 44.0
 _MEMORY_RATE = 16.0
 _MAPS = 4096
+_LARGEST_HALF = 65504.0
 
 
 @dataclass(frozen=True)
@@ -130,6 +129,11 @@ class Tiling:
         )
         return min(range(1, slots + 1), key=lambda g: g * rows + -(-slots // g) * columns)
 
+    def idle(self, n: int, kind: Kind, sms: int) -> float:
+        """Share of the multiprocessors' time in which they have no tile, of a product of one row of tiles."""
+        tiles = self.clusters(1, n, kind)[1] * self.cluster
+        return 1 - tiles / (-(-tiles // sms) * sms)
+
     def cost(self, rows: int, n: int, k: int, kind: Kind, sms: int) -> float:
         """Clocks that the product takes by the model: the slowest of tensor cores, shared memory, cache and
         device memory."""
@@ -180,9 +184,13 @@ class HopperMatmul:
         k: int,
         half_out: bool,
         tiling: Tiling | None = None,
+        exponent: int | None = None,
     ) -> None:
-        """y[rows][n] = x w^T, half or float32."""
-        self._run(stream, "half" if half_out else "float", rows, x, w, y, n, k, tiling)
+        """y[rows][n] = x w^T, half or float32.
+
+        exponent, of half: times 2 ** exponent, and saturated; None: infinite where half cannot hold it.
+        """
+        self._run(stream, "half" if half_out else "float", rows, x, w, y, n, k, tiling, exponent)
 
     def glu(
         self,
@@ -203,6 +211,9 @@ class HopperMatmul:
         """Tilings worth measuring for a product, the one with the lowest modelled cost first."""
         sms = self._device.sms
         largest = 1 if self._joined else sms  # one block has not the shared memory of several
+        if rows <= 64:
+            low = [tiling for tiling in _low_tilings(kind) if tiling.cluster <= largest]
+            return sorted(low, key=lambda t: (t.idle(n, kind, sms), t.cost(rows, n, k, kind, sms)))
         found = [tiling for tiling in _tilings(kind) if tiling.cluster <= largest]
         # Several blocks below each other are idle work where there is one row of tiles.
         useful = [t for t in found if t.cluster_rows == 1 or rows > t.rows * (t.cluster_rows - 1)]
@@ -220,19 +231,9 @@ class HopperMatmul:
         """Take this tiling for such products from now on."""
         self._chosen[kind, n, k, -(-rows // 64)] = tiling
 
-    def prepare(self, rows: Iterable[int], products: Iterable[tuple[int, int, Kind]]) -> None:
-        """Compile, on all cores, what products (n, k, kind) of these numbers of rows need.
-
-        Nothing can be compiled during a capture, and what is not in the cache takes a second or two a tiling.
-        All multiples of 64 up to the longest prompt chunk cover every number of rows up to it.
-        """
-        shapes = list(products)
-        needed = {(self.choose(count, n, k, kind), kind) for count in rows for n, k, kind in shapes}
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda pair: self._function(*pair), needed))
-
     def compile(self, tiling: Tiling, kind: Kind) -> None:
-        """Compile what products of this kind in this tiling need."""
+        """Compile what products of this kind in this tiling need, which a capture does not allow; it takes a
+        second or two where it is not in the cache."""
         self._function(tiling, kind)
 
     def tune(
@@ -278,6 +279,7 @@ class HopperMatmul:
         n: int,
         k: int,
         tiling: Tiling | None,
+        exponent: int | None = None,
     ) -> None:
         if rows < 1 or n < 8 or k < 8 or n % 8 or k % 8:
             raise EngineError(f"product of {rows} rows, n {n}, k {k}: n and k must be multiples of 8")
@@ -289,11 +291,13 @@ class HopperMatmul:
         sms = self._device.sms
         clusters = min(down * across, tiling.slots(sms))
         joined = tiling.cluster if self._joined else 1
+        scale, limit = (1.0, np.inf) if exponent is None else (2.0**exponent, _LARGEST_HALF)
+        sizes = (np.int32(rows), np.int32(n), np.int32(k), np.int32(tiling.height(sms)))
         function(
             stream,
             clusters * tiling.cluster // joined,
             tiling.threads * joined,
-            (x_map, w_map, y, np.int32(rows), np.int32(n), np.int32(k), np.int32(tiling.height(sms))),
+            (x_map, w_map, y, *sizes, np.float32(scale), np.float32(limit)),
             dynamic_shared=_ALIGNMENT + tiling.shared_bytes * joined,
         )
 
@@ -314,6 +318,15 @@ class HopperMatmul:
                 self._maps.clear()
             self._maps[key] = self._device.tensor_map_2d(address, rows, k, 2 * k, box, _STEP)
         return self._maps[key]
+
+
+def _low_tilings(kind: Kind) -> Iterable[Tiling]:
+    """For one tile of 64 rows, where reading w is all that takes time: what counts is that no multiprocessor
+    ever stops reading."""
+    for columns in _WIDTHS:
+        if columns <= 128 and not (kind == "glu" and columns % 16):
+            yield Tiling(columns, consumers=1)
+            yield Tiling(columns, consumers=1, cluster_columns=4)
 
 
 def _tilings(kind: Kind) -> Iterable[Tiling]:

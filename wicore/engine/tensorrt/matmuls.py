@@ -20,10 +20,11 @@ Way: TypeAlias = "Setting | Tiling"
 
 _HOPPER_FROM = 17
 """Rows below which the wide kernel's tiles of 64 are mostly idle: never worth measuring."""
-_SKINNY_TO = 256
-"""Rows above which reading the matrix again for every 64 is never worth measuring."""
+SKINNY_TO = 256
+"""Rows above which reading the matrix again for every 64 is never worth measuring, so that on Hopper only the
+wide kernel multiplies: it can store deltas as half."""
 
-_SKINNY_CANDIDATES, _HOPPER_CANDIDATES = 6, 4
+_SKINNY_CANDIDATES, _HOPPER_CANDIDATES, _LOW_CANDIDATES = 6, 4, 6
 """The kernels' own models of the card put the best nearly always among so many; each must be compiled."""
 
 
@@ -71,10 +72,31 @@ class Matmuls:
     def glu(self, stream: Stream, rows: int, x: int, gate_up: int, y: int, inner: int, k: int) -> None:
         self.run(stream, rows, x, gate_up, y, Product(inner, k, gated=True, half_out=True))
 
+    def delta(self, stream: Stream, rows: int, x: int, w: int, y: int, n: int, k: int, exponent: int) -> bool:
+        half = self.half_deltas(rows)
+        self.run(stream, rows, x, w, y, Product(n, k, half_out=half), exponent=exponent if half else None)
+        return half
+
+    def half_deltas(self, rows: int) -> bool:
+        """Whether `delta` gives half: with many rows the norm behind it is bound by what it reads."""
+        return self.hopper is not None and rows > SKINNY_TO
+
+    def layer_products(self, config: Gemma3Config, rows: int) -> tuple[Product, Product, Product, Product]:
+        """The products of a layer in a pass of so many rows: qkv, o, gate and up, down."""
+        return layer_products(config, half_deltas=self.half_deltas(rows))
+
     def run(
-        self, stream: Stream, rows: int, x: int, w: int, y: int, product: Product, way: Way | None = None
+        self,
+        stream: Stream,
+        rows: int,
+        x: int,
+        w: int,
+        y: int,
+        product: Product,
+        way: Way | None = None,
+        exponent: int | None = None,
     ) -> None:
-        """Either of the two, in a given way, else in the one chosen."""
+        """Any of them, in a given way, else in the one chosen. `exponent` is for `half_deltas` alone."""
         way = way or self._chosen(rows, product)
         if self.hopper is None or isinstance(way, Setting) or (way is None and rows <= MAX_ROWS):
             setting = way if isinstance(way, Setting) else None
@@ -82,16 +104,17 @@ class Matmuls:
         elif product.gated:
             self.hopper.glu(stream, rows, x, w, y, product.n, product.k, way)
         else:
-            self.hopper.plain(stream, rows, x, w, y, product.n, product.k, product.half_out, way)
+            half = product.half_out
+            self.hopper.plain(stream, rows, x, w, y, product.n, product.k, half, way, exponent)
 
     def candidates(self, rows: int, product: Product) -> list[Way]:
         """Ways worth measuring."""
         found: list[Way] = []
-        if rows <= _SKINNY_TO:
+        if rows <= SKINNY_TO:
             found += self.skinny.candidates(min(rows, MAX_ROWS), product)[:_SKINNY_CANDIDATES]
         if self.hopper is not None and rows >= _HOPPER_FROM:
             tilings = self.hopper.candidates(rows, product.n, product.k, _kind(product))
-            found += tilings[: _HOPPER_CANDIDATES if rows > MAX_ROWS else 2]
+            found += tilings[: _HOPPER_CANDIDATES if rows > MAX_ROWS else _LOW_CANDIDATES]
         return found
 
     def compile(self, wanted: Iterable[tuple[int, Product, Way]]) -> None:
@@ -115,22 +138,24 @@ class Matmuls:
         """Use what was measured: for a number of rows the choice of the next larger, else of the largest."""
         self._choices[product] = sorted(choices, key=lambda choice: choice.rows)
 
-    def prepare(self, most_rows: int, products: Iterable[Product]) -> None:
-        """Compile, on all cores, what products of more than 64 rows need, of up to `most_rows`."""
-        wide: list[tuple[int, int, Kind]] = []
-        sizes = range(MAX_ROWS, most_rows + MAX_ROWS, MAX_ROWS)
-        for product in products:
-            ways = {rows: self._chosen(rows, product) for rows in sizes if rows > MAX_ROWS}
-            for way in {way for way in ways.values() if self.hopper is None or isinstance(way, Setting)}:
-                self.skinny.prepare(MAX_ROWS, product, way if isinstance(way, Setting) else None)
-            if self.hopper is not None:
-                shape = (product.n, product.k, _kind(product))
-                wide.append(shape)
-                for rows, way in ways.items():
-                    if isinstance(way, Tiling):
-                        self.hopper.use(rows, *shape, way)
-        if self.hopper is not None and len(sizes) > 1:
-            self.hopper.prepare(sizes[1:], wide)
+    def prepare(self, most_rows: int, config: Gemma3Config) -> None:
+        """Compile, on all cores, what a layer's products of more than 64 rows need, of up to `most_rows`."""
+        wide: set[tuple[Tiling, Kind]] = set()
+        skinny: set[tuple[Product, Setting | None]] = set()
+        for rows in range(2 * MAX_ROWS, most_rows + MAX_ROWS, MAX_ROWS):
+            for product in self.layer_products(config, rows):
+                way = self._chosen(rows, product)
+                if self.hopper is None or isinstance(way, Setting):
+                    skinny.add((product, way if isinstance(way, Setting) else None))
+                else:
+                    shape = (product.n, product.k, _kind(product))
+                    wide.add((way or self.hopper.choose(rows, *shape), _kind(product)))
+        for product, setting in skinny:
+            self.skinny.prepare(MAX_ROWS, product, setting)
+        if self.hopper is not None:
+            compile_ = self.hopper.compile
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(lambda pair: compile_(*pair), wide))
 
     def _chosen(self, rows: int, product: Product) -> Way | None:
         choices: Sequence[Choice] = self._choices.get(product, ())
@@ -141,14 +166,16 @@ class Matmuls:
         return chosen.way if fits else None
 
 
-def layer_products(config: Gemma3Config) -> tuple[Product, Product, Product, Product]:
+def layer_products(
+    config: Gemma3Config, *, half_deltas: bool = False
+) -> tuple[Product, Product, Product, Product]:
     """The products of a layer: qkv, o, gate and up, down."""
     hidden, inner, wide = config.hidden_size, config.intermediate_size, config.heads * config.head_dim
     return (
         Product(wide + 2 * config.kv_heads * config.head_dim, hidden, half_out=True),
-        Product(hidden, wide),
+        Product(hidden, wide, half_out=half_deltas),
         Product(inner, hidden, gated=True, half_out=True),
-        Product(hidden, inner),
+        Product(hidden, inner, half_out=half_deltas),
     )
 
 

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from wicore.gemma3.config import Gemma3Config
 
 
+_THREADS = 1344
+"""Of the blocks on a multiprocessor that go through many rows, together: registers allow each at least 40."""
+
+
 class Norms:
     """Enqueues the kernels; rows are of the model's hidden size H, a multiple of 8.
 
@@ -27,9 +31,12 @@ class Norms:
         self._embedding_scale = np.float32(hidden**0.5)
         # Two vectors of four values a thread.
         self._threads = min(1024, -(-hidden // 8 // 32) * 32)
-        module = device.compile("norms.cu", {"HIDDEN": hidden, "THREADS": self._threads})
+        blocks = min(32, max(1, _THREADS // self._threads))
+        self._most_blocks, self._factors_bytes = blocks * device.sms, 2 * 4 * hidden
+        module = device.compile("norms.cu", {"HIDDEN": hidden, "THREADS": self._threads, "BLOCKS": blocks})
         self._embed = module.function("embed")
-        self._add = {True: module.function("add_norm_half"), False: module.function("add_norm_float")}
+        self._add_float = module.function("add_norm_float")
+        self._add_half = module.function("add_norm_half", self._factors_bytes)
         self._gather = module.function("gather")
 
     def embed(
@@ -57,12 +64,19 @@ class Norms:
         """residual += the RMS norm of delta times post; normed half = its RMS norm times next_weight.
 
         delta, float32 or half [rows][H], is the true one times 2 ** delta_exponent, which the norm undoes
-        when its eps is scaled alike.
+        when its eps is scaled alike. Half deltas are for many rows.
         """
         delta_eps = np.float32(self._eps * 4.0**delta_exponent)
         args = (delta, post, residual, next_weight, normed, delta_eps, np.float32(self._eps))
-        self._add[half_delta](stream, rows, self._threads, args, 0, dependent)
+        if half_delta:
+            blocks, shared = min(rows, self._most_blocks), self._factors_bytes
+            self._add_half(stream, blocks, self._threads, (*args, np.int32(rows)), shared, dependent)
+        else:
+            self._add_float(stream, rows, self._threads, args, 0, dependent)
 
-    def gather(self, stream: Any, count: int, rows_address: int, source: int, target: int) -> None:
-        """target half [count][H] = source [*][H] at rows int32 [count]; zeros for negative rows."""
-        self._gather(stream, count, self._threads, (rows_address, source, target))
+    def gather(
+        self, stream: Any, count: int, rows_address: int, source: int, target: int, row_bytes: int
+    ) -> None:
+        """target [count] = source at rows int32 [count], rows of `row_bytes`, a multiple of 16; zeros for
+        negative rows."""
+        self._gather(stream, count, self._threads, (rows_address, source, target, np.int32(row_bytes // 16)))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from wicore.engine.base import KVLayout, SequenceInput
 from wicore.engine.tensorrt.cuda import TimedLaunch
+from wicore.engine.tensorrt.matmuls import SKINNY_TO
 from wicore.gemma3.config import Gemma3Config
 
 
@@ -85,5 +86,6 @@ def _work(launch: TimedLaunch, name: str) -> tuple[int, int]:
         return 0, 0
     rows, n, k = launch.integers[:3]
     matrices = 2 if name.endswith("gate_up") else 1
-    out = 2 if name.endswith(("qkv", "gate_up")) else 4
+    half_delta = launch.kernel == "hopper_matmul" and rows > SKINNY_TO and name.endswith(("out", "down"))
+    out = 2 if half_delta or name.endswith(("qkv", "gate_up")) else 4
     return 2 * matrices * n * k + 2 * rows * k + out * rows * n, 2 * rows * matrices * n * k

@@ -2,7 +2,8 @@
 
 A decode pass is padded to a bucket of rows and replayed as a CUDA graph, which is captured after the bucket's
 first use; other passes are launched kernel by kernel. Where one decode pass is the whole step, its graph goes
-on to the head and the sampler. Else the rows that sample are gathered, and come last.
+on to the head and the sampler, unless masks are still to be made for some rows: that is done while the layers
+run. Else the rows that sample are gathered, and come last.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wicore.engine.base import KVLayout, Pool, SequenceInput, SequenceOutput, StepResult
-from wicore.engine.tensorrt.attention import MASS_ONLY, TILE_POSITIONS, Attention, StepTables
-from wicore.engine.tensorrt.bodies import Body
+from wicore.engine.tensorrt.attention import MASS_ONLY, StepTables
+from wicore.engine.tensorrt.attention_settings import TILE_POSITIONS
+from wicore.engine.tensorrt.bodies import Body, KernelBody
 from wicore.engine.tensorrt.device import Device, Graph
 from wicore.engine.tensorrt.limits import MASS_ROWS, Limits
 from wicore.engine.tensorrt.passes import Pass, Piece, cut
+from wicore.engine.tensorrt.prompt_attention import prompt_tiles
 from wicore.engine.tensorrt.step_arrays import BlockTables, Upload, pass_arrays
 from wicore.engine.tensorrt.timing import median_ms
 from wicore.engine.tensorrt.weights import DeviceWeights
@@ -47,13 +50,15 @@ class Runner:
         weights: DeviceWeights,
         workspace: Workspace,
         body: Callable[[int], Body],
+        last: KernelBody,
         *,
         graphs: bool = True,
     ) -> None:
-        """`body` says what computes the layers, by the number of rows."""
+        """`body` says what computes the layers, by the number of rows; `last` works on the rows of a prompt
+        that are wanted after the last layer."""
         self._device, self._config, self._layout, self._weights = device, config, layout, weights
         self._parts, self._buffers, self._limits = workspace, workspace.buffers, workspace.limits
-        self._body, self._graphs_wanted = body, graphs
+        self._body, self._last, self._graphs_wanted = body, last, graphs
         self.stream = device.stream()
         self._mass_at = 0
         self._upload = Upload(device, 4 * _words(self._limits))
@@ -103,7 +108,10 @@ class Runner:
         most = self._limits.samples
         self._parts.attention.clear_mass(self.stream)
         for work in self._cut(sequences):
-            self._run_pass(work, tables, every_row=True)
+            if work.decode:
+                self._decode(work, tables, self._limits.bucket(work.rows), False)
+            else:
+                self._prompt_launches(work, self._send(work, tables, work.rows, len(work.pieces)), None)
             at = 0
             for piece in work.pieces:
                 for first in range(at, at + piece.count, most):
@@ -133,7 +141,11 @@ class Runner:
         sent = self._send(work, tables, bucket, bucket if work.decode else len(work.pieces))
         if work.decode:
             return lambda: self._decode_launches(bucket, True, sent.tables)
-        return lambda: self._prompt_launches(work, sent)
+
+        def launches() -> None:
+            self._prompt_launches(work, sent, _samples(work))
+
+        return launches
 
     def forget_graphs(self) -> None:
         """Addresses have changed that graphs hold; no step may be under way."""
@@ -173,7 +185,12 @@ class Runner:
         if rows:
             self._parts.sampler.pack(states)
             self._parts.sampler.upload(self.stream)
-        self._decode(work, tables, bucket, bool(rows))
+        sampler = self._parts.sampler
+        late = bool(rows) and sampler.constrained
+        self._decode(work, tables, bucket, bool(rows) and not late)
+        if late:
+            self._head(bucket, self._buffers.normed)
+            self._draw(bucket)
         return rows
 
     def _several(self, passes: Sequence[Pass], tables: BlockTables, samples: Sequence[Piece]) -> list[int]:
@@ -183,23 +200,31 @@ class Runner:
             self._parts.sampler.upload(self.stream)
         done = 0
         for work in passes:
-            gather = self._run_pass(work, tables)
-            count = sum(piece.samples for piece in work.pieces)
-            if count:
-                self._parts.norms.gather(
-                    self.stream, count, gather, self._buffers.normed, self._gathered(done)
-                )
-            done += count
+            done += self._run_pass(work, tables, done)
         if samples:
             self._head(done, self._buffers.gathered)
-            self._parts.sampler.launch(self.stream, done, self._buffers.logits)
+            self._draw(done)
         return list(range(done))
 
-    def _run_pass(self, work: Pass, tables: BlockTables, *, every_row: bool = False) -> int:
-        """The address of the indices of its rows that sample."""
+    def _draw(self, rows: int) -> None:
+        """Draw from the logits of a step that is enqueued up to them, and runs while masks are made."""
+        self._parts.sampler.upload_masks(self.stream)
+        self._parts.sampler.launch(self.stream, rows, self._buffers.logits)
+
+    def _run_pass(self, work: Pass, tables: BlockTables, done: int) -> int:
+        """Run a pass and put its normed rows that sample behind the `done` of passes before; how many."""
+        count, normed, target = _samples(work), self._buffers.normed, self._gathered(done)
+        size = 2 * self._config.hidden_size
         if work.decode:
-            return self._decode(work, tables, self._limits.bucket(work.rows), False)
-        return self._prompt(work, tables, every_row or any(piece.samples for piece in work.pieces))
+            sampling, alone = self._decode(work, tables, self._limits.bucket(work.rows), False), False
+        else:
+            sent = self._send(work, tables, work.rows, len(work.pieces))
+            sampling, alone = sent.sampling, self._prompt_launches(work, sent, count)
+        if alone and count:
+            self._device.copy(target, normed, size * count, self.stream)
+        elif count:
+            self._parts.norms.gather(self.stream, count, sampling, normed, target, size)
+        return count
 
     def _decode(
         self, work: Pass, tables: BlockTables, bucket: int, head: bool, *, measured: bool = False
@@ -246,17 +271,15 @@ class Runner:
             self._head(rows, b.normed)
             self._parts.sampler.launch(self.stream, rows, b.logits)
 
-    def _prompt(self, work: Pass, tables: BlockTables, needed: bool) -> int:
-        """`needed`: some row is read after the last layer."""
-        sent = self._send(work, tables, work.rows, len(work.pieces))
-        self._prompt_launches(work, sent, needed)
-        return sent.sampling
-
-    def _prompt_launches(self, work: Pass, sent: _Sent, needed: bool = True) -> None:
+    def _prompt_launches(self, work: Pass, sent: _Sent, sampled: int | None) -> bool:
+        """`sampled`: how many rows are read after the last layer, which then goes on with them alone where it
+        can; None: all of them. Whether `normed` has those alone."""
         last = len(self._layers) - 1
         attention, b, step, rows = self._parts.attention, self._buffers, sent.tables, work.rows
         indices, listed = sent.listed
         body = self._body(rows)
+        # Segments keep the residual stream elsewhere.
+        alone = sampled is not None and isinstance(body, KernelBody)
         attention.rope(self.stream, rows, step)
         attention.schedule(self.stream, listed, step, indices)
         body.first(self.stream, rows, step.ids)
@@ -265,11 +288,23 @@ class Runner:
             # Chunks are listed for their mass, which window layers have none of.
             if pool == "global" or work.singles:
                 attention.decode(self.stream, listed, pool, layer, b.q, b.attended, step)
-            if index == last and not needed:
+            if index == last and sampled == 0:
                 break  # its KV is written, and nobody asks for more
             attention.prefill(self.stream, *sent.tiles, pool, layer, b.q, b.attended, step)
-            body.after(self.stream, rows, index)
+            if index == last and alone:
+                self._after_last(sent, sampled or 0)
+            else:
+                body.after(self.stream, rows, index)
         self._mass_at = attention.mass(self.stream, listed, step)
+        return alone
+
+    def _after_last(self, sent: _Sent, sampled: int) -> None:
+        """The last layer's `after`, of the rows that sample."""
+        c, b, gather = self._config, self._buffers, self._parts.norms.gather
+        wide = 2 * c.heads * c.head_dim
+        gather(self.stream, sampled, sent.sampling, b.attended, b.last_attended, wide)
+        gather(self.stream, sampled, sent.sampling, b.residual, b.last_residual, 4 * c.hidden_size)
+        self._last.after(self.stream, sampled, len(self._layers) - 1)
 
     def _append(self, rows: int, index: int, tables: StepTables) -> None:
         (pool, layer), weights, b = self._layers[index], self._weights.layers[index], self._buffers
@@ -378,6 +413,10 @@ class Running:
         return shares
 
 
+def _samples(work: Pass) -> int:
+    return sum(piece.samples for piece in work.pieces)
+
+
 def _sampling_rows(work: Pass, room: int) -> NDArray[np.int32]:
     """Rows of the pass that sample, int32 [room]; the rest is -1."""
     rows = np.full(room, -1, np.int32)
@@ -396,7 +435,7 @@ def _chunks(work: Pass) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _tiles(work: Pass) -> NDArray[np.int32]:
-    return Attention.tiles([] if work.decode else _chunks(work))
+    return prompt_tiles([] if work.decode else _chunks(work))
 
 
 def _listed(work: Pass) -> NDArray[np.int32]:

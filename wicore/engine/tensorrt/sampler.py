@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wicore.engine.tensorrt.device import Buffer, Device, HostBuffer, Stream
-from wicore.sampling import GREEDY_BELOW, SampledToken, SamplingState, unusable_logits
+from wicore.sampling import GREEDY_BELOW, Constraint, SampledToken, SamplingState, unusable_logits
 
 _CHUNK, _STRIP, _BINS, _CAPACITY, _TOP = 4096, 512, 2048, 4096, 20  # see sampling.cu
 _SELECT_THREADS = 1024
@@ -42,9 +42,9 @@ _RESULT = np.dtype(
 class Sampler:
     """Draws a token for each of up to `max_rows` rows of logits, float32 [rows][vocab] on the device.
 
-    A step is `pack` (host), `upload` and `launch` (enqueue), and, when the stream has passed them, `read`.
-    `launch` can be captured in a graph and be replayed after any later `pack` and `upload`. Not
-    thread-safe; a step must be done before the next is packed.
+    A step is `pack` (host), `upload`, `upload_masks` and `launch` (enqueue), and, when the stream has passed
+    them, `read`. `launch` can be captured in a graph and be replayed after any later `pack` and `upload`, if
+    no row packed has a constraint. Not thread-safe; a step must be done before the next is packed.
     """
 
     def __init__(self, device: Device, vocab: int, max_rows: int) -> None:
@@ -57,6 +57,7 @@ class Sampler:
         self._select = module.function("sample_select", _SELECT_SHARED)
 
         self._chunks, self._strips = -(-vocab // _CHUNK), -(-vocab // _STRIP)
+        self._words = -(-vocab // 32)
         parts = {
             "rows": _ROW.itemsize,
             "results": _RESULT.itemsize,
@@ -69,6 +70,7 @@ class Sampler:
             "raw_strips": 4 * self._strips,
             "count": 4 * _BINS,
             "filled": 4,
+            "masks": 4 * self._words,
         }
         self._memory = device.allocate(
             sum(_aligned(size * max_rows) for size in parts.values()), "the sampler's buffers"
@@ -82,31 +84,34 @@ class Sampler:
         self._host_results = device.allocate_host(_RESULT.itemsize * max_rows)
         self._rows: NDArray[Any] = self._host_rows.array.view(_ROW)
         self._results: NDArray[Any] = self._host_results.array.view(_RESULT)
+        self._host_masks = device.allocate_host(4 * self._words * max_rows)
+        self._masks = self._host_masks.array.view(np.uint32).reshape(max_rows, self._words)
         self._rows[:] = np.zeros((), _ROW)
         self._rows["source"] = -1
 
         self._states: list[SamplingState | None] = [None] * max_rows
         self._known: dict[SamplingState, NDArray[Any]] = {}
         self._touched: list[int] = []
-        self._masked = False
+        self._constraints: list[Constraint] = []
+        """Of the rows packed that have one; their masks lie in this order."""
         self._entries_used = 0
         self._entries: Buffer | None = None
         self._raw: Buffer | None = None
         self._host_entries: HostBuffer | None = None
 
-    def pack(self, states: Sequence[SamplingState | None], masks: Sequence[int] | None = None) -> None:
+    @property
+    def constrained(self) -> bool:
+        """Whether a row that was packed has a constraint."""
+        return bool(self._constraints)
+
+    def pack(self, states: Sequence[SamplingState | None]) -> None:
         """Note what row i of the logits is to be drawn with; None: nothing is drawn from it.
 
-        `masks`: for each row the device address of a bitmask, uint32 [ceil(vocab / 32)], of which bit
-        i % 32 of word i // 32 allows token i; 0 allows all. Raises ValueError for more states than
-        `max_rows` and for a bias on an id outside of the vocabulary.
+        Raises ValueError for more states than `max_rows` and for a bias on an id outside of the vocabulary.
         """
         count = len(states)
-        if count > self._max_rows or (masks is not None and len(masks) != count):
-            raise ValueError(
-                f"states: got {count} with {count if masks is None else len(masks)} masks;"
-                f" must be at most {self._max_rows}, and as many masks"
-            )
+        if count > self._max_rows:
+            raise ValueError(f"states: got {count}; must be at most {self._max_rows}")
         rows, known = self._rows, self._states
         changed = False
         for i, state in enumerate(states):
@@ -121,12 +126,8 @@ class Sampler:
             self._touched = [
                 i for i, s in enumerate(states) if s is not None and (s.penalised or s.params.logit_bias)
             ]
+            self._pack_constraints()
         rows["position"][:count] = [0 if state is None else state.position for state in states]
-        if masks is not None or self._masked:
-            rows["mask"] = 0
-            self._masked = masks is not None
-            if masks is not None:
-                rows["mask"][:count] = masks
         self._entries_used = 0
         if self._touched:
             self._pack_entries()
@@ -138,6 +139,17 @@ class Sampler:
             self._device.copy(
                 self._entries.address, self._host_entries.address, 8 * self._entries_used, stream
             )
+
+    def upload_masks(self, stream: Stream) -> None:
+        """Find what the constraints packed allow, and enqueue the copy of it.
+
+        Work of tens of microseconds a row: best done when the device has something else to do already.
+        """
+        if self._constraints:
+            for mask, constraint in zip(self._masks, self._constraints, strict=False):
+                mask[:] = constraint.allowed()
+            size = 4 * self._words * len(self._constraints)
+            self._device.copy(self._at["masks"], self._host_masks.address, size, stream)
 
     def launch(self, stream: Stream, rows: int, logits: int) -> None:
         """Enqueue the draw from the first `rows` rows at `logits`, and the copy of its results.
@@ -192,7 +204,7 @@ class Sampler:
 
     def close(self) -> None:
         """Give the memory back; the work must be done."""
-        for buffer in (self._memory, self._host_rows, self._host_results):
+        for buffer in (self._memory, self._host_rows, self._host_results, self._host_masks):
             buffer.free()
         self._free_entries()
 
@@ -232,6 +244,15 @@ class Sampler:
         record["frequency"] = params.frequency_penalty
         record["presence"] = params.presence_penalty
         return record
+
+    def _pack_constraints(self) -> None:
+        """Which rows have a mask, and where it will lie."""
+        self._constraints = []
+        self._rows["mask"] = 0
+        for i, state in enumerate(self._states):
+            if state is not None and state.constraint is not None:
+                self._rows["mask"][i] = self._at["masks"] + 4 * self._words * len(self._constraints)
+                self._constraints.append(state.constraint)
 
     def _pack_entries(self) -> None:
         """The biases and the tokens seen, of every row that has any, one row after the other."""

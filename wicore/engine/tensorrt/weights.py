@@ -1,6 +1,6 @@
 """Weights on the GPU: half matrices, row-major [out, in], and float32 norm factors (1 + w).
 
-A checkpoint's bytes go through a ring of pinned buffers, which several threads fill and the copy engine
+A checkpoint's bytes are read into a ring of pinned buffers, which several threads fill and the copy engine
 empties; the GPU makes half of them. The host only copies; quantised GGUF formats it decodes.
 """
 
@@ -26,9 +26,9 @@ Float = NDArray[np.float32]
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all), by the thread that loads."""
 
-_PIECE_BYTES = 32 << 20
+PIECE_BYTES = 32 << 20
 """Size of a buffer of the ring: long enough for the copy engine's full speed."""
-_READERS = 8
+READERS = 8
 """Buffers of the ring, a thread each: one core copies some 8 GB/s from the page cache, the link takes 50."""
 _THREADS, _EACH = 256, 8  # as in convert.cu
 _ALIGNMENT = 256
@@ -83,7 +83,8 @@ class DeviceWeights:
 
 @dataclass(frozen=True)
 class RandomWeights:
-    """Weights made up on the device, for benchmarks: matrices of deviation 1 / sqrt(in), norms near 1.
+    """Weights made up on the device, for benchmarks: matrices of deviation 1 / sqrt(in), of
+    bfloat16 numbers as in Gemma's checkpoints, and norms near 1.
 
     The same seed gives the same weights.
     """
@@ -254,7 +255,7 @@ def _load_matrices(
 ) -> None:
     pieces = [piece for name in layout.matrices for piece in _pieces(checkpoint, layout, base, name)]
     total = sum(piece.stored_bytes for piece in pieces)
-    readers = max(1, min(_READERS, len(pieces), os.cpu_count() or 1))
+    readers = max(1, min(READERS, len(pieces), os.cpu_count() or 1))
     largest = max(_staged_bytes(piece.tensor, piece.end - piece.first) for piece in pieces)
     ring: queue.SimpleQueue[_Stage] = queue.SimpleQueue()
     stages: list[_Stage] = []
@@ -287,7 +288,7 @@ def _load_matrices(
 def _pieces(checkpoint: Checkpoint, layout: _Layout, base: int, name: str) -> Iterator[_Piece]:
     tensor = checkpoint.stored(name)
     rows, width = layout.shapes[name]
-    step = max(1, _PIECE_BYTES // _staged_bytes(tensor, 1))
+    step = max(1, PIECE_BYTES // _staged_bytes(tensor, 1))
     for first in range(0, rows, step):
         target = base + layout.at[name] + 2 * width * first
         yield _Piece(name, tensor, first, min(first + step, rows), target)
@@ -323,14 +324,17 @@ class _Stage:
     def load(self, piece: _Piece) -> None:
         """Returns when the piece is on the device."""
         tensor, device, stream = piece.tensor, self._device, self._stream
-        raw = tensor.raw[piece.first : piece.end]
-        kind = tensor.dtype
-        if kind not in _PLAIN:
-            raw, kind = tensor.decode(raw).astype("<f4", copy=False).view(np.uint8), "F32"
-        np.copyto(self._host.array[: raw.size], raw.reshape(-1))  # lets go of the interpreter
+        kind, size = tensor.dtype, _staged_bytes(tensor, piece.end - piece.first)
+        staged = self._host.array[:size]
+        if kind in _PLAIN:
+            tensor.read_into(staged, piece.first, piece.end)
+        else:
+            values = tensor.decode(tensor.raw[piece.first : piece.end])
+            np.copyto(staged.view("<f4"), values.reshape(-1))
+            kind = "F32"
         unfit = self._host.array[self._unfit_at : self._unfit_at + 8]
         there, unfit_there = self._on_device.address, self._on_device.address + self._unfit_at
-        device.copy(there, self._host.address, raw.size, stream)
+        device.copy(there, self._host.address, size, stream)
         device.fill(unfit_there, 0, 8, stream)
         count = (piece.end - piece.first) * tensor.shape[-1]
         args = (there, piece.target, np.int64(count), unfit_there)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from wicore.engine.tensorrt.device import Device
 from wicore.gemma3.config import Gemma3Config
@@ -30,11 +30,19 @@ class WorkBuffers:
     act: int
     """half [rows, inner]; shares its memory with qkv, q and attended, which are read by then."""
     delta: int
-    """float32 [rows, hidden], what a layer's half adds before its norm."""
+    """[rows, hidden], what a layer's half adds before its norm: float32, or half (`Matmul.delta`)."""
     gathered: int
     """half [samples, hidden], normed rows that sample."""
+    last_residual: int
+    """float32 [samples, hidden], `residual` of those in the last layer, where a prompt's other rows end."""
+    last_attended: int
+    """half [samples, heads head_dim], their `attended`."""
     logits: int
     """float32 [samples, vocab]"""
+
+    def of_last_rows(self) -> WorkBuffers:
+        """For a body that works on `last_residual` and `last_attended`."""
+        return replace(self, residual=self.last_residual, attended=self.last_attended)
 
 
 def work_bytes(config: Gemma3Config, rows: int, samples: int) -> int:
@@ -58,6 +66,8 @@ def _places(config: Gemma3Config, rows: int, samples: int) -> Iterator[tuple[str
         ("normed", 2 * rows * config.hidden_size),
         ("delta", 4 * rows * config.hidden_size),
         ("gathered", 2 * samples * config.hidden_size),
+        ("last_residual", 4 * samples * config.hidden_size),
+        ("last_attended", 2 * samples * wide),
         ("logits", 4 * samples * config.vocab_size),
     ):
         yield name, at, size

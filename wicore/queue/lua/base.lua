@@ -1,10 +1,15 @@
--- Put before every script, after the key names K and the settings C (scripts.py); line.lua and common.lua follow.
+-- Put before every script, after the key names K and the settings C (scripts.py); line, limits and common follow.
 -- Scripts run alone in Redis: no other command sees, and no crash leaves, half of one.
 
 local clock = redis.call('TIME')
 local NOW = tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000)
 local TERMINAL = {succeeded = true, failed = true, cancelled = true, expired = true}
 local STATUS = {done = 'succeeded', failed = 'failed', cancelled = 'cancelled', expired = 'expired'}
+
+-- Of what passed through since the server has its data; for the metrics alone.
+local function count(what)
+  redis.call('HINCRBY', K.counts, what, 1)
+end
 
 local function ms(number)
   return string.format('%d', number)
@@ -30,12 +35,16 @@ local function read_unacked(value)
   return cjson.decode(string.sub(value, 1, cut - 1)), string.sub(value, cut + 1)
 end
 
--- Put a job under another status in the listings.
+-- Put a job under another status in the listings: that of all, and that of its client if it has a name.
 local function move(id, from, to, created_ms)
-  if from then
-    redis.call('ZREM', K.jobs_by_status[from], id)
+  local client = redis.call('HGET', K.job .. id, 'client')
+  local own = client and client ~= '' and ':' .. client
+  for _, suffix in ipairs({'', own or nil}) do
+    if from then
+      redis.call('ZREM', K.jobs_by_status[from] .. suffix, id)
+    end
+    redis.call('ZADD', K.jobs_by_status[to] .. suffix, created_ms, id)
   end
-  redis.call('ZADD', K.jobs_by_status[to], created_ms, id)
 end
 
 -- `fence` is `owner:n`; the owner's trial (is_blamed, reap.lua) is over when its suspect's lease is.

@@ -1,4 +1,4 @@
--- Put before every script, after line.lua: how jobs begin and end.
+-- Put before every script, after limits.lua: how jobs begin and end.
 
 local DEAD_KEPT = 10000
 local TASKS_KEPT = 1000
@@ -95,11 +95,29 @@ local function publish(id, seq, event)
   redis.call('PUBLISH', K.events .. id, event)
 end
 
--- Let record, log and listing entry go `retention_s` from now (the sweep in reap.lua does the listing).
+-- Let record, log and listing entry go `retention_s` from now (the sweep in reap.lua does the listing). A line of
+-- an open batch is handed to its collector instead, who starts it (batch_line.lua).
 local function start_retention(id)
+  local batch = redis.call('HGET', K.job .. id, 'batch')
+  if batch and redis.call('SISMEMBER', K.batches_open, batch) == 1 then
+    redis.call('RPUSH', K.batch .. batch .. ':ended', id)
+    return
+  end
   redis.call('EXPIRE', K.job .. id, C.retention_s)
   redis.call('EXPIRE', K.log .. id, C.retention_s)
-  redis.call('ZADD', K.finished, NOW, id)
+  local client = redis.call('HGET', K.job .. id, 'client')
+  redis.call('ZADD', K.finished, NOW, client == '' and id or id .. ' ' .. client)
+end
+
+-- Take an ended job off the listings.
+local function unlist(id, client)
+  redis.call('ZREM', K.finished, client == '' and id or id .. ' ' .. client)
+  redis.call('ZREM', K.jobs, id)
+  redis.call('ZREM', K.jobs_of_all .. client, id)
+  for status in pairs(TERMINAL) do
+    redis.call('ZREM', K.jobs_by_status[status], id)
+    redis.call('ZREM', K.jobs_by_status[status] .. ':' .. client, id)
+  end
 end
 
 -- Owe the webhook of a job that ends now. The entry is what counts; the Celery message makes it prompt. It may
@@ -132,6 +150,7 @@ local function terminate(id, ending)
   end
   publish(id, seq, event)
   local status = STATUS[ending.type]
+  count(status)
   redis.call('HSET', job, 'status', status, 'finished_ms', ms(NOW), 'seq', seq)
   for _, name in ipairs({'result', 'usage', 'error', 'finish_reason'}) do
     if ending[name] then
@@ -141,8 +160,10 @@ local function terminate(id, ending)
   if ending.fence then
     redis.call('HSET', job, 'finished_by', ending.fence)
   end
+  local usage = ending.usage and cjson.decode(ending.usage)
+  settle_rate(id, usage)
   if record.fence then
-    settle(id, ending.type, ending.usage and cjson.decode(ending.usage))
+    settle(id, ending.type, usage)
     drop_lease(record.tag, record.fence)
     redis.call('HDEL', job, 'fence')
   else
@@ -196,6 +217,10 @@ local function create_record(id, tag, level, client, tokens)
   redis.call('HSET', K.job .. id, 'status', 'queued', 'tag', tag, 'level', level, 'created_ms', ms(NOW), 'seq', 0,
     'client', client, 'tokens', tokens)
   redis.call('ZADD', K.jobs, NOW, id)
+  if client ~= '' then
+    redis.call('ZADD', K.jobs_of_all .. client, NOW, id)
+  end
+  count('accepted')
   move(id, nil, 'queued', NOW)
 end
 
@@ -223,6 +248,7 @@ local function undo_lease(id, tag, value)
     return
   end
   give_up_lease(id, tag, head[2])
+  count('handed_back')
   if head[1] == K.suspect then
     join_suspects(id, raw, true)
   else

@@ -81,6 +81,7 @@ local function lease(id, record, from)
   redis.call('ZADD', K.leases, NOW + C.lease_ms, tag)
   redis.call('HSET', K.job .. id, 'fence', fence, 'worker', owner, 'attempts', attempt, 'leased_ms', ms(NOW))
   charge(id, record.tokens)
+  count('leased')
   if from == K.suspect then
     redis.call('SET', K.trial .. owner, tag)
     suspects = suspects - 1

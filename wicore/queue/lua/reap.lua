@@ -42,6 +42,7 @@ local function reap(tag, value)
   else
     give_up_lease(id, tag, fence)
     join_suspects(id, raw)
+    count('redelivered')
     suspects = suspects + 1
     return
   end
@@ -63,11 +64,7 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', K.deadlines, '-inf', NOW, 'LIMIT
 end
 
 local forgotten = NOW - C.retention_s * 1000
-for _, id in ipairs(redis.call('ZRANGEBYSCORE', K.finished, '-inf', forgotten, 'LIMIT', 0, BATCH)) do
-  redis.call('ZREM', K.finished, id)
-  redis.call('ZREM', K.jobs, id)
-  for status in pairs(TERMINAL) do
-    redis.call('ZREM', K.jobs_by_status[status], id)
-  end
+for _, entry in ipairs(redis.call('ZRANGEBYSCORE', K.finished, '-inf', forgotten, 'LIMIT', 0, BATCH)) do
+  unlist(string.match(entry, '^(%S+) ?(.*)$'))
 end
 return {suspects, ended}

@@ -93,7 +93,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   store(target + first, x, present);
 }
 
-// Uniform in +-sqrt(3) * deviation, which is its deviation. The elements depend on seed, stream and place.
+__device__ __forceinline__ float nearest_bf16(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  return __uint_as_float((bits + 0x7FFFu + (bits >> 16 & 1u)) & 0xFFFF0000u);
+}
+
+// Uniform in +-sqrt(3) * deviation, which is its deviation, of 8 significant bits (bfloat16), as Gemma's
+// published weights are: what a product's multipliers draw, and so the clock at the card's power limit, depends on
+// how many bits there are. The elements depend on seed, stream and place.
 extern "C" __global__ void __launch_bounds__(THREADS)
     fill_random(half* target, long long count, long long seed, int stream, float deviation) {
   const long long index = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x, first = index * EACH;
@@ -108,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
   for (int i = 0; i < EACH; ++i) {
     const uint32_t value = i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xFFFFu;
-    x[i] = (static_cast<float>(value) - 32767.5f) * step;
+    x[i] = nearest_bf16((static_cast<float>(value) - 32767.5f) * step);
   }
   store(target + first, x, static_cast<int>(count - first < EACH ? count - first : EACH));
 }

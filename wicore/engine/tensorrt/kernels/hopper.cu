@@ -14,12 +14,13 @@
 //   STAGES               tiles in the ring
 //   STAGGER              steps of k by which the second consumer is behind: one multiplies, another stores
 //   GLU                  1: W is n gate rows, then n up rows; y = half(gelu(gate) up / 64), saturated. Else 0
-//   HALF_OUT             1: y is half; 0: float32
+//   HALF_OUT             1: y is half, the sum times `scale`, no further from 0 than `limit`; 0: float32
 //
 // requires: sm_90a
 // variant: TILE_N=256 CONSUMERS=2 CLUSTER_M=2 CLUSTER_N=1 B_BOX=128 STAGES=4 STAGGER=0 GLU=0 HALF_OUT=0
 // variant: TILE_N=256 CONSUMERS=2 CLUSTER_M=2 CLUSTER_N=1 B_BOX=128 STAGES=4 STAGGER=2 GLU=1 HALF_OUT=1
 // variant: TILE_N=192 CONSUMERS=3 CLUSTER_M=1 CLUSTER_N=1 B_BOX=192 STAGES=4 STAGGER=0 GLU=0 HALF_OUT=1
+// variant: TILE_N=112 CONSUMERS=1 CLUSTER_M=1 CLUSTER_N=4 B_BOX=56 STAGES=10 STAGGER=0 GLU=1 HALF_OUT=1
 // variant: TILE_N=64 CONSUMERS=2 CLUSTER_M=1 CLUSTER_N=4 B_BOX=64 STAGES=9 STAGGER=0 GLU=0 HALF_OUT=1
 #define TILE_M (64 * CONSUMERS)
 #define TILE_K 64
@@ -31,6 +32,8 @@
 #define SHARED_BYTES (1024 + STAGES * STAGE_BYTES)  // barriers, then the ring
 
 #include "hopper.cuh"
+
+WGMMA_OF_TILES(TILE_N)
 
 #define A_BOX (TILE_M / CLUSTER_N)
 #define B_BOXES (TILE_N / B_BOX)
@@ -64,46 +67,31 @@ struct Raster {
   }
 };
 
-// Row and column of a quarter of lanes are exchanged: value i of lane t (of four) and value t of lane i.
-__device__ __forceinline__ void transpose_quad(uint32_t (&v)[4], int t) {
-#pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2) {
-    bool high = t & bit;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & bit) continue;
-      uint32_t got = __shfl_xor_sync(0xffffffffu, high ? v[i] : v[i + bit], bit);
-      if (high) {
-        v[i] = got;
-      } else {
-        v[i + bit] = got;
-      }
-    }
-  }
-}
+// NaN stays.
+__device__ __forceinline__ float clipped(float v, float limit) { return v > limit ? limit : v < -limit ? -limit : v; }
 
 // gelu(gate) up / 64 by tanh: gate / (1 + exp(-2 z)) with z = sqrt(2 / pi) (gate + 0.044715 gate^3).
 __device__ __forceinline__ float gated(float gate, float up) {
   float power = gate * fmaf(gate * gate, -2.0f * 1.4426950408889634f * 0.7978845608028654f * 0.044715f,
                             -2.0f * 1.4426950408889634f * 0.7978845608028654f);
-  float v = gate * reciprocal_fast(1.0f + exp2_fast(power)) * (up * 0.015625f);
-  return v > 65504.0f ? 65504.0f : v < -65504.0f ? -65504.0f : v;  // NaN stays
+  return clipped(gate * reciprocal_fast(1.0f + exp2_fast(power)) * (up * 0.015625f), 65504.0f);
 }
 
 // Two neighbouring values of y, as half: block j of 8 columns, row g (half 0) or g + 8 (half 1) of the warp.
-__device__ __forceinline__ uint32_t out_pair(const float (&d)[TILE_N / 2], int j, int half_) {
+__device__ __forceinline__ uint32_t out_pair(const float (&d)[TILE_N / 2], int j, int half_, float scale,
+                                             float limit) {
   int i = 4 * j + 2 * half_;
 #if GLU
   return pack_half2(gated(d[i], d[i + TILE_N / 4]), gated(d[i + 1], d[i + 1 + TILE_N / 4]));
 #else
-  return pack_half2(d[i], d[i + 1]);
+  return pack_half2(clipped(d[i] * scale, limit), clipped(d[i + 1] * scale, limit));
 #endif
 }
 
 // The sums of a warp to rows `row` (and + 8) of y, 16 bytes a lane: lanes of a quad hold 64 contiguous bytes.
 // n is a multiple of 8, so that a block of 8 columns is inside or outside as a whole.
-__device__ __forceinline__ void store(const float (&d)[TILE_N / 2], void* y, int row, int column, int rows,
-                                      int n) {
+__device__ __forceinline__ void store(const float (&d)[TILE_N / 2], void* y, int row, int column, int rows, int n,
+                                      float scale, float limit) {
   const int t = threadIdx.x % 4;
 #if HALF_OUT
   const int blocks = 4, first = column + 8 * t;  // of the columns that this lane stores of four blocks
@@ -123,7 +111,8 @@ __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], void* y, int
 #if HALF_OUT
       uint32_t v[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) v[i] = j + i < BLOCKS ? out_pair(d, j + i < BLOCKS ? j + i : 0, half_) : 0u;
+      for (int i = 0; i < 4; ++i)
+        v[i] = j + i < BLOCKS ? out_pair(d, j + i < BLOCKS ? j + i : 0, half_, scale, limit) : 0u;
       transpose_quad(v, t);
       if (8 * j < room_of[half_])
         *reinterpret_cast<uint4*>(to_of[half_] + 8 * j) = make_uint4(v[0], v[1], v[2], v[3]);
@@ -142,11 +131,12 @@ __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], void* y, int
     }
 }
 
-// `group`: rows of clusters that are gone through together (see Raster). Grid: clusters times CLUSTER, at
+// `group`: rows of clusters that are gone through together (see Raster); `scale` and `limit` of plain half output.
+// Grid: clusters times CLUSTER, at
 // most one block a multiprocessor.
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
     hopper_matmul(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, void* y,
-                  int rows, int n, int k, int group) {
+                  int rows, int n, int k, int group, float scale, float limit) {
   SHARED_MEMORY(char, memory);
   const uint32_t shared = shared_begin(memory);
   const uint32_t full = shared, empty = full + 8 * STAGES, started = empty + 8 * STAGES, ring = shared + 1024;
@@ -301,7 +291,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       wgmma_wait<0>();
       wgmma_settled(d);
       release(before);
-      store(d, y, row, column, rows, n);
+      store(d, y, row, column, rows, n, scale, limit);
     }
   }
   // No block may end while others still write to its shared memory.

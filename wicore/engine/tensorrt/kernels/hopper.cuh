@@ -1,12 +1,11 @@
 // Instructions of Hopper (sm_90a) alone: barriers in shared memory that count bytes, the bulk copy engine,
-// matrix products of a whole warpgroup, clusters. Each has a twin for the CPU emulation that decodes tensor
-// maps, swizzle and matrix descriptors bit by bit, so that a wrong offset is found without the card.
+// matrix products of a whole warpgroup, clusters. Each has a twin in the CPU emulation.
 //
 // Shared memory is named by 32-bit addresses. The kernel defines before including this:
-//   TILE_N        columns of a warpgroup's product: a multiple of 8 up to 256
 //   THREADS       threads a block
 //   CLUSTER       blocks a cluster
 //   SHARED_BYTES  shared memory a block uses, from the address that `shared_begin` returns
+// and after it says which products it makes, by WGMMA_OF_TILES(columns) and WGMMA_OF_REGISTERS(columns).
 // PTX ISA: sections on wgmma (matrix descriptor, canonical layouts), mbarrier and cp.async.bulk.tensor.
 #pragma once
 
@@ -16,15 +15,6 @@
 #define WGMMA_PASTE(a, b) WGMMA_PASTE_(a, b)
 #define WGMMA_STRING_(a) #a
 #define WGMMA_STRING(a) WGMMA_STRING_(a)
-
-#ifdef WICORE_EMULATED
-using TensorMap = CUtensorMap;  // in plain fields
-#else
-// What cuTensorMapEncodeTiled makes.
-struct alignas(64) TensorMap {
-  uint64_t opaque[16];
-};
-#endif
 
 // Descriptor of an operand tile whose rows are 64 half values (128 bytes), K contiguous, swizzled by 128
 // bytes, with groups of 8 rows 1024 bytes apart. `address` may be advanced by 32 bytes for each 16 values of
@@ -36,11 +26,27 @@ __device__ __forceinline__ uint64_t tile_descriptor(uint32_t address) {
          | 1ull << 62;                                     // swizzle of 128 bytes
 }
 
+// The same of a tile of B whose rows are K: rows of 64 columns of the product, and the next 64 columns
+// `panel_bytes` further on. `address` may be advanced by 2048 bytes for each 16 values of K.
+__device__ __forceinline__ uint64_t transposed_descriptor(uint32_t address, uint32_t panel_bytes) {
+  return static_cast<uint64_t>((address & 0x3ffffu) >> 4) | static_cast<uint64_t>(panel_bytes >> 4) << 16 |
+         64ull << 32 | 1ull << 62;
+}
+
 #ifndef WICORE_EMULATED
+
+// What cuTensorMapEncodeTiled makes.
+struct alignas(64) TensorMap {
+  uint64_t opaque[16];
+};
 
 // The block's shared memory from the first address aligned to the period of the swizzle.
 __device__ __forceinline__ uint32_t shared_begin(char* memory) {
   return (static_cast<uint32_t>(__cvta_generic_to_shared(memory)) + 1023u) & ~1023u;
+}
+
+__device__ __forceinline__ void* shared_pointer(uint32_t address) {
+  return __cvta_shared_to_generic(address);
 }
 
 __device__ __forceinline__ int block_thread() { return threadIdx.x; }
@@ -110,6 +116,19 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "r"(parity)
       : "memory");
 }
+
+// Until `count` threads, whole warps, have come to this barrier of the block (1 to 15): by waiting, or by
+// `named_barrier_arrive`.
+__device__ __forceinline__ void named_barrier_wait(int barrier, int count) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+__device__ __forceinline__ void named_barrier_arrive(int barrier, int count) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+// What this thread has stored to shared memory is seen by products and by the copy engine.
+__device__ __forceinline__ void shared_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
@@ -227,23 +246,49 @@ __device__ __forceinline__ void wgmma_wait() {
 #define WGMMA_SUMS_248(d) WGMMA_SUMS_240(d), WGMMA_FOUR(d, 120)
 #define WGMMA_SUMS_256(d) WGMMA_SUMS_248(d), WGMMA_FOUR(d, 124)
 
-// d (+)= A B^T for 64 rows of A, TILE_N rows of B and 16 values of K, both by descriptor; `add` 0 forgets d.
+// d (+)= A B^T for 64 rows of A, N rows of B and 16 values of K, both by descriptor; `add` 0 forgets d.
 // Runs in the background. Warp w of the warpgroup, lane l, g = l / 4, t = l % 4:
 //   d[4j], d[4j + 1] = D[16w + g][8j + 2t], [8j + 2t + 1];  d[4j + 2], d[4j + 3]: the same of row + 8
-// The inputs are named as outputs too, so that they come first and the sums have the same numbers at every
-// TILE_N.
-__device__ __forceinline__ void wgmma(float (&d)[TILE_N / 2], uint64_t a, uint64_t b, uint32_t add) {
-  asm volatile(
-      "{\n\t.reg .pred add;\n\tsetp.ne.b32 add, %2, 0;\n\t"
-      "wgmma.mma_async.sync.aligned.m64n" WGMMA_STRING(TILE_N) "k16.f32.f16.f16 "
-      "{" WGMMA_PASTE(WGMMA_TEXT_, TILE_N) "}, %0, %1, add, 1, 1, 0, 0;\n\t}"
-      : "+l"(a), "+l"(b), "+r"(add), WGMMA_PASTE(WGMMA_SUMS_, TILE_N)(d));
-}
+// The inputs are named as outputs too, so that they come first and the sums have the same numbers at every N.
+#define WGMMA_OF_TILES(N)                                                                                  \
+  __device__ __forceinline__ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, uint32_t add) {         \
+    asm volatile(                                                                                          \
+        "{\n\t.reg .pred add;\n\tsetp.ne.b32 add, %2, 0;\n\t"                                               \
+        "wgmma.mma_async.sync.aligned.m64n" WGMMA_STRING(N) "k16.f32.f16.f16 "                             \
+        "{" WGMMA_PASTE(WGMMA_TEXT_, N) "}, %0, %1, add, 1, 1, 0, 0;\n\t}"                                 \
+        : "+l"(a), "+l"(b), "+r"(add), WGMMA_PASTE(WGMMA_SUMS_, N)(d));                                    \
+  }
+
+// d += A B for 16 values of K: 64 rows of A in registers, laid out as mma_16816's, and N columns of B by
+// `transposed_descriptor`. The registers must stay until the product is waited for.
+#define WGMMA_OF_REGISTERS(N)                                                                              \
+  __device__ __forceinline__ void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {           \
+    uint32_t unused[2] = {};                                                                               \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" WGMMA_STRING(N) "k16.f32.f16.f16 "                    \
+                 "{" WGMMA_PASTE(WGMMA_TEXT_, N) "}, {" WGMMA_PASTE(WGMMA_A_, N) "}, %0, 1, 1, 1, 1;"        \
+                 : "+l"(b), "+r"(unused[0]), "+r"(unused[1]), WGMMA_PASTE(WGMMA_SUMS_, N)(d)               \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]));                                            \
+  }
+
+// A in registers, behind so many sums.
+#define WGMMA_A_64 "%35, %36, %37, %38"
+#define WGMMA_A_128 "%67, %68, %69, %70"
+#define WGMMA_A_256 "%131, %132, %133, %134"
 
 // Nothing that reads d may move before this.
-__device__ __forceinline__ void wgmma_settled(float (&d)[TILE_N / 2]) {
+template <int SUMS>
+__device__ __forceinline__ void wgmma_settled(float (&d)[SUMS]) {
 #pragma unroll
-  for (int i = 0; i < TILE_N / 2; ++i) asm volatile("" : "+f"(d[i])::"memory");
+  for (int i = 0; i < SUMS; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// Nothing that writes the registers of A may move before this.
+template <int PIECES>
+__device__ __forceinline__ void wgmma_settled(uint32_t (&a)[PIECES][4]) {
+#pragma unroll
+  for (int i = 0; i < PIECES; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(a[i][j])::"memory");
 }
 
 // One of two values without a branch; a conditional expression may become one that copies all sums first.
@@ -268,201 +313,23 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
 }
 
 #else
-
-// One launched block stands for a whole cluster: CLUSTER times THREADS threads and CLUSTER times SHARED_BYTES
-// bytes. A shared address is the offset in the block's part. A box is copied at once, the earliest that the
-// card could; products are made when they are waited for, the latest: what is read, freed or overwritten too
-// early shows in the result.
-#ifndef __cluster_dims__
-#define __cluster_dims__(...)
+#include "hopper_emulation.h"
 #endif
 
-inline int block_thread() { return threadIdx.x % THREADS; }
-inline int cluster_rank() { return threadIdx.x / THREADS; }
-inline int cluster_index() { return blockIdx.x; }
-inline int cluster_count() { return gridDim.x; }
-inline void cluster_sync() { __syncthreads(); }
-
-namespace emulated {
-
-struct Product {
-  float* sums;
-  uint64_t a, b;
-  bool add;
-};
-
-struct Products {
-  std::vector<Product> made;    // and not yet carried out
-  std::vector<size_t> groups;   // how many belong to each committed group
-  size_t committed;             // products in groups
-};
-
-inline char* shared_parts;
-inline Products products[::emulation::kThreads];
-
-inline Products& own_products() { return products[::emulation::state.current->number]; }
-
-inline char* shared_at(uint32_t address, int rank) {
-  if (address >= SHARED_BYTES) ::emulation::fail("shared address %u: a block has %d", address, SHARED_BYTES);
-  return shared_parts + static_cast<size_t>(rank) * SHARED_BYTES + address;
-}
-
-// The swizzle of 128 bytes: bits 4 to 6 of an address are turned by bits 7 to 9.
-inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 3 & 0x70); }
-
-// A phase ends when nobody is awaited and as many bytes have come as were announced.
-struct PhaseBarrier {
-  uint16_t awaited;
-  uint16_t arrivals : 15, parity : 1;
-  int32_t bytes;
-  void settle() {
-    if (awaited || bytes) return;
-    awaited = arrivals;
-    parity ^= 1;
-  }
-};
-static_assert(sizeof(PhaseBarrier) == 8, "a barrier in shared memory has 8 bytes");
-
-inline PhaseBarrier& phase_barrier(uint32_t barrier, int rank) {
-  if (barrier % 8) ::emulation::fail("barrier at shared address %u: not aligned to 8", barrier);
-  return *reinterpret_cast<PhaseBarrier*>(shared_at(barrier, rank));
-}
-
-// Value k of row r of the operand that a matrix descriptor names.
-inline float operand(uint64_t descriptor, int r, int k) {
-  uint32_t start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
-  uint32_t address = start + r / 8 * stride + r % 8 * 128 + k * 2;
-  return __half2float(*reinterpret_cast<const half*>(shared_at(swizzled(address), cluster_rank())));
-}
-
-inline void carry_out(const Product& product) {
-  int thread = threadIdx.x % 128, row = thread / 32 * 16 + thread % 32 / 4, column = thread % 4 * 2;
-  float rows[2][16];
-  for (int i = 0; i < 2; ++i)
-    for (int k = 0; k < 16; ++k) rows[i][k] = operand(product.a, row + 8 * i, k);
-  for (int j = 0; j < TILE_N / 8; ++j)
-    for (int c = 0; c < 2; ++c) {
-      float sums[2] = {0.0f, 0.0f};
-      for (int k = 0; k < 16; ++k) {
-        float v = operand(product.b, 8 * j + column + c, k);
-        sums[0] += rows[0][k] * v;
-        sums[1] += rows[1][k] * v;
-      }
-      for (int i = 0; i < 2; ++i) {
-        float& d = product.sums[4 * j + 2 * i + c];
-        d = product.add ? d + sums[i] : sums[i];
+// Row and column of a quarter of lanes are exchanged: value i of lane t (of four) and value t of lane i.
+__device__ __forceinline__ void transpose_quad(uint32_t (&v)[4], int t) {
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    bool high = t & bit;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & bit) continue;
+      uint32_t got = __shfl_xor_sync(0xffffffffu, high ? v[i] : v[i + bit], bit);
+      if (high) {
+        v[i] = got;
+      } else {
+        v[i + bit] = got;
       }
     }
-}
-
-}  // namespace emulated
-
-inline uint32_t shared_begin(char* memory) {
-  uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + 1023) & ~uintptr_t(1023);
-  emulated::shared_parts = reinterpret_cast<char*>(begin);
-  emulated::Products& p = emulated::own_products();
-  p.made.clear();
-  p.groups.clear();
-  p.committed = 0;
-  return 0;
-}
-
-inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
-  emulated::PhaseBarrier& b = emulated::phase_barrier(barrier, cluster_rank());
-  b.awaited = static_cast<uint16_t>(arrivals);
-  b.arrivals = arrivals;
-  b.parity = 0;
-  b.bytes = 0;
-}
-
-inline void barrier_init_fence() {}
-
-inline void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
-  emulated::PhaseBarrier& b = emulated::phase_barrier(barrier, rank);
-  if (b.awaited == 0) emulation::fail("barrier at shared address %u: too many arrivals", barrier);
-  --b.awaited;
-  b.settle();
-}
-
-inline void barrier_arrive(uint32_t barrier) { barrier_arrive_at(barrier, cluster_rank()); }
-
-inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
-  emulated::phase_barrier(barrier, cluster_rank()).bytes += static_cast<int32_t>(bytes);
-  barrier_arrive(barrier);
-}
-
-inline void barrier_wait(uint32_t barrier, uint32_t parity) {
-  while (emulated::phase_barrier(barrier, cluster_rank()).parity == parity) emulated_yield();
-  emulated_progress();
-}
-
-inline void prefetch_map(const TensorMap&) {}
-
-inline void copy_box_to(uint32_t target, const TensorMap& map, int column, int row, uint32_t barrier,
-                        uint32_t blocks) {
-  if (map.swizzle_bytes != 128 || map.box_columns * map.element_bytes != 128)
-    emulation::fail("a tensor map of another layout than rows of 128 swizzled bytes");
-  if (target % 1024) emulation::fail("a box at shared address %u: not aligned to 1024", target);
-  for (int rank = 0; rank < CLUSTER; ++rank) {
-    if (!(blocks >> rank & 1)) continue;
-    for (uint32_t r = 0; r < map.box_rows; ++r)
-      for (uint32_t c = 0; c < map.box_columns; ++c) {
-        bool inside = row + r < map.rows && column + c < map.columns;
-        uint64_t from = map.address + (row + r) * map.row_stride_bytes + (column + c) * 2;
-        uint32_t to = emulated::swizzled(target + r * 128 + c * 2);
-        *reinterpret_cast<uint16_t*>(emulated::shared_at(to, rank)) =
-            inside ? *reinterpret_cast<const uint16_t*>(from) : 0;
-      }
-    emulated::PhaseBarrier& b = emulated::phase_barrier(barrier, rank);
-    b.bytes -= static_cast<int32_t>(map.box_rows * 128);
-    b.settle();
   }
 }
-
-inline void copy_box(uint32_t target, const TensorMap& map, int column, int row, uint32_t barrier) {
-  copy_box_to(target, map, column, row, barrier, 1u << cluster_rank());
-}
-
-template <int REGISTERS>
-void fewer_registers() {}
-template <int REGISTERS>
-void more_registers() {}
-
-inline void wgmma_fence() {}
-
-inline void wgmma_commit() {
-  emulated::Products& p = emulated::own_products();
-  p.groups.push_back(p.made.size() - p.committed);
-  p.committed = p.made.size();
-}
-
-// On the card a product is one act of four warps; here each thread makes its own sums, so all must be waited
-// for.
-template <int N>
-void wgmma_wait() {
-  emulated::Products& p = emulated::own_products();
-  while (p.groups.size() > N) {
-    size_t count = p.groups.front();
-    for (size_t i = 0; i < count; ++i) emulated::carry_out(p.made[i]);
-    p.made.erase(p.made.begin(), p.made.begin() + static_cast<std::ptrdiff_t>(count));
-    p.groups.erase(p.groups.begin());
-    p.committed -= count;
-  }
-  emulation::barrier(1 + threadIdx.x / 128, 128);
-}
-
-inline void wgmma(float (&d)[TILE_N / 2], uint64_t a, uint64_t b, uint32_t add) {
-  for (uint64_t descriptor : {a, b})
-    if (descriptor >> 62 != 1 || (descriptor >> 49 & 7))
-      emulation::fail("a matrix descriptor of another layout");
-  emulated::own_products().made.push_back({d, a, b, add != 0});
-}
-
-inline void wgmma_settled(float (&)[TILE_N / 2]) {
-  if (!emulated::own_products().groups.empty()) emulation::fail("sums are read while products are under way");
-}
-
-inline float choose(int first, float a, float b) { return first ? a : b; }
-inline float exp2_fast(float x) { return exp2f(x); }
-inline float reciprocal_fast(float x) { return 1.0f / x; }
-#endif

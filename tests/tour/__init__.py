@@ -1,0 +1,1 @@
+"""Tours of every supported call with the clients that people use, each against a running service."""
