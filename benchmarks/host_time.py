@@ -1,9 +1,9 @@
 """What the host does for one decode step: scheduler, cache accounts, text, and what the GPU engine packs.
 
 `python -m benchmarks.host_time [--batch N ...] [--context TOKENS] [--waiting TOKENS] [--engine null]`: the
-TensorRT engine for Gemma 3 27B on a device whose work takes no time (`idle_device`), or the null engine, driven
-by the worker's own parts, in this thread and without Redis. One JSON line a batch, with milliseconds of one core
-a step, medians over all steps:
+TensorRT engine for Gemma 3 27B on a device whose work takes no time (`idle_device`), or the null engine,
+driven by the worker's own parts, in this thread and without Redis. One JSON line a batch, with milliseconds
+of one core a step, medians over all steps:
 
     between  what the device waits for: result + apply + take + plan + start
     result   from the end of the device's work to the tokens
