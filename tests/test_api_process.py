@@ -115,7 +115,8 @@ def test_the_official_client_raises_its_own_errors(ai: openai.OpenAI) -> None:
 
 def test_a_token_is_sent_before_the_next_one_exists(http: httpx.Client) -> None:
     with http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as answer:
-        assert '"text":' in next(line for line in answer.iter_lines() if line.startswith("data: "))
+        lines = answer.iter_lines()  # kept: a reader that is dropped closes the connection
+        assert '"text":' in next(line for line in lines if line.startswith("data: "))
         job = answer.headers["X-Job-Id"]
         assert record(http, job)["status"] == "running"
     wait_for_status(http, job, "cancelled")

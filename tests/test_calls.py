@@ -97,6 +97,12 @@ def test_calls_are_read_back_however_the_answer_is_cut(called: list[tuple[str, s
     assert reader.called
 
 
+def test_a_call_that_lacks_its_last_brace_is_not_whole() -> None:
+    text = spelt([("f", "{}")])
+    assert read_answer(text).called
+    assert not read_answer(text[:-1]).called
+
+
 @given(called=calls, data=st.data())
 def test_a_call_that_is_cut_off_is_read_as_far_as_it_goes_and_is_not_whole(
     called: list[tuple[str, str]], data: Any

@@ -143,7 +143,7 @@ class AnswerReader:
     """
 
     called: bool = False
-    _state: Literal["start", "text", "head", "arguments", "between", "end"] = "start"
+    _state: Literal["start", "text", "head", "arguments", "between", "closing", "end"] = "start"
     _many: bool = False
     _index: int = -1
     _head: str = ""
@@ -162,8 +162,7 @@ class AnswerReader:
             if self._state == "arguments":
                 arguments += character
                 if self._object.ends(character):
-                    self.called = not self._many
-                    self._state = "between" if self._many else "end"
+                    self._state = "between" if self._many else "closing"
                     pieces.append(CallPiece(self._index, arguments=arguments))
                     arguments = ""
             elif self._state == "head":
@@ -174,7 +173,7 @@ class AnswerReader:
                     pieces.append(CallPiece(self._index, name=found[1]))
             elif character == "{" and self._state == "between":
                 self._state, self._head = "head", character
-            elif character == "]" and self._state == "between":
+            elif (character, self._state) in (("]", "between"), ("}", "closing")):
                 self._state, self.called = "end", True
         return "", [*pieces, CallPiece(self._index, arguments=arguments)] if arguments else pieces
 
