@@ -1,14 +1,15 @@
 """What the host does for one decode step: scheduler, cache accounts, text, and what the GPU engine packs.
 
-`python -m benchmarks.host_time [--batch N ...] [--context TOKENS] [--waiting TOKENS] [--engine null]`: the TensorRT
-engine for Gemma 3 27B on a device whose work takes no time (`idle_device`), or the null engine, driven by the
-worker's own parts, in this thread and without Redis. One JSON line a batch, with milliseconds of one core a step,
-medians over all steps:
+`python -m benchmarks.host_time [--batch N ...] [--context TOKENS] [--waiting TOKENS] [--engine null]`: the
+TensorRT engine for Gemma 3 27B on a device whose work takes no time (`idle_device`), or the null engine, each
+driven by the worker's own parts, in this thread and without Redis. One JSON line a batch, with milliseconds
+of one core a step, medians over all steps:
 
     between  what the device waits for: result + apply + take + plan + start
     result   from the end of the device's work to the tokens
     start    of the engine, up to the launch of the step's graph
-    shadow   what is done while a step runs: the rest of `start`, events, accounts of attention, moves of blocks
+    shadow   what is done while a step runs: the rest of `start`, events, accounts of attention, moves of
+             blocks
 
 With `--waiting` another sequence waits for blocks, of whose prompt the cache has so many tokens. `--sampling
 penalties` has every sequence penalise what it has said.
@@ -28,7 +29,7 @@ import numpy as np
 from benchmarks.idle_device import IdleDevice
 from wicore.bench.hardware import describe
 from wicore.config import Settings, load_settings
-from wicore.engine.base import Engine, StepPlan
+from wicore.engine.base import Engine
 from wicore.engine.factory import create_engine
 from wicore.engine.sizing import device_blocks, layout_of
 from wicore.engine.tensorrt.engine import TensorrtEngine
@@ -140,6 +141,7 @@ def idle_engine(settings: Settings, device: IdleDevice) -> Engine:
         token_budget=settings.scheduler.token_budget,
     )
     engine.prepare()
+    engine._runner._mass.array.view(np.float32)[:] = 1.0  # as a device would that counts it
     return engine
 
 
