@@ -44,19 +44,22 @@ class BlockTables:
         self.global_offset = np.array(offsets[: len(rooms)], np.int32)
         self.window_offset = np.array(offsets[len(rooms) : -1], np.int32)
         self.window_first = np.array(firsts, np.int32)
-        self.covered = np.zeros(len(ends), np.int32)
-        """By sequence: positions for which the entries suffice."""
         self.index = {s.key: i for i, s in enumerate(sequences)}
-        self._ends, self._offsets, self._rooms = ends, offsets, rooms + window_rooms
-        for i, (sequence, first) in enumerate(zip(sequences, firsts, strict=True)):
-            self._write(i, sequence, first)
+        self._count, self._offsets, self._rooms = len(ends), offsets, rooms + window_rooms
+        self._write_all(sequences, firsts)
 
     def replace(self, i: int, sequence: SequenceInput) -> bool:
         """Write the tables of the i-th sequence anew, which has grown; False when there is no room."""
         first = self._first_window_block(sequence)
-        self._write(i, sequence, first)
+        window = sequence.window_table[first - sequence.window_first :]
+        lengths = []
+        for at, table in ((i, sequence.global_table), (self._count + i, window)):
+            offset, length = self._offsets[at], min(len(table), self._rooms[at])
+            self.entries[offset : offset + length] = table[:length]
+            lengths.append(length)
         self.window_first[i] = first
-        return bool(self.covered[i] > sequence.start)
+        self.covered[i] = covered = min(lengths[0], first + lengths[1]) * self._layout.block_tokens
+        return covered > sequence.start
 
     def shares(self, mass: Floats, sequences: Sequence[SequenceInput]) -> list[Floats]:
         """Attention mass, given by entry of the global tables in any unit, by block of each sequence's whole
@@ -79,17 +82,22 @@ class BlockTables:
                 found[i] = np.append(found[i][:room], np.zeros(length - room, np.float32))
         return found
 
-    def _write(self, i: int, sequence: SequenceInput, first: int) -> None:
-        count = len(self._ends)
-        covered = []
-        for at, table, before in (
-            (i, sequence.global_table, 0),
-            (count + i, sequence.window_table[first - sequence.window_first :], first),
-        ):
-            offset, length = self._offsets[at], min(len(table), self._rooms[at])
-            self.entries[offset : offset + length] = table[:length]
-            covered.append(before + length)
-        self.covered[i] = min(covered) * self._layout.block_tokens
+    def _write_all(self, sequences: Sequence[SequenceInput], firsts: Sequence[int]) -> None:
+        """Write every table, all in one go."""
+        count, rooms = self._count, self._rooms
+        parts = [s.global_table[:room] for s, room in zip(sequences, rooms, strict=False)]
+        for s, first, room in zip(sequences, firsts, rooms[count:], strict=True):
+            begin = first - s.window_first
+            parts.append(s.window_table[begin : begin + room])
+        lengths = np.array([len(part) for part in parts], np.int64)
+        ends = lengths.cumsum()
+        self.covered = (
+            np.minimum(lengths[:count], self.window_first + lengths[count:]) * self._layout.block_tokens
+        )
+        """By sequence: positions for which the entries suffice."""
+        if parts:
+            shifts = np.array(self._offsets[:-1]) - (ends - lengths)
+            self.entries[np.arange(ends[-1]) + np.repeat(shifts, lengths)] = np.concatenate(parts)
 
     def _first_window_block(self, sequence: SequenceInput) -> int:
         """Of those that the sequence's new positions see."""

@@ -24,11 +24,12 @@ Check = Callable[[Sequence[SequenceInput]], None]
 
 _ALIGNMENT = 64  # elements
 _FIELDS = 8
+_PADDING = np.array([[0], [-1], [0], [0], [0], [0], [0], [-1]], np.int32)
 
 
 @dataclass(slots=True)
 class _Batch:
-    """The sequences of the last step, all of which decoded and sampled, by row."""
+    """The sequences of the last step, one a row."""
 
     tables: BlockTables
     keys: list[int]
@@ -43,8 +44,8 @@ class _Batch:
 class DecodeArrays:
     """Rows, sequences and block tables of decode passes of up to `limits.samples` rows.
 
-    They always lie at the same addresses, which graphs hold. A step's tables are written once, by
-    `tables_of`; `fill` or `follow` write the rest, and `send` copies all.
+    They always lie at the same addresses, which graphs hold. A step of one row a sequence is written by
+    `follow`, or `begin`; any other by `tables_of` and, a pass after the other, `fill`. `send` copies it all.
     """
 
     def __init__(
@@ -82,21 +83,32 @@ class DecodeArrays:
         self._fields[0], self._fields[1], self._fields[2] = arrays.ids, arrays.positions, arrays.row_sequence
         self._fields[3:7], self._fields[7] = arrays.sequences, arrays.sampling
 
-    def remember(self, sequences: Sequence[SequenceInput], tables: BlockTables) -> None:
-        """The pass filled in is a whole step, of one row each of these sequences, in their order."""
+    def begin(self, sequences: Sequence[SequenceInput]) -> BlockTables:
+        """Write a step of one row of each of these sequences, in their order; its tables. What was sent
+        before must be done. Raises ValueError when they do not fit."""
+        tables = self.tables_of(sequences)
+        fields, count = self._fields, len(sequences)
+        starts, streamed = [s.start for s in sequences], [s.streamed for s in sequences]
+        fields[:, count:] = _PADDING
+        fields[0, :count] = [s.tokens.item() for s in sequences]
+        fields[1, :count] = starts
+        fields[2, :count] = fields[7, :count] = np.arange(count)
+        fields[3, :count], fields[4, :count] = tables.global_offset, tables.window_offset
+        fields[5, :count], fields[6, :count] = tables.window_first, streamed
         self._batch = _Batch(
             tables,
             [s.key for s in sequences],
-            [s.start + 1 for s in sequences],
-            [s.streamed for s in sequences],
+            [start + 1 for start in starts],
+            streamed,
             [s.global_table for s in sequences],
             [s.window_table for s in sequences],
             [s.window_first for s in sequences],
         )
+        return tables
 
     def follow(self, sequences: Sequence[SequenceInput], check: Check) -> BlockTables | None:
-        """Write a step whose sequences are those of the one remembered, each a token further and sampling:
-        its tables. None where it is another, or lays out its tables anew: the arrays are undefined then.
+        """Write a step that differs from the one before by a token of each sequence; its tables. None where
+        there is more to it, or tables must be laid out anew: the arrays are undefined then.
 
         `check` is made of what has changed. Raises ValueError as it does.
         """
@@ -107,7 +119,6 @@ class DecodeArrays:
             [s.key for s in sequences] != batch.keys
             or [s.start for s in sequences] != batch.starts
             or [s.streamed for s in sequences] != batch.streamed
-            or None in [s.sampling for s in sequences]
         ):
             return None
         try:

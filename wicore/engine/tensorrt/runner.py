@@ -75,27 +75,29 @@ class Runner:
     def start(self, sequences: Sequence[SequenceInput], check: Check) -> Running:
         """Enqueue a step. Raises ValueError as `check` does, and for a step too large for the buffers."""
         tables = self._arrays.follow(sequences, check)
-        if tables is not None:
-            self._single([s.sampling for s in sequences], tables)
-            return self._started(sequences, tables, [s.key for s in sequences], range(len(sequences)))
-        check(sequences)
-        passes = self._cut(sequences)
-        tables = self._arrays.tables_of(sequences)
+        if tables is None:
+            check(sequences)
+            single = all(len(s.tokens) == 1 for s in sequences)
+            if not (single and 0 < len(sequences) <= self._limits.samples):
+                return self._start_passes(sequences)
+            tables = self._arrays.begin(sequences)
+        rows = self._single([s.sampling for s in sequences], tables)
+        return self._started(sequences, tables, [sequences[row].key for row in rows], rows)
+
+    def _start_passes(self, sequences: Sequence[SequenceInput]) -> Running:
+        """Enqueue a step that is not one row a sequence."""
+        passes, tables = self._cut(sequences), self._arrays.tables_of(sequences)
         samples = [piece.sequence for work in passes for piece in work.pieces if piece.samples]
         if len(samples) > self._limits.samples:
             raise ValueError(
                 f"plan: {len(samples)} sequences sample, and scheduler.max_batch is {self._limits.samples}"
             )
         if len(passes) == 1 and passes[0].decode:
-            states = _states(passes[0])
             self._arrays.fill(passes[0], tables)
-            if len(samples) == len(sequences) == len(states):
-                self._arrays.remember(sequences, tables)
-            self._single(states, tables)
-            rows: Sequence[int] = [row for row, state in enumerate(states) if state is not None]
+            rows = self._single(_states(passes[0]), tables)
         else:
-            self._clear_mass()
-            rows = range(self._several(passes, tables, [s.sampling for s in samples]))
+            self._several(passes, tables, [s.sampling for s in samples])
+            rows = list(range(len(samples)))
         return self._started(sequences, tables, [s.key for s in samples], rows)
 
     def _started(
@@ -201,11 +203,13 @@ class Runner:
             self._parts.attention.clear_mass(self.stream)
         self._mass_cleared = False
 
-    def _single(self, states: Sequence[SamplingState | None], tables: BlockTables) -> None:
-        """A step that is one decode pass, whose arrays are written; `states` are its rows'."""
+    def _single(self, states: Sequence[SamplingState | None], tables: BlockTables) -> list[int]:
+        """A step that is one decode pass, whose arrays are written; `states` are its rows', and which of them
+        sample is returned."""
         self._clear_mass()
         sampler, bucket = self._parts.sampler, self._limits.bucket(len(states))
-        draws = any(state is not None for state in states)
+        rows = [row for row, state in enumerate(states) if state is not None]
+        draws = bool(rows)
         if draws:
             sampler.pack(states)
             sampler.upload(self.stream)
@@ -214,11 +218,13 @@ class Runner:
         if late:
             self._head(bucket, self._buffers.normed)
             self._draw(bucket)
+        return rows
 
     def _several(
         self, passes: Sequence[Pass], tables: BlockTables, states: Sequence[SamplingState | None]
-    ) -> int:
-        """Passes, then the head for all rows that sample; how many."""
+    ) -> None:
+        """Passes, then the head for all rows that sample, by these states."""
+        self._clear_mass()
         if states:
             self._parts.sampler.pack(states)
             self._parts.sampler.upload(self.stream)
@@ -228,7 +234,6 @@ class Runner:
         if states:
             self._head(done, self._buffers.gathered)
             self._draw(done)
-        return done
 
     def _draw(self, rows: int) -> None:
         """Draw from the logits of a step that is enqueued up to them, and runs while masks are made."""
