@@ -30,10 +30,9 @@ NAMES = ("resume", *_EDITS)
 def apply(name: str) -> None:
     """Break this process. A script that no longer has what is to be taken out raises ValueError."""
     if name == "resume":
-        generation.Generation = _Forgetful  # type: ignore[misc]
-        from workers import worker
+        from workers import preparation
 
-        worker.Generation = _Forgetful  # type: ignore[misc]
+        preparation.Generation = _Forgetful  # type: ignore[misc]
         return
     edits, text_of = _EDITS[name], scripts._text
 
