@@ -1,7 +1,7 @@
 """A GPU whose work takes no time and does nothing: what is left of an engine's step is the host's part.
 
-Device memory is addresses only, so a model of any size fits. Pinned memory is there, all zeros: every token
-drawn is 0, and no attention mass is reported.
+Device memory is addresses only, so a model of any size fits. Pinned memory is there, all zeros at first, so
+that every token drawn is 0.
 """
 
 from __future__ import annotations

@@ -97,7 +97,13 @@ class Service:
             assert self.scheduler.running <= self.max_batch
         return self.plan is not None
 
+    def catches_up(self) -> bool:
+        """Every third step ends so soon that there was no time for it."""
+        return self.steps % 3 > 0
+
     def end_step(self) -> None:
+        if self.catches_up():
+            self.scheduler.catch_up()
         result = self.engine.step(self.plan)
         self.plan = None
         self.steps += 1
@@ -482,6 +488,24 @@ def test_ending_soon_counts_the_sequences_that_the_step_in_flight_ends():
     service.end_step()
     assert service.scheduler.ending_soon() == 0
     service.drain()
+
+
+def test_what_was_prepared_while_a_step_ran_is_what_would_be_planned_after_it():
+    services = [Service(blocks=64, host={"global": 16, "window": 16}) for _ in range(2)]
+    plans = [[], []]
+    for service, planned, prepares in zip(services, plans, (True, False), strict=True):
+        service.catches_up = lambda prepares=prepares: prepares
+        for length in (5, 9, 14):
+            service.add(length, words(100 * length, length), 12)
+        while service.start_step():
+            planned.append([_facts(sequence) for sequence in service.plan.sequences])
+            service.end_step()
+    assert plans[0] == plans[1]
+
+
+def _facts(sequence):
+    tables = sequence.global_table.tolist(), sequence.window_table.tolist(), sequence.window_first
+    return sequence.key, sequence.tokens.tolist(), sequence.start, tables, sequence.sampling is not None
 
 
 def test_misuse_is_named():

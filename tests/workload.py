@@ -110,7 +110,9 @@ class Server:
             return
         self.streamed_steps += any(sequence.streamed for sequence in plan.sequences)
         self.prefilled += sum(len(s.tokens) for s in plan.sequences if len(s.tokens) > 1)
-        for out in self.scheduler.apply(self.engine.step(plan)):
+        pending = self.engine.start(plan)
+        self.scheduler.catch_up()
+        for out in self.scheduler.apply(pending.result()):
             outputs[out.key].append(out.token.id)
             if len(outputs[out.key]) == jobs[out.key].max_tokens:
                 self.scheduler.remove(out.key)

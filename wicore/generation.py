@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 from wicore.errors import WicoreError
 from wicore.openai import ChoiceResult, logprob_entry, result_object
@@ -47,15 +47,9 @@ class _Choice:
         return fmean(entry["logprob"] for entry in self.logprobs)
 
 
-class _Taken(NamedTuple):
-    """A token that no event tells of yet."""
-
-    seq: int
-    choice: int
-    token: SampledToken
-    text: str | None
-    """None: not made yet."""
-    reason: FinishReason | None
+_Taken: TypeAlias = tuple[int, int, SampledToken, "str | None", "FinishReason | None"]
+"""A token that no event tells of yet: sequence number, choice, token, text (None: not made yet), and why it
+is the choice's last. A plain tuple: engines wait while it is made."""
 
 
 class Generation:
@@ -127,23 +121,30 @@ class Generation:
         Engines wait for this, so it does no more than that takes: without stop strings the text is made
         only in `events`.
         """
-        choice, text = self._choices[index], None
-        if choice.constraint is not None and choice.constraint.error is not None:
-            self.error = choice.constraint.error  # what was drawn is no part of an answer
+        choice, prompt = self._choices[index], self.prompt
+        constraint, ids, token_id = choice.constraint, choice.ids, token.id
+        reason: FinishReason | None = None
+        text: str | None = None
+        if constraint is not None and constraint.error is not None:
+            self.error = constraint.error  # what was drawn is no part of an answer
             return True
-        choice.ids.append(token.id)
-        if token.id in self.prompt.stop_ids:
-            choice.finish_reason, text = "stop", ""
+        ids.append(token_id)
+        if token_id in prompt.stop_ids:
+            reason, text = "stop", ""
         elif self.body.stop:
-            text = choice.detokenizer.push(token.id)
+            text = choice.detokenizer.push(token_id)
             if choice.detokenizer.stopped:
-                choice.finish_reason = "stop"
-        if choice.constraint is not None and choice.constraint.complete:
-            choice.finish_reason = "stop"
-        if choice.finish_reason is None and len(choice.ids) >= self.prompt.max_tokens:
-            choice.finish_reason = "length"
-        self._taken.append(_Taken(self._next(), index, token, text, choice.finish_reason))
-        return choice.finish_reason is not None
+                reason = "stop"
+        if constraint is not None and constraint.complete:
+            reason = "stop"
+        if reason is None and len(ids) >= prompt.max_tokens:
+            reason = "length"
+        self.seq = seq = self.seq + 1
+        self._taken.append((seq, index, token, text, reason))
+        if reason is None:
+            return False
+        choice.finish_reason = reason
+        return True
 
     def events(self) -> list[Event]:
         """What is to be published since the last call: the first event of this attempt, then one for each

@@ -77,6 +77,12 @@ class TokenChain:
             last = self.length
         return self._tokens[first:last]
 
+    def coming(self) -> NDArray[np.int32]:
+        """The token that the next `append` will add, [1], to be read after it."""
+        if self.length == len(self._tokens):
+            self._tokens = np.concatenate((self._tokens, np.empty_like(self._tokens)))
+        return self._tokens[self.length : self.length + 1]
+
     def parent(self, block: int) -> bytes:
         """The hash before logical block `block`: its parent's, or the salt's for block 0."""
         return self.hashes[block - 1] if block else self.salt

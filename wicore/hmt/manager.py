@@ -155,6 +155,11 @@ class CacheManager:
                 return False
         return True
 
+    def scarce(self, blocks: int) -> bool:
+        """Whether the device has fewer global blocks than that to give without losing anything: window blocks
+        wait for moves only where they are checkpoints."""
+        return self._pools["global"].ready < blocks
+
     def room(self, key: int) -> int:
         """The most positions that `reserve` could cover for this sequence now."""
         sequence = self._open[key]
@@ -286,6 +291,19 @@ class CacheManager:
             sequence.forget_tables()
         slides = (sequence.window_first + 1) * size + self.layout.window - 1
         sequence.quiet_until = min((full + 1) * size, slides)
+
+    def quiet(self, key: int, computed: int) -> bool:
+        """Whether `commit` of so many positions will change nothing of the sequence's blocks and tables, so
+        that the next position is in the same block."""
+        sequence = self._open[key]
+        return computed < sequence.quiet_until and not sequence.long
+
+    def commit_quiet(self, keys: Sequence[int]) -> None:
+        """Of each of these sequences one position more is in the pool: `commit` where that is `quiet`."""
+        opened = self._open
+        for key in keys:
+            opened[key].computed += 1
+        self._time += len(keys)
 
     def record(self, key: int, mass: NDArray[np.float32], steps: int = 1) -> None:
         """A step of this sequence gave `mass[i]` of its attention to logical block i; it speaks for so many

@@ -38,9 +38,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from wicore.engine.base import SequenceInput, StepPlan, StepResult
+from wicore.engine.base import StepPlan, StepResult
 from wicore.errors import EngineError
 from wicore.hmt import CacheManager, PrefixMatch
+from wicore.scheduler.inputs import prepare, share
 from wicore.scheduler.sequence import Limits, ScheduledSequence, SequenceRequest, TokenOut, rank
 
 ATTENTION_EVERY = 4
@@ -66,11 +67,15 @@ class Scheduler:
         """By rank, as is _waiting."""
         self._waiting: list[ScheduledSequence] = []
         self._in_flight: list[ScheduledSequence] | None = None
+        self._unprepared: Sequence[ScheduledSequence] = ()
+        """Those in flight whose next step `catch_up` is to prepare."""
         self._masses: list[tuple[ScheduledSequence, NDArray[np.float32], int]] = []
         """Attention of the last result that the cache has not been told of, and how many steps it is for."""
         self._steps = 0
         self._moves_wait = False
         """Whether moves may be wanted that were not started."""
+        self._taken_in = True
+        """Whether the cache has learned what had moved when the last step was planned."""
         self._arrivals = 0
         self.preemptions = 0
         """Since the start."""
@@ -130,6 +135,7 @@ class Scheduler:
             # Before its blocks are free to be moved into: the step in flight may read them.
             self.catch_up()
         (self._running if sequence.running else self._waiting).remove(sequence)
+        sequence.running = False
         self._cache.close(key)
 
     def cached(self, key: int) -> int | None:
@@ -144,17 +150,20 @@ class Scheduler:
         """
         if self._in_flight is not None:
             raise RuntimeError("a step is in flight: apply its result before planning the next")
-        self._cache.take_in()
+        # Else nothing depends on it, and it is done while the step runs.
+        self._taken_in = self._awaits_moves()
+        if self._taken_in:
+            self._cache.take_in()
         self._settle()
         preempted = self.preemptions
-        decoding = [
-            sequence
-            for sequence in self._running
-            if sequence.chain.length - sequence.computed == 1 and sequence.left and not sequence.restoring
-        ]
-        covers = self._cache.covers
-        for sequence in decoding:
-            if sequence.running and covers(sequence.key, sequence.computed + 1):
+        unprepared = []
+        for sequence in self._running:
+            if sequence.prepared is not None:
+                sequence.chunk = 1
+            elif sequence.pending == 1:
+                unprepared.append(sequence)
+        for sequence in unprepared:
+            if sequence.running and self._cache.covers(sequence.key, sequence.computed + 1):
                 sequence.chunk = 1
             else:
                 sequence.chunk = self._reserve(sequence, 1)
@@ -166,8 +175,8 @@ class Scheduler:
         if not planned:
             self.catch_up()
             return None
-        self._in_flight = planned
-        return StepPlan(tuple(map(self._input, planned)))
+        self._in_flight = self._unprepared = planned
+        return StepPlan(tuple([share(sequence, self._cache) for sequence in planned]))
 
     def apply(self, result: StepResult) -> list[TokenOut]:
         """Take over what the step in flight did; returns its tokens in order of rank.
@@ -176,23 +185,26 @@ class Scheduler:
         """
         if self._in_flight is None:
             raise RuntimeError("no step is in flight: plan one before applying a result")
+        self._unprepared = ()
         self.catch_up()
         self._steps += 1
         step, self._in_flight = self._in_flight, None
-        present, outputs, commit = self._present, result.outputs, self._cache.commit
-        tokens = []
+        outputs, commit = result.outputs, self._cache.commit
+        tokens, quiet = [], []
         for sequence in step:
-            key = sequence.key
-            if present.get(key) is not sequence:
+            if not sequence.running:
                 continue
+            key, chunk = sequence.key, sequence.chunk
             output = outputs.get(key)
-            chunk = sequence.chunk
             computed = sequence.computed + chunk
             if output is None or (output.token is None) == (computed == sequence.chain.length):
                 raise EngineError(f"the step's result lacks the output or the token of sequence {key}")
             sequence.computed = computed
             sequence.chunk = 0
-            commit(key, computed)
+            if sequence.prepared is None:
+                commit(key, computed)
+            else:
+                quiet.append(key)
             if chunk > 1 or (self._steps + key) % ATTENTION_EVERY == 0:
                 self._masses.append((sequence, output.mass, 1 if chunk > 1 else ATTENTION_EVERY))
             token = output.token
@@ -201,25 +213,31 @@ class Scheduler:
                 sequence.sampling.observe(token.id)
                 sequence.left -= 1
                 tokens.append(TokenOut(key, token))
+        self._cache.commit_quiet(quiet)
         return tokens
 
     def catch_up(self) -> None:
-        """What `plan` and `apply` have left for while a step runs: start the moves of blocks, and tell the
-        cache what attention was reported. To be called when a step has been started; done by `apply` at the
-        latest."""
+        """What `plan` and `apply` have left for while a step runs: start the moves of blocks, tell the cache
+        what attention was reported, and prepare the next step. To be called when a step has been started; but
+        for the last, done by `apply` at the latest."""
         if self._moves_wait:
             self._moves_wait = False
+            if not self._taken_in:
+                self._cache.take_in()
             self._cache.start_moves()
         masses, self._masses = self._masses, []
         for sequence, mass, steps in masses:
-            if sequence.running and self._present.get(sequence.key) is sequence:
+            if sequence.running:
                 self._cache.record(sequence.key, mass, steps)
+        unprepared, self._unprepared = self._unprepared, ()
+        for sequence in unprepared:
+            if sequence.running:
+                prepare(sequence, self._cache)
 
     def ending_soon(self) -> int:
         """How many sequences the step in flight surely ends, because it reaches their `max_tokens`."""
         return sum(
-            sequence.left == 1 and sequence.samples and self._present.get(sequence.key) is sequence
-            for sequence in self._in_flight or ()
+            sequence.left == 1 and sequence.samples and sequence.running for sequence in self._in_flight or ()
         )
 
     def check(self) -> None:
@@ -259,9 +277,17 @@ class Scheduler:
         self.preemptions += 1
 
     def _wait_again(self, sequence: ScheduledSequence) -> None:
-        sequence.computed = sequence.chunk = 0
+        sequence.computed, sequence.chunk, sequence.prepared = 0, 0, None
         sequence.running = sequence.restoring = False
         insort(self._waiting, sequence, key=rank)
+
+    def _awaits_moves(self) -> bool:
+        """Whether a plan may depend on what moves have brought, or made room for."""
+        return (
+            bool(self._waiting)
+            or self._cache.scarce(2 * len(self._running))
+            or any(sequence.restoring for sequence in self._running)
+        )
 
     def _settle(self) -> None:
         """Let sequences whose blocks have arrived join the steps, and those whose have not match anew."""
@@ -372,30 +398,14 @@ class Scheduler:
 
     def _share_budget(self) -> None:
         """Give prompt chunks, by rank, what decodes leave of the token budget."""
+        prompts = [other for other in self._running if not other.chunk and other.pending]
+        if not prompts:
+            return
         budget = self._limits.token_budget - sum(sequence.chunk for sequence in self._running)
         chunks = self._limits.prompt_chunks
-        for sequence in [other for other in self._running if not other.chunk and other.pending]:
+        for sequence in prompts:
             if not budget or not chunks:
                 return
             sequence.chunk = self._reserve(sequence, min(budget, sequence.pending))
             budget -= sequence.chunk
             chunks -= 1
-
-    def _input(self, sequence: ScheduledSequence) -> SequenceInput:
-        start, end = sequence.computed, sequence.computed + sequence.chunk
-        global_table, window_table, first, streamed = self._cache.tables(sequence.key)
-        blocks = -(-end // self._cache.layout.block_tokens)
-        if len(global_table) > blocks:
-            global_table = global_table[:blocks]
-        if len(window_table) > blocks - first:
-            window_table = window_table[: blocks - first]
-        return SequenceInput(
-            sequence.key,
-            sequence.chain.tokens(start, end),
-            start,
-            global_table,
-            window_table,
-            first,
-            sequence.sampling if end == sequence.chain.length else None,
-            streamed,
-        )

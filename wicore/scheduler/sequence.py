@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from wicore.engine.base import SequenceInput
 from wicore.errors import ConfigError
 from wicore.hmt import CacheManager
 from wicore.hmt.chain import TokenChain
@@ -73,6 +74,7 @@ class ScheduledSequence:
         "level",
         "passed",
         "positions",
+        "prepared",
         "restoring",
         "running",
         "sampling",
@@ -98,6 +100,8 @@ class ScheduledSequence:
         """Admitted, with blocks still on their way."""
         self.chunk = 0
         """New tokens in the step being planned or in flight."""
+        self.prepared: SequenceInput | None = None
+        """Its share of the next step, made while the one before runs: the token which that one gives."""
         self.passed = 0
 
     @property

@@ -13,7 +13,16 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from wicore.engine.base import EngineInfo, KVLayout, PendingStep, Pool, StepPlan, StepResult, Ticket
+from wicore.engine.base import (
+    EngineInfo,
+    KVLayout,
+    PendingStep,
+    Pool,
+    SequenceInput,
+    StepPlan,
+    StepResult,
+    Ticket,
+)
 from wicore.engine.plans import check_plan
 from wicore.engine.sizing import layout_of
 from wicore.engine.tensorrt.autotune import Autotuner, Choices
@@ -112,7 +121,9 @@ class TensorrtEngine:
             return plans if plans is not None and fits and better else kernels
 
         last = KernelBody(config, weights, workspace.buffers.of_last_rows(), workspace.norms, matmuls)
-        self._runner = Runner(device, config, layout, weights, workspace, body, last, graphs=graphs)
+        self._runner = Runner(
+            device, config, layout, weights, workspace, body, last, max_context=context, graphs=graphs
+        )
         blocks: Mapping[Pool, int] = {"global": global_blocks, "window": window_blocks}
         if fit_blocks is not None:
             blocks = fit_blocks()
@@ -153,10 +164,9 @@ class TensorrtEngine:
         return self._info
 
     def start(self, plan: StepPlan) -> PendingStep:
-        check_plan(plan, self._info, self._copies.slots("global"))
         if self._unprepared:
             self.prepare()
-        running = self._guarded(lambda: self._runner.start(plan.sequences))
+        running = self._guarded(lambda: self._runner.start(plan.sequences, self._check))
         return _Pending(running, self._guarded)
 
     def step(self, plan: StepPlan) -> StepResult:
@@ -164,7 +174,7 @@ class TensorrtEngine:
 
     def logits(self, plan: StepPlan) -> dict[int, NDArray[np.float32]]:
         """Logits after every new token of every sequence, [n, vocab]: for parity tests and scoring."""
-        check_plan(plan, self._info, self._copies.slots("global"))
+        self._check(plan.sequences)
         return self._guarded(lambda: self._runner.logits(plan.sequences))
 
     def ceilings(self) -> dict[str, float]:
@@ -177,7 +187,7 @@ class TensorrtEngine:
         The step is run, `replays` times and once more: its KV is written, and nothing is returned of it. Only
         on a real card. Raises ValueError for a plan of several passes.
         """
-        check_plan(plan, self._info, self._copies.slots("global"))
+        self._check(plan.sequences)
         device: Any = self._device
         stream = self._runner.stream
         work = self._runner.launches(plan.sequences)
@@ -212,6 +222,9 @@ class TensorrtEngine:
             self._copies.close()
             self._runner.forget_graphs()
             self._device.close()
+
+    def _check(self, sequences: Sequence[SequenceInput]) -> None:
+        check_plan(StepPlan(tuple(sequences)), self._info, self._copies.slots("global"))
 
     def _prepare(self) -> None:
         self._matmuls.prepare(self._most_rows, self._config)

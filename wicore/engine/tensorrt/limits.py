@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from wicore.engine.base import KVLayout
+from wicore.engine.tensorrt.block_tables import entry_capacity
 from wicore.engine.tensorrt.passes import SLICE
-from wicore.engine.tensorrt.step_arrays import entry_capacity
 
 _MOST_ROWS = 8192
 """A longer prompt's products are no faster for more rows, and their memory is better used for KV."""

@@ -16,9 +16,9 @@ SLICE = 64
 """Most rows of one sequence that go through the decode kernels together: a tile of the matrix product."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Piece:
-    """New tokens `first .. first + count - 1` of a sequence."""
+    """New tokens `first .. first + count - 1` of a sequence; not to be changed (see `wicore.engine.base`)."""
 
     sequence: SequenceInput
     first: int

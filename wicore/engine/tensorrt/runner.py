@@ -9,7 +9,7 @@ run. Else the rows that sample are gathered, and come last.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,14 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wicore.engine.base import KVLayout, Pool, SequenceInput, SequenceOutput, StepResult
-from wicore.engine.tensorrt.attention import MASS_ONLY, StepTables
+from wicore.engine.tensorrt.attention import StepTables
 from wicore.engine.tensorrt.attention_settings import TILE_POSITIONS
+from wicore.engine.tensorrt.block_tables import BlockTables
 from wicore.engine.tensorrt.bodies import Body, KernelBody
+from wicore.engine.tensorrt.decode_arrays import Check, DecodeArrays
 from wicore.engine.tensorrt.device import Device, Graph
-from wicore.engine.tensorrt.limits import MASS_ROWS, Limits
-from wicore.engine.tensorrt.passes import Pass, Piece, cut
-from wicore.engine.tensorrt.prompt_attention import prompt_tiles
-from wicore.engine.tensorrt.step_arrays import BlockTables, Upload, pass_arrays
+from wicore.engine.tensorrt.limits import Limits
+from wicore.engine.tensorrt.passes import Pass, cut
+from wicore.engine.tensorrt.step_arrays import Upload, listed, pass_arrays, tiles
 from wicore.engine.tensorrt.timing import median_ms
 from wicore.engine.tensorrt.weights import DeviceWeights
 from wicore.engine.tensorrt.workspace import Workspace
@@ -52,6 +53,7 @@ class Runner:
         body: Callable[[int], Body],
         last: KernelBody,
         *,
+        max_context: int,
         graphs: bool = True,
     ) -> None:
         """`body` says what computes the layers, by the number of rows; `last` works on the rows of a prompt
@@ -60,8 +62,9 @@ class Runner:
         self._parts, self._buffers, self._limits = workspace, workspace.buffers, workspace.limits
         self._body, self._last, self._graphs_wanted = body, last, graphs
         self.stream = device.stream()
-        self._mass_at = 0
+        self._mass_at, self._mass_cleared = 0, False
         self._upload = Upload(device, 4 * _words(self._limits))
+        self._arrays = DecodeArrays(device, layout, self._limits, config.vocab_size, max_context)
         self._mass = device.allocate_host(4 * self._limits.entries)
         self._done = device.event()
         self._graphs: dict[tuple[int, bool], Graph] = {}
@@ -69,23 +72,49 @@ class Runner:
 
     # --- one step -----------------------------------------------------------------------------------
 
-    def start(self, sequences: Sequence[SequenceInput]) -> Running:
-        """Enqueue a step. Raises ValueError for one too large for the buffers."""
-        passes = list(self._cut(sequences))
-        tables = self._tables(sequences)
-        samples = [piece for work in passes for piece in work.pieces if piece.samples]
+    def start(self, sequences: Sequence[SequenceInput], check: Check) -> Running:
+        """Enqueue a step. Raises ValueError as `check` does, and for a step too large for the buffers."""
+        tables = self._arrays.follow(sequences, check)
+        if tables is None:
+            check(sequences)
+            single = all(len(s.tokens) == 1 for s in sequences)
+            if not (single and 0 < len(sequences) <= self._limits.samples):
+                return self._start_passes(sequences)
+            tables = self._arrays.begin(sequences)
+        rows = self._single([s.sampling for s in sequences], tables)
+        return self._started(sequences, tables, [sequences[row].key for row in rows], rows)
+
+    def _start_passes(self, sequences: Sequence[SequenceInput]) -> Running:
+        """Enqueue a step that is not one row a sequence."""
+        passes, tables = self._cut(sequences), self._arrays.tables_of(sequences)
+        samples = [piece.sequence for work in passes for piece in work.pieces if piece.samples]
         if len(samples) > self._limits.samples:
             raise ValueError(
                 f"plan: {len(samples)} sequences sample, and scheduler.max_batch is {self._limits.samples}"
             )
-        self._parts.attention.clear_mass(self.stream)
         if len(passes) == 1 and passes[0].decode:
-            rows = self._single(passes[0], tables)
+            self._arrays.fill(passes[0], tables)
+            rows = self._single(_states(passes[0]), tables)
         else:
-            rows = self._several(passes, tables, samples)
-        self._fetch_mass(tables)
+            self._several(passes, tables, [s.sampling for s in samples])
+            rows = list(range(len(samples)))
+        return self._started(sequences, tables, [s.key for s in samples], rows)
+
+    def _started(
+        self,
+        sequences: Sequence[SequenceInput],
+        tables: BlockTables,
+        keys: Sequence[int],
+        rows: Sequence[int],
+    ) -> Running:
+        """A step is enqueued, of which these sequences sample, in these rows."""
+        if tables.global_entries:
+            size = 4 * tables.global_entries
+            self._device.copy(self._mass.address, self._mass_at, size, self.stream)
         self._done.record(self.stream)
-        return Running(self, sequences, tables, samples, rows)
+        self._parts.attention.clear_mass(self.stream)  # of the next step, while nobody waits
+        self._mass_cleared = True
+        return Running(self, sequences, tables, keys, rows)
 
     def wait(self) -> None:
         """Block until the step that was started is computed."""
@@ -96,22 +125,23 @@ class Runner:
         drawn = self._parts.sampler.read(max(rows) + 1) if rows else []
         return [token for row in rows if (token := drawn[row]) is not None]
 
-    def mass(self, tables: BlockTables) -> Float:
-        """Attention mass by entry of the step's global tables, in units of the caller's choosing."""
-        found: Float = self._mass.array[: 4 * tables.global_entries].view(np.float32).copy()
-        return found
+    def shares(self, tables: BlockTables, sequences: Sequence[SequenceInput]) -> list[Float]:
+        """Each sequence's attention mass in the step computed, by block, summing to 1."""
+        mass: Float = self._mass.array[: 4 * tables.global_entries].view(np.float32)
+        return tables.shares(mass, sequences)
 
     def logits(self, sequences: Sequence[SequenceInput]) -> dict[int, Float]:
         """Logits after every new token, float32 [n, vocab] by key. Waits; for tests and scoring."""
         found: dict[int, list[Float]] = {s.key: [] for s in sequences}
-        tables = self._tables(sequences)
+        tables = self._arrays.tables_of(sequences)
         most = self._limits.samples
-        self._parts.attention.clear_mass(self.stream)
+        self._clear_mass()
         for work in self._cut(sequences):
             if work.decode:
-                self._decode(work, tables, self._limits.bucket(work.rows), False)
+                self._arrays.fill(work, tables)
+                self._decode(tables, self._limits.bucket(work.rows), False)
             else:
-                self._prompt_launches(work, self._send(work, tables, work.rows, len(work.pieces)), None)
+                self._prompt_launches(work, self._send(work, tables), None)
             at = 0
             for piece in work.pieces:
                 for first in range(at, at + piece.count, most):
@@ -124,23 +154,26 @@ class Runner:
 
     def prepare(self) -> None:
         """Run and capture decode steps of every bucket, on padding: no step then has to."""
-        tables = BlockTables((), self._layout)
+        tables = self._arrays.tables_of(())
+        self._arrays.fill(Pass((), decode=True), tables)
         self._parts.sampler.pack([])
         self._parts.sampler.upload(self.stream)
         for bucket in self._limits.decode_rows:
             # A step of several passes has none with a head; without `invariant` such steps are rare.
             for head in (True, False) if self._parts.invariant else (True,):
-                self._decode(Pass((), decode=True), tables, bucket, head, measured=True)
+                self._decode(tables, bucket, head, measured=True)
         self.stream.synchronize()
 
     def launches(self, sequences: Sequence[SequenceInput]) -> Callable[[], None]:
         """What enqueues the kernels of a step of one pass, whose arrays are sent now: for profiles."""
-        tables = self._tables(sequences)
+        tables = self._arrays.tables_of(sequences)
         (work,) = self._cut(sequences)
-        bucket = self._limits.bucket(work.rows) if work.decode else work.rows
-        sent = self._send(work, tables, bucket, bucket if work.decode else len(work.pieces))
+        self._mass_cleared = False
         if work.decode:
-            return lambda: self._decode_launches(bucket, True, sent.tables)
+            self._arrays.fill(work, tables)
+            self._arrays.send(self.stream, tables)
+            return partial(self._decode_launches, self._limits.bucket(work.rows), True)
+        sent = self._send(work, tables)
 
         def launches() -> None:
             self._prompt_launches(work, sent, _samples(work))
@@ -164,47 +197,43 @@ class Runner:
             )
         )
 
-    def _tables(self, sequences: Sequence[SequenceInput]) -> BlockTables:
-        tables = BlockTables(sequences, self._layout)
-        if len(tables.entries) > self._limits.entries:
-            raise ValueError(
-                f"plan: {len(tables.entries)} table entries, and there is room for {self._limits.entries}"
-            )
-        return tables
+    def _clear_mass(self) -> None:
+        """Begin to count attention mass."""
+        if not self._mass_cleared:
+            self._parts.attention.clear_mass(self.stream)
+        self._mass_cleared = False
 
-    def _single(self, work: Pass, tables: BlockTables) -> list[int]:
-        """A step that is one decode pass; the rows that sample, in the order of its pieces."""
-        bucket = self._limits.bucket(work.rows)
-        states: list[SamplingState | None] = [None] * work.rows
-        rows, at = [], 0
-        for piece in work.pieces:
-            at += piece.count
-            if piece.samples:
-                states[at - 1] = piece.sequence.sampling
-                rows.append(at - 1)
-        if rows:
-            self._parts.sampler.pack(states)
-            self._parts.sampler.upload(self.stream)
-        sampler = self._parts.sampler
-        late = bool(rows) and sampler.constrained
-        self._decode(work, tables, bucket, bool(rows) and not late)
+    def _single(self, states: Sequence[SamplingState | None], tables: BlockTables) -> list[int]:
+        """A step that is one decode pass, whose arrays are written; `states` are its rows', and which of them
+        sample is returned."""
+        self._clear_mass()
+        sampler, bucket = self._parts.sampler, self._limits.bucket(len(states))
+        rows = [row for row, state in enumerate(states) if state is not None]
+        draws = bool(rows)
+        if draws:
+            sampler.pack(states)
+            sampler.upload(self.stream)
+        late = draws and sampler.constrained
+        self._decode(tables, bucket, draws and not late)
         if late:
             self._head(bucket, self._buffers.normed)
             self._draw(bucket)
         return rows
 
-    def _several(self, passes: Sequence[Pass], tables: BlockTables, samples: Sequence[Piece]) -> list[int]:
-        """Passes, then the head for all rows that sample."""
-        if samples:
-            self._parts.sampler.pack([piece.sequence.sampling for piece in samples])
+    def _several(
+        self, passes: Sequence[Pass], tables: BlockTables, states: Sequence[SamplingState | None]
+    ) -> None:
+        """Passes, then the head for all rows that sample, by these states."""
+        self._clear_mass()
+        if states:
+            self._parts.sampler.pack(states)
             self._parts.sampler.upload(self.stream)
         done = 0
         for work in passes:
             done += self._run_pass(work, tables, done)
-        if samples:
+        if states:
             self._head(done, self._buffers.gathered)
             self._draw(done)
-        return list(range(done))
 
     def _draw(self, rows: int) -> None:
         """Draw from the logits of a step that is enqueued up to them, and runs while masks are made."""
@@ -216,9 +245,11 @@ class Runner:
         count, normed, target = _samples(work), self._buffers.normed, self._gathered(done)
         size = 2 * self._config.hidden_size
         if work.decode:
-            sampling, alone = self._decode(work, tables, self._limits.bucket(work.rows), False), False
+            self._arrays.fill(work, tables)
+            self._decode(tables, self._limits.bucket(work.rows), False)
+            sampling, alone = self._arrays.sampling, False
         else:
-            sent = self._send(work, tables, work.rows, len(work.pieces))
+            sent = self._send(work, tables)
             sampling, alone = sent.sampling, self._prompt_launches(work, sent, count)
         if alone and count:
             self._device.copy(target, normed, size * count, self.stream)
@@ -226,23 +257,18 @@ class Runner:
             self._parts.norms.gather(self.stream, count, sampling, normed, target, size)
         return count
 
-    def _decode(
-        self, work: Pass, tables: BlockTables, bucket: int, head: bool, *, measured: bool = False
-    ) -> int:
-        sent = self._send(work, tables, bucket, bucket)
+    def _decode(self, tables: BlockTables, bucket: int, head: bool, *, measured: bool = False) -> None:
+        """Run the decode pass whose arrays are written."""
+        self._arrays.send(self.stream, tables)
         key = (bucket, head)
         if key in self._graphs:
             self._graphs[key].launch(self.stream)
-            return sent.sampling
-
-        def launches() -> None:
-            self._decode_launches(bucket, head, sent.tables)
-
+            return
+        launches = partial(self._decode_launches, bucket, head)
         # The first time eagerly: what a kernel compiles or allocates then may not happen in a capture.
         launches()
         if self._graphs_wanted:
             self._graphs[key] = self._capture(bucket, launches, measured)
-        return sent.sampling
 
     def _capture(self, rows: int, launches: Callable[[], None], measured: bool) -> Graph:
         """As a graph whose kernels overlap, or one whose kernels do not: the faster one where it is to be
@@ -256,8 +282,8 @@ class Runner:
         graphs.pop(times.index(max(times))).close()
         return graphs[0]
 
-    def _decode_launches(self, rows: int, head: bool, tables: StepTables) -> None:
-        attention, b = self._parts.attention, self._buffers
+    def _decode_launches(self, rows: int, head: bool) -> None:
+        attention, b, tables = self._parts.attention, self._buffers, self._arrays.addresses
         body = self._body(rows)
         attention.rope(self.stream, rows, tables)
         attention.schedule(self.stream, rows, tables)
@@ -329,15 +355,15 @@ class Runner:
     def _gathered(self, row: int) -> int:
         return self._buffers.gathered + 2 * row * self._config.hidden_size
 
-    def _send(self, work: Pass, tables: BlockTables, rows: int, sequences: int) -> _Sent:
-        """Send what a pass needs, padded to so many rows and sequences."""
-        arrays = pass_arrays(work, tables.by_key, rows, sequences)
-        tiles, listed = _tiles(work), _listed(work)
+    def _send(self, work: Pass, tables: BlockTables) -> _Sent:
+        """Send what a prompt pass needs."""
+        arrays = pass_arrays(work, tables, work.rows, len(work.pieces))
+        work_tiles, work_listed = tiles(work), listed(work)
         sent = self._upload.send(
             self.stream,
             [
                 *(arrays.ids, arrays.positions, arrays.row_sequence, *arrays.sequences),
-                *(_sampling_rows(work, sequences), listed, tiles, tables.entries),
+                *(arrays.sampling, work_listed, work_tiles, tables.entries),
             ],
         )
         ids, positions, row_sequence, global_offset, window_offset, window_first, streamed, *rest = sent
@@ -354,12 +380,7 @@ class Runner:
             global_tables=entries,
             window_tables=entries,
         )
-        return _Sent(step, sampling, (tiles_at, len(tiles)), (listed_at, len(listed)))
-
-    def _fetch_mass(self, tables: BlockTables) -> None:
-        if tables.global_entries:
-            size = 4 * tables.global_entries
-            self._device.copy(self._mass.array.ctypes.data, self._mass_at, size, self.stream)
+        return _Sent(step, sampling, (tiles_at, len(work_tiles)), (listed_at, len(work_listed)))
 
 
 @dataclass(frozen=True)
@@ -383,71 +404,36 @@ class Running:
         runner: Runner,
         sequences: Sequence[SequenceInput],
         tables: BlockTables,
-        samples: Sequence[Piece],
+        keys: Sequence[int],
         rows: Sequence[int],
     ) -> None:
+        """`keys` are of the sequences that sample, in these rows."""
         self._runner, self._sequences, self._tables = runner, sequences, tables
-        self._samples, self._rows = samples, rows
+        self._keys, self._rows = keys, rows
 
     def result(self) -> StepResult:
         self._runner.wait()
-        drawn = self._runner.tokens(self._rows)
-        tokens = {piece.sequence.key: token for piece, token in zip(self._samples, drawn, strict=True)}
-        shares = self._shares()
-        return StepResult({s.key: SequenceOutput(tokens.get(s.key), shares[s.key]) for s in self._sequences})
-
-    def _shares(self) -> dict[int, Float]:
-        """Each sequence's mass by block of its whole table, summing to 1."""
-        mass, by_key = self._runner.mass(self._tables), self._tables.by_key
-        starts = [by_key[s.key].global_offset for s in self._sequences]
-        sums = np.add.reduceat(mass, starts, dtype=np.float64).tolist() if starts else []
-        shares = {}
-        for sequence, start, total in zip(self._sequences, starts, sums, strict=True):
-            share = np.zeros(len(sequence.global_table), np.float32)
-            blocks = by_key[sequence.key].blocks
-            if total > 0:
-                np.multiply(mass[start : start + blocks], np.float32(1 / total), out=share[:blocks])
-            else:  # more context in this step than mass is counted for
-                share[:blocks] = 1 / blocks
-            shares[sequence.key] = share
-        return shares
+        tokens = dict(zip(self._keys, self._runner.tokens(self._rows), strict=True))
+        shares = self._runner.shares(self._tables, self._sequences)
+        return StepResult(
+            {
+                sequence.key: SequenceOutput(tokens.get(sequence.key), share)
+                for sequence, share in zip(self._sequences, shares, strict=True)
+            }
+        )
 
 
 def _samples(work: Pass) -> int:
     return sum(piece.samples for piece in work.pieces)
 
 
-def _sampling_rows(work: Pass, room: int) -> NDArray[np.int32]:
-    """Rows of the pass that sample, int32 [room]; the rest is -1."""
-    rows = np.full(room, -1, np.int32)
-    ends = np.cumsum([piece.count for piece in work.pieces]) - 1
-    found = [end for end, piece in zip(ends.tolist(), work.pieces, strict=True) if piece.samples]
-    rows[: len(found)] = found
-    return rows
-
-
-def _chunks(work: Pass) -> Iterator[tuple[int, int, int, int]]:
-    """(first row, rows, sequence, position of the first) of every chunk of a prompt pass."""
-    at = work.singles
-    for index, piece in enumerate(work.pieces[work.singles :], work.singles):
-        yield at, piece.count, index, piece.start
-        at += piece.count
-
-
-def _tiles(work: Pass) -> NDArray[np.int32]:
-    return prompt_tiles([] if work.decode else _chunks(work))
-
-
-def _listed(work: Pass) -> NDArray[np.int32]:
-    """Rows of a prompt pass that go through the kernels for single rows: single tokens, and a few rows of
-    each chunk for their attention mass."""
-    if work.decode:
-        return np.empty(0, np.int32)
-    rows = [np.arange(work.singles)]
-    for first, count, _, _ in _chunks(work):
-        ends = np.arange(1, MASS_ROWS + 1) * count // MASS_ROWS
-        rows.append(first + np.unique(ends[ends > 0]) - 1 + MASS_ONLY)
-    return np.concatenate(rows).astype(np.int32)
+def _states(work: Pass) -> list[SamplingState | None]:
+    """What each row of a pass samples with; None where it does not."""
+    states: list[SamplingState | None] = []
+    for piece in work.pieces:
+        states += [None] * (piece.count - 1)
+        states.append(piece.sequence.sampling if piece.samples else None)
+    return states
 
 
 def _words(limits: Limits) -> int:

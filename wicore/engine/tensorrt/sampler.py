@@ -256,24 +256,23 @@ class Sampler:
 
     def _pack_entries(self) -> None:
         """The biases and the tokens seen, of every row that has any, one row after the other."""
-        lists = [(i, state.touched()) for i in self._touched if (state := self._states[i]) is not None]
-        total = sum(len(bias_ids) + len(ids) for _, (bias_ids, _, ids, _) in lists)
+        places = self._touched
+        touched = [state.touched() for i in places if (state := self._states[i]) is not None]
+        sizes = np.array([(len(bias_ids), len(ids)) for bias_ids, _, ids, _ in touched])
+        ends = sizes.sum(axis=1).cumsum()
+        rows, total = self._rows, int(ends[-1])
+        rows["bias_count"][places], rows["seen_count"][places] = sizes.T
         if total == 0:
-            self._rows["bias_count"][self._touched] = self._rows["seen_count"][self._touched] = 0
             return
         entries = self._room_for(total)
-        place = 0
-        for i, (bias_ids, biases, ids, counts) in lists:
-            row = self._rows[i]
-            row["entries"] = self._entries_address() + 8 * place
-            row["raw"] = self._raw_address() + 4 * place
-            row["bias_count"], row["seen_count"] = len(bias_ids), len(ids)
-            for part, values in ((bias_ids, biases), (ids, counts)):
-                end = place + len(part)
-                entries["id"][place:end] = part
-                entries["value"][place:end] = values
-                place = end
-        self._entries_used = place
+        ids = [part for bias_ids, _, seen, _ in touched for part in (bias_ids, seen)]
+        values = [part for _, biases, _, counts in touched for part in (biases, counts)]
+        entries["id"][:total] = np.concatenate(ids)
+        entries["value"][:total] = np.concatenate(values)
+        begins = (ends - sizes.sum(axis=1)).astype(np.uint64)
+        rows["entries"][places] = np.uint64(self._entries_address()) + np.uint64(8) * begins
+        rows["raw"][places] = np.uint64(self._raw_address()) + np.uint64(4) * begins
+        self._entries_used = total
 
     def _room_for(self, total: int) -> NDArray[Any]:
         if self._host_entries is None or self._host_entries.size < 8 * total:

@@ -2,64 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wicore.engine.base import KVLayout, SequenceInput
+from wicore.engine.tensorrt.attention import MASS_ONLY
+from wicore.engine.tensorrt.block_tables import BlockTables, Ints
 from wicore.engine.tensorrt.device import Device, Stream
+from wicore.engine.tensorrt.limits import MASS_ROWS
 from wicore.engine.tensorrt.passes import Pass
-
-Ints = NDArray[np.int32]
+from wicore.engine.tensorrt.prompt_attention import prompt_tiles
 
 _ALIGNMENT = 256
-
-
-@dataclass(frozen=True)
-class TableEntries:
-    """Where a sequence's tables are in a step's concatenated ones."""
-
-    global_offset: int
-    blocks: int
-    """Entries of its global table: as many as its positions need."""
-    window_offset: int
-    window_first: int
-
-
-class BlockTables:
-    """The block tables of a step's sequences, cut to what the step reads, in one array: first all global
-    tables, then all window tables."""
-
-    def __init__(self, sequences: Sequence[SequenceInput], layout: KVLayout) -> None:
-        size = layout.block_tokens
-        self.by_key: dict[int, TableEntries] = {}
-        parts: list[Ints] = []
-        at = 0
-        ends = [-(-(s.start + len(s.tokens)) // size) for s in sequences]
-        offsets = []
-        for sequence, end in zip(sequences, ends, strict=True):
-            parts.append(sequence.global_table[:end])
-            offsets.append(at)
-            at += end
-        self.global_entries = at
-        for sequence, end, offset in zip(sequences, ends, offsets, strict=True):
-            first = max(0, sequence.start - layout.window + 1) // size
-            parts.append(sequence.window_table[first - sequence.window_first : end - sequence.window_first])
-            self.by_key[sequence.key] = TableEntries(offset, end, at, first)
-            at += end - first
-        self.entries: Ints = (
-            np.concatenate(parts).astype(np.int32, copy=False) if parts else np.zeros(0, np.int32)
-        )
-
-
-def entry_capacity(layout: KVLayout, sequences: int, max_context: int, step_tokens: int) -> int:
-    """The most entries that the tables of so many sequences have."""
-    size = layout.block_tokens
-    windows = min(max_context, layout.window + step_tokens)
-    return sequences * (-(-max_context // size) + -(-windows // size) + 1)
 
 
 @dataclass(frozen=True)
@@ -72,9 +29,11 @@ class PassArrays:
     row_sequence: Ints
     sequences: Ints
     """[4, sequences]: global offset, window offset, first window block, streamed blocks."""
+    sampling: Ints
+    """[sequences]: rows that sample; the rest is -1."""
 
 
-def pass_arrays(work: Pass, tables: Mapping[int, TableEntries], rows: int, sequences: int) -> PassArrays:
+def pass_arrays(work: Pass, tables: BlockTables, rows: int, sequences: int) -> PassArrays:
     """The arrays of a pass, padded to `rows` and `sequences`."""
     ids, positions = np.zeros(rows, np.int32), np.full(rows, -1, np.int32)
     row_sequence, by_sequence = np.zeros(rows, np.int32), np.zeros((4, sequences), np.int32)
@@ -89,14 +48,46 @@ def pass_arrays(work: Pass, tables: Mapping[int, TableEntries], rows: int, seque
         positions[part] = np.arange(piece.start, piece.start + piece.count)
         row_sequence[part] = index
         at += piece.count
-    entries = [tables[piece.sequence.key] for piece in pieces]
-    by_sequence[:, : len(pieces)] = [
-        [entry.global_offset for entry in entries],
-        [entry.window_offset for entry in entries],
-        [entry.window_first for entry in entries],
-        [piece.sequence.streamed for piece in pieces],
-    ]
-    return PassArrays(ids, positions, row_sequence, by_sequence)
+    places = [tables.index[piece.sequence.key] for piece in pieces]
+    found = by_sequence[:, : len(pieces)]
+    found[0], found[1] = tables.global_offset[places], tables.window_offset[places]
+    found[2] = tables.window_first[places]
+    found[3] = [piece.sequence.streamed for piece in pieces]
+    return PassArrays(ids, positions, row_sequence, by_sequence, _sampling_rows(work, sequences))
+
+
+def tiles(work: Pass) -> Ints:
+    """The tiles of a pass's chunks."""
+    return prompt_tiles([] if work.decode else _chunks(work))
+
+
+def listed(work: Pass) -> Ints:
+    """Rows of a prompt pass that go through the kernels for single rows: single tokens, and a few rows of
+    each chunk for their attention mass."""
+    if work.decode:
+        return np.empty(0, np.int32)
+    rows = [np.arange(work.singles)]
+    for first, count, _, _ in _chunks(work):
+        ends = np.arange(1, MASS_ROWS + 1) * count // MASS_ROWS
+        rows.append(first + np.unique(ends[ends > 0]) - 1 + MASS_ONLY)
+    return np.concatenate(rows).astype(np.int32)
+
+
+def _sampling_rows(work: Pass, room: int) -> Ints:
+    """Rows of the pass that sample, int32 [room]; the rest is -1."""
+    rows = np.full(room, -1, np.int32)
+    ends = np.cumsum([piece.count for piece in work.pieces]) - 1
+    found = [end for end, piece in zip(ends.tolist(), work.pieces, strict=True) if piece.samples]
+    rows[: len(found)] = found
+    return rows
+
+
+def _chunks(work: Pass) -> Iterator[tuple[int, int, int, int]]:
+    """(first row, rows, sequence, position of the first) of every chunk of a prompt pass."""
+    at = work.singles
+    for index, piece in enumerate(work.pieces[work.singles :], work.singles):
+        yield at, piece.count, index, piece.start
+        at += piece.count
 
 
 class Upload:
