@@ -57,9 +57,11 @@ class Worker(GeventWorker):  # type: ignore[misc]
             self._waiting.pop(greenlet, None)
 
     def _dismiss(self, greenlet: Any) -> None:
+        """End a connection as if its client had. Not by gevent's own `shutdown`: that would raise in who
+        reads, which gunicorn logs with its stack, once for every connection of an attack."""
         del self._waiting[greenlet]
         with suppress(OSError):  # gone already
-            self._sockets[greenlet].shutdown(socket.SHUT_RDWR)
+            self._sockets[greenlet]._sock.shutdown(socket.SHUT_RDWR)
 
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
         reader = getattr(req, "unreader", None)

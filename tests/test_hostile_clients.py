@@ -99,6 +99,15 @@ def pair() -> Iterator[tuple[Any, Any]]:
     theirs.close()
 
 
+def test_a_connection_that_gives_way_ends_as_if_its_client_had_left(pair: tuple[Any, Any]) -> None:
+    worker = object.__new__(connections.Worker)
+    worker._sockets, worker._waiting = {1: pair[0]}, {1: None}
+    reader = gevent.spawn(pair[0].recv, 10)
+    gevent.sleep(0)  # lets it begin
+    worker._dismiss(1)
+    assert reader.get(timeout=SOON_S) == b""
+
+
 def test_a_body_may_take_its_time_if_it_comes_at_the_least_rate(
     pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
