@@ -30,6 +30,17 @@ def show(page: Any, view: str) -> None:
     page.wait_for_selector("article.answer[data-status=done]")
 
 
+def serious(page: Any) -> list[str]:
+    """What axe, which is in the page, finds there that keeps people out."""
+    found = page.evaluate("async () => (await axe.run()).violations")
+    return [
+        f"{one['id']}: {node['html']}: {node['failureSummary']}"
+        for one in found
+        if one["impact"] in ("serious", "critical")
+        for node in one["nodes"]
+    ]
+
+
 @pytest.fixture
 def busy(service: Service) -> Any:
     job = service.submit(max_tokens=3000)
@@ -45,14 +56,20 @@ def test_axe_finds_nothing_serious(
     page = open_page(f"{service.url}#{view}", color_scheme=theme, bypass_csp=True)
     show(page, view)
     page.evaluate(axe)
-    found = page.evaluate("async () => (await axe.run()).violations")
-    told = [
-        f"{one['id']}: {node['html']}: {node['failureSummary']}"
-        for one in found
-        if one["impact"] in ("serious", "critical")
-        for node in one["nodes"]
-    ]
-    assert told == []
+    assert serious(page) == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_what_has_ended_or_is_out_of_date_is_legible(
+    service: Service, busy: None, open_page: Callable[..., Any], axe: str, theme: str
+) -> None:
+    page = open_page(f"{service.url}#dashboard", color_scheme=theme, bypass_csp=True)
+    show(page, "dashboard")
+    page.route("**/status", lambda route: route.abort())
+    page.locator(".grid[data-state=stale]").wait_for()
+    page.locator(".sequence").first.evaluate("row => row.classList.add('ended')")
+    page.evaluate(axe)
+    assert serious(page) == []
 
 
 @pytest.mark.parametrize("view", ["playground", "dashboard"])
