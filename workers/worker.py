@@ -104,7 +104,7 @@ class Worker:
         self._step_ended = 0.0
         self._awaits_blocks = False
         """Every sequence waits for blocks under way."""
-        self._steps = self._tokens = self._prompt_tokens = self._accepted = 0
+        self._steps = self._accepted = 0
         self._sampled: list[int] = []
         """Keys of the sequences to which the last step gave a token."""
         self._between = _Mean()
@@ -202,9 +202,6 @@ class Worker:
             "window_blocks": info.window_blocks,
             "device_memory": dict(info.memory),
             "steps": self._steps,
-            "tokens": self._tokens,
-            "prompt_tokens": self._prompt_tokens,
-            "ended": dict(self._publisher.ended),
             "sequences": self._sequences(),
             "between_ms": round(self._between.mean * 1e3, 3),
             "preemptions": self._scheduler.preemptions,
@@ -315,7 +312,6 @@ class Worker:
         job = self._by_key.get(out.key)
         if job is None:
             return
-        self._tokens += 1
         if job.times.first_token is None:
             job.times.first_token = self._step_ended
             self._account.stats.started(job.times, len(job.generation.prompt.token_ids))
@@ -372,7 +368,6 @@ class Worker:
             self._abandon(earlier)
         self._jobs[job.delivery.tag] = job
         self._untold[job] = None
-        self._prompt_tokens += len(job.generation.prompt.token_ids)
         try:
             for index, request in job.requests:
                 self._scheduler.add(request)

@@ -82,7 +82,9 @@ def test_rates_are_of_what_each_worker_counted_between_its_heartbeats(page: Any)
             "opened_tokens": 2 * found,
             "moved_bytes": {"host>device": {"global": moved}, "device>host": {"global": 2 * moved}},
         }
-        return {"id": worker, "at_ms": at_ms, "tokens": tokens, "ended": {"succeeded": succeeded}, "kv": kv}
+        finished = {"stop": succeeded - 1, "length": 1, "failed": 3}
+        requests = {"generation_tokens": tokens, "finished": finished}
+        return {"id": worker, "at_ms": at_ms, "requests": requests, "kv": kv}
 
     looks = [
         [beat("a", 1000, 100, 5, 10, 0), beat("b", 1500, 7, 0, 0, 0)],

@@ -76,7 +76,7 @@ class EngineInfo:
 
 @dataclass(slots=True)
 class SequenceInput:
-    """One sequence's share of a step.
+    """One sequence's share of a step. A table that is the same array as in an earlier plan holds the same.
 
     Positions `start .. start + len(tokens) - 1` are computed and their KV written. Both tables must
     already cover them. Blocks that other sequences share are only ever read: a writer owns the

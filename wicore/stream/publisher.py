@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from wicore.queue.connection import is_outage
 from wicore.queue.consumer import Delivery
 from wicore.queue.schema import Keys
 from wicore.queue.scripts import Arg, Call, Scripts
-from wicore.request import STATUS_OF_TERMINAL, TERMINAL_TYPES, Event
+from wicore.request import TERMINAL_TYPES, Event
 
 log = logging.getLogger(__name__)
 
@@ -120,8 +120,6 @@ class Publisher:
         self._unwritten = 0
         """Events and endings in `_waiting` and `_writing`."""
         self._stopping = False
-        self.ended: Counter[str] = Counter(dict.fromkeys(STATUS_OF_TERMINAL.values(), 0))
-        """Jobs whose end it has stored, by status. Its thread counts; any may read."""
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
 
     @property
@@ -280,7 +278,6 @@ class Publisher:
                 self._on_lost(work.delivery)
             elif work.ending is not None:
                 self._kept.pop(key, None)
-                self.ended[STATUS_OF_TERMINAL[work.ending["type"]]] += 1
                 self._on_finished(work.delivery)
             elif reply == 2:
                 self._on_cancel(work.delivery)

@@ -2,15 +2,16 @@
 
 const HIT_WINDOW = 30; // heartbeats, of which one comes a second
 const JOB_WINDOW = 10; // ended jobs are few: by the second they would make a row of spikes
+const CALLED_OFF = ["cancelled", "expired"];
 const DEPTH = ["device", "host", "nvme"]; // tiers, from the nearest to the engine
 
 /** What counts up in a heartbeat, and over how many heartbeats its rate is taken. */
 const COUNTERS = {
-  generated: [1, (beat) => beat.tokens],
-  prompt: [1, (beat) => beat.prompt_tokens],
-  succeeded: [JOB_WINDOW, (beat) => beat.ended?.succeeded],
-  failed: [JOB_WINDOW, (beat) => beat.ended?.failed],
-  called_off: [JOB_WINDOW, (beat) => beat.ended && beat.ended.cancelled + beat.ended.expired],
+  generated: [1, (beat) => beat.requests?.generation_tokens],
+  prompt: [1, (beat) => beat.requests?.prompt_tokens],
+  succeeded: [JOB_WINDOW, (beat) => finished(beat, (reason) => !["failed", ...CALLED_OFF].includes(reason))],
+  failed: [JOB_WINDOW, (beat) => finished(beat, (reason) => reason === "failed")],
+  called_off: [JOB_WINDOW, (beat) => finished(beat, (reason) => CALLED_OFF.includes(reason))],
   raised: [1, (beat) => moved(beat, (from, to) => from > to)],
   demoted: [1, (beat) => moved(beat, (from, to) => from < to)],
 };
@@ -48,6 +49,12 @@ export class Rates {
       speeds: new Map([...workers].map(([id, beats]) => [id, rate(beats, ...COUNTERS.generated)])),
     };
   }
+}
+
+/** Jobs that ended for one of the reasons wanted. */
+function finished(beat, wanted) {
+  const counts = Object.entries(beat.requests?.finished ?? {});
+  return add(counts.filter(([reason]) => wanted(reason)).map(([, count]) => count));
 }
 
 const earlier = (beats, window) => beats[Math.max(0, beats.length - 1 - window)];
