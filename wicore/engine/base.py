@@ -74,6 +74,25 @@ class EngineInfo:
     """Bytes of device memory by what they are for; empty where the device is main memory."""
 
 
+@dataclass(frozen=True, slots=True)
+class ImageRows:
+    """An image in a sequence: what enters the first layer in place of its tokens' embeddings.
+
+    Its tokens see each other, all of them, beside what comes before: no step computes some of them and leaves
+    the rest to a later one, though the KV of leading ones may be in the pool already.
+    """
+
+    start: int
+    """Position of its first token."""
+    rows: NDArray[np.float32]
+    """[tokens, hidden], as a vision encoder gives them: not scaled as embeddings are."""
+
+    @property
+    def end(self) -> int:
+        """The position after its last token."""
+        return self.start + len(self.rows)
+
+
 @dataclass(slots=True)
 class SequenceInput:
     """One sequence's share of a step. A table that is the same array as in an earlier plan holds the same.
@@ -86,7 +105,8 @@ class SequenceInput:
     key: int
     """The caller's name for the sequence."""
     tokens: NDArray[np.int32]
-    """New token ids, shape [n], n >= 1."""
+    """New token ids, shape [n], n >= 1. A negative one is an image's: it only names content, and its position
+    lies in one of `images`."""
     start: int
     """Position of tokens[0]; earlier positions are in the pool already."""
     global_table: NDArray[np.int32]
@@ -101,6 +121,8 @@ class SequenceInput:
     """The first `streamed` entries of the global table are not blocks of the device pool but slots of host
     memory, which attention reads from there: a sequence may be longer than the device pool. Never blocks
     that the step writes."""
+    images: Sequence[ImageRows] = ()
+    """Those that have any of the new positions, by position. Each ends at or before the last of these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +186,20 @@ class WhenAsked:
 
     def result(self) -> StepResult:
         return self._compute()
+
+
+class VisionEncoder(Protocol):
+    """The vision tower and the projector that follows it. Calls may come from any thread, beside steps."""
+
+    def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """The rows of one image, [VisionConfig.tokens, hidden]; the same for the same pixels.
+
+        `pixels` is RGB, uint8 [size, size, 3] with size = VisionConfig.image_size. Raises ValueError for
+        another shape and EngineError when the device failed.
+        """
+
+    def close(self) -> None:
+        """Release what it holds; idempotent."""
 
 
 @runtime_checkable

@@ -27,6 +27,26 @@ def alternating_layers(layers: int, pattern: int = 6) -> tuple[LayerKind, ...]:
 
 
 @dataclass(frozen=True, slots=True)
+class VisionConfig:
+    """Shape of a vision tower (SigLIP, arXiv:2303.15343), and how a prompt holds images."""
+
+    hidden_size: int
+    layers: int
+    heads: int
+    intermediate_size: int
+    image_size: int
+    """Side of the square image, in pixels."""
+    patch_size: int
+    tokens: int
+    """Tokens that an image takes in a prompt, between the start and the end token."""
+    layer_norm_eps: float
+    start_token_id: int
+    end_token_id: int
+    soft_token_id: int
+    """What a prompt shows to people at an image's tokens."""
+
+
+@dataclass(frozen=True, slots=True)
 class Gemma3Config:
     """One model's shape. Counts are of elements or tokens, never bytes."""
 
@@ -55,6 +75,8 @@ class Gemma3Config:
     eos_token_id: int = 1
     stop_token_ids: tuple[int, ...] = (1,)
     """Ids that end a text: eos and what generation_config.json adds (<end_of_turn> for chat models)."""
+    vision: VisionConfig | None = None
+    """None: the model takes text alone."""
 
     @property
     def global_layers(self) -> int:

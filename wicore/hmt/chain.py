@@ -1,7 +1,8 @@
 """Content addresses: a hash chain over the blocks of a token sequence.
 
 The hash of a block covers its tokens, every token before it and the salt (the engine's fingerprint), so
-equal hashes mean equal KV: same tokens at the same positions in the same model.
+equal hashes mean equal KV: same tokens at the same positions in the same model. Tokens of an image, whose
+ids are negative, see those after them in the image: a block that ends within one is hashed with all of it.
 """
 
 from __future__ import annotations
@@ -101,5 +102,8 @@ class TokenChain:
     def _hash_full_blocks(self) -> None:
         size = self.block_tokens
         for block in range(len(self.hashes), self.length // size):
-            content = self._tokens[block * size : (block + 1) * size].astype("<i4", copy=False).tobytes()
+            end = (block + 1) * size
+            while end < self.length and self._tokens[end - 1] < 0 and self._tokens[end] < 0:
+                end += 1
+            content = self._tokens[block * size : end].astype("<i4", copy=False).tobytes()
             self.hashes.append(hashlib.blake2b(self.parent(block) + content, digest_size=16).digest())

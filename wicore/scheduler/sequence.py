@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from wicore.engine.base import SequenceInput
+from wicore.engine.base import ImageRows, SequenceInput
 from wicore.errors import ConfigError
 from wicore.hmt import CacheManager
 from wicore.hmt.chain import TokenChain
@@ -47,6 +47,8 @@ class SequenceRequest:
     """Output tokens in all, those in `generated` included."""
     sampling: SamplingState
     priority: Priority
+    images: Sequence[ImageRows] = ()
+    """Those of the prompt, by position."""
     chain: TokenChain | None = None
     """Of prompt and `generated`, by the cache's `chain`, if it was made before, on a thread that has time for
     it. The scheduler appends to it."""
