@@ -65,9 +65,15 @@ def test_what_has_ended_or_is_out_of_date_is_legible(
 ) -> None:
     page = open_page(f"{service.url}#dashboard", color_scheme=theme, bypass_csp=True)
     show(page, "dashboard")
-    page.route("**/status", lambda route: route.abort())
-    page.locator(".grid[data-state=stale]").wait_for()
-    page.locator(".sequence").first.evaluate("row => row.classList.add('ended')")
+    # The page does nothing later any more, so that axe, whose own pauses are short, sees this state whole.
+    page.evaluate(
+        """() => {
+          const soon = window.setTimeout;
+          window.setTimeout = (work, ms = 0) => (ms < 500 ? soon(work, ms) : 0);
+          document.querySelector(".grid").dataset.state = "stale";
+          document.querySelector(".sequence").classList.add("ended");
+        }"""
+    )
     page.evaluate(axe)
     assert serious(page) == []
 
