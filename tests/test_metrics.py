@@ -215,9 +215,12 @@ def exposed(told: dict[str, Metric]) -> set[str]:
     return {f"{name}{suffix}" for name, family in told.items() for suffix in suffixes[family.type]}
 
 
+DASHBOARD = ROOT / "docker/grafana/dashboards/wicore.json"
+
+
 def expressions() -> Iterator[str]:
     """Every query of the dashboard and of the alert rules."""
-    board = json.loads((ROOT / "docker/grafana/dashboards/wicore.json").read_text())
+    board = json.loads(DASHBOARD.read_text())
     for panel in board["panels"]:
         yield from (target["expr"] for target in panel.get("targets", ()))
     yield from (variable["query"]["query"] for variable in board["templating"]["list"][1:])
@@ -248,7 +251,7 @@ def test_metrics_are_named_as_prometheus_wants_it(services: Services) -> None:
 
 
 def test_panels_of_the_dashboard_neither_overlap_nor_share_an_id() -> None:
-    panels = json.loads((ROOT / "docker/grafana/dashboards/wicore.json").read_text())["panels"]
+    panels = json.loads(DASHBOARD.read_text())["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     cells = [
         (x, y)
@@ -258,3 +261,31 @@ def test_panels_of_the_dashboard_neither_overlap_nor_share_an_id() -> None:
     ]
     assert len(set(cells)) == len(cells)
     assert max(x for x, _ in cells) < 24
+
+
+def test_grafana_s_own_models_read_the_dashboard_and_leave_nothing_out() -> None:
+    pytest.importorskip("grafana_foundation_sdk", reason="it is made for Python 3.11 and newer")
+    from grafana_foundation_sdk.cog.encoder import JSONEncoder
+    from grafana_foundation_sdk.cog.plugins import register_default_plugins
+    from grafana_foundation_sdk.models.dashboard import Dashboard, Panel
+    from grafana_foundation_sdk.models.prometheus import Dataquery
+
+    register_default_plugins()
+    written = json.loads(DASHBOARD.read_text())
+    board = Dashboard.from_json(written)
+    assert list(left_out(written, json.loads(JSONEncoder().encode(board)))) == []
+    queries = [query for panel in board.panels if isinstance(panel, Panel) for query in panel.targets or ()]
+    assert len(queries) > 25
+    assert all(isinstance(query, Dataquery) for query in queries)
+
+
+def left_out(written: Any, read: Any, path: str = "") -> Iterator[str]:
+    """Where `read` does not say what `written` does."""
+    if isinstance(written, dict) and isinstance(read, dict):
+        for key, value in written.items():
+            yield from left_out(value, read.get(key), f"{path}.{key}")
+    elif isinstance(written, list) and isinstance(read, list) and len(written) == len(read):
+        for index, value in enumerate(written):
+            yield from left_out(value, read[index], f"{path}.{index}")
+    elif written != read:
+        yield path
