@@ -57,7 +57,7 @@ class Answer:
 
 
 def answers(
-    model: Model, engine: Engine, wanted: Iterable[Schema], *, batch: int = 16, max_tokens: int = 1000
+    model: Model, engine: Engine, wanted: Iterable[Schema], *, batch: int = 16, max_tokens: int = 6000
 ) -> Iterator[Answer]:
     """The model's answers, at temperature 1, as they are done; `batch` are written together."""
     info = engine.info
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--schemas", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--max-tokens", type=int, default=1000)
+    parser.add_argument("--max-tokens", type=int, default=6000)
     args = parser.parse_args()
     settings = load_settings(environ={}, overrides={"model.path": str(fetch("gemma-3-270m"))})
     model = load_model(settings)
