@@ -99,15 +99,16 @@ class TensorrtEngine:
                 token_budget=token_budget,
                 max_context=context,
                 invariant=invariant,
+                image_tokens=config.vision.tokens if config.vision else 0,
             )
             workspace = Workspace(device, config, layout, limits, invariant=invariant)
         self._most_rows = workspace.limits.rows
         self._attention, self._matmuls = workspace.attention, workspace.matmuls
         matmuls = self._matmuls
-        kernels = KernelBody(config, weights, workspace.buffers, workspace.norms, matmuls)
+        kernels = KernelBody(config, weights, workspace.buffers, workspace.norms, matmuls, workspace.images)
         plans = None
         if segments is not None and not invariant:
-            plans = SegmentBody(config, weights, workspace.buffers, segments)
+            plans = SegmentBody(config, weights, workspace.buffers, segments, kernels)
         choices = Choices()
         if tune is not None:
             tuner = Autotuner(device, config, weights, workspace)
@@ -120,7 +121,9 @@ class TensorrtEngine:
             better = choices.segments_for(rows) if choices.segments else rows > SLICE and not matmuls.hopper
             return plans if plans is not None and fits and better else kernels
 
-        last = KernelBody(config, weights, workspace.buffers.of_last_rows(), workspace.norms, matmuls)
+        last = KernelBody(
+            config, weights, workspace.buffers.of_last_rows(), workspace.norms, matmuls, workspace.images
+        )
         self._runner = Runner(
             device, config, layout, weights, workspace, body, last, max_context=context, graphs=graphs
         )
