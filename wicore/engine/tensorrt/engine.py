@@ -36,6 +36,7 @@ from wicore.engine.tensorrt.profile import KernelTime, kv_bytes, summary
 from wicore.engine.tensorrt.prompt_attention import PoolMemory
 from wicore.engine.tensorrt.runner import Runner, Running
 from wicore.engine.tensorrt.segments import Segments
+from wicore.engine.tensorrt.vision import TensorrtVision
 from wicore.engine.tensorrt.weights import DeviceWeights
 from wicore.engine.tensorrt.workspace import Workspace
 from wicore.errors import EngineError
@@ -70,6 +71,7 @@ class TensorrtEngine:
         tune: Callable[[Callable[[], Choices]], Choices] | None = None,
         graphs: bool = True,
         workspace: Workspace | None = None,
+        vision: TensorrtVision | None = None,
         content: str = "",
     ) -> None:
         """Compile the kernels and allocate what steps work with, then the KV pools.
@@ -85,11 +87,14 @@ class TensorrtEngine:
             None: by rule.
         graphs: replay decode steps as CUDA graphs.
         workspace: made before with the same shapes and limits; None: it is made here.
+        vision: the tower on the same device, closed with the engine.
         content: what the weights are, as a digest (`Checkpoint.content_digest`).
 
         Raises EngineError for shapes that the kernels cannot do, and when memory does not suffice.
         """
         self._device, self._config = device, config
+        self.vision = vision
+        """None: it takes text alone, or rows that come from elsewhere."""
         layout = layout_of(config, block_tokens, kv)
         context = min(max_context or config.max_context, config.max_context)
         if workspace is None:
@@ -222,6 +227,8 @@ class TensorrtEngine:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
+            if self.vision is not None:
+                self.vision.close()
             self._copies.close()
             self._runner.forget_graphs()
             self._device.close()
