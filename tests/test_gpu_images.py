@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from wicore.engine.base import ImageRows, KVLayout, SequenceInput
 from wicore.engine.tensorrt.block_tables import BlockTables
 from wicore.engine.tensorrt.image_rows import ImageUpload
+from wicore.engine.tensorrt.limits import Limits
 from wicore.engine.tensorrt.passes import cut
 from wicore.engine.tensorrt.step_arrays import listed, pass_arrays, tiles
 from wicore.gemma3.config import VisionConfig
@@ -125,8 +126,18 @@ def test_an_image_larger_than_a_pass_is_refused() -> None:
         list(cut([sequence(3, 0, 70, (image(2, 65),))], capacity=64, decode_capacity=4, invariant=False))
 
 
-def test_more_images_than_buffers_arrive_each_at_its_place(emulated) -> None:
-    upload, stream = ImageUpload(emulated), emulated.stream()
+@pytest.mark.parametrize("invariant", [False, True])
+def test_buffers_hold_a_whole_image_and_decode_steps_are_as_without(invariant: bool) -> None:
+    sizes = {"max_batch": 4, "token_budget": 64, "max_context": 1024, "invariant": invariant}
+    text, images = (Limits.of(LAYOUT, **sizes, image_tokens=tokens) for tokens in (0, 256))
+    assert images.rows == 256 > text.rows
+    assert images.decode_rows == text.decode_rows
+    assert not invariant or images.listed >= images.rows
+
+
+@pytest.mark.parametrize("room", [0, 40, 48], ids=["none", "too little", "as much as needed"])
+def test_more_images_than_buffers_arrive_each_at_its_place(emulated, room: int) -> None:
+    upload, stream = ImageUpload(emulated, room), emulated.stream()
     target = emulated.allocate(9 * 48, "rows")
     sent = [image(i, 3) for i in range(9)]
     for i, one in enumerate(sent):

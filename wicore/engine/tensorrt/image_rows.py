@@ -17,14 +17,14 @@ _BUFFERS = 4
 
 
 class ImageUpload:
-    """Copies rows of images to the device through pinned memory, a buffer an image, in turn.
+    """Copies rows of images to the device through pinned memory, a buffer an image, in turn."""
 
-    The memory is taken when images come.
-    """
-
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, room: int = 0) -> None:
+        """`room`: bytes of an image. Where one is larger, its buffer is taken anew when it comes."""
         self._device = device
-        self._pinned: list[HostBuffer | None] = [None] * _BUFFERS
+        self._pinned: list[HostBuffer | None] = [
+            device.allocate_host(room) if room else None for _ in range(_BUFFERS)
+        ]
         self._sent = [device.event() for _ in self._pinned]
         self._next = 0
 

@@ -31,4 +31,4 @@ class Workspace:
         self.norms = Norms(device, config)
         self.attention = Attention(device, config, layout, limits.rows, limits.listed, limits.entries)
         self.sampler = Sampler(device, config.vocab_size, samples)
-        self.images = ImageUpload(device)
+        self.images = ImageUpload(device, 4 * limits.image_rows * config.hidden_size)
