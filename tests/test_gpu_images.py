@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wicore.engine.base import ImageRows, KVLayout, SequenceInput
+from tests.emulation import EmulatedDevice
+from tests.engines import FIXTURES, rows
+from tests.gpu_engines import engine_on
+from wicore.engine.base import ImageRows, KVLayout, SequenceInput, StepPlan
 from wicore.engine.tensorrt.block_tables import BlockTables
 from wicore.engine.tensorrt.image_rows import ImageUpload
 from wicore.engine.tensorrt.limits import Limits
 from wicore.engine.tensorrt.passes import cut
 from wicore.engine.tensorrt.step_arrays import listed, pass_arrays, tiles
+from wicore.gemma3.checkpoint import Checkpoint, open_checkpoint
 from wicore.gemma3.config import VisionConfig
 
 LAYOUT = KVLayout(16, 1, 1, 1, 16, 64, "float16")
@@ -145,3 +151,31 @@ def test_more_images_than_buffers_arrive_each_at_its_place(emulated, room: int) 
     np.testing.assert_array_equal(
         target.array.view(np.float32).reshape(27, 4), np.concatenate([one.rows for one in sent])
     )
+
+
+class _WithVision(Checkpoint):
+    def __init__(self, of: Checkpoint) -> None:
+        tensors = {name: of.stored(name) for name in of.names()}
+        super().__init__(of.path, replace(of.config, vision=VISION), tensors, lambda: b"")
+
+
+def of_images(of: Checkpoint) -> Checkpoint:
+    """The same weights as those of a model that takes images of `VISION.tokens` tokens."""
+    return _WithVision(of)
+
+
+def test_steps_of_text_launch_the_same_kernels_whether_the_model_takes_images_or_not() -> None:
+    text, counts = open_checkpoint(FIXTURES / "tiny"), []
+    for source in (of_images(text), text):
+        device = EmulatedDevice(capability=(8, 0))
+        found = engine_on(device, source)
+        [row] = rows(found, 1, 160)
+        launched = []
+        for first, end in ((0, 100), (100, 101), (101, 102), (102, 103)):
+            row.start, before = first, device._launches
+            found.step(StepPlan((row.input(np.arange(5 + first, 5 + end), sample=True),)))
+            launched.append(device._launches - before)
+        counts.append(launched)
+        found.close()
+    assert counts[0] == counts[1]
+    assert min(counts[0]) > 0

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.device_arrays import download
 from tests.emulation import EmulatedDevice
 from tests.engines import FIXTURES, rows
 from tests.numpy_segments import NumpySegments
@@ -71,19 +72,16 @@ def pixels(seed: int = 0) -> NDArray[np.uint8]:
 # --- what it computes -------------------------------------------------------------------------------
 
 
-def in_float64(device: EmulatedDevice, weights: VisionWeights, image: NDArray[np.uint8]) -> NDArray[Any]:
+def in_float64(device: Device, weights: VisionWeights, image: NDArray[np.uint8]) -> NDArray[Any]:
     """An image's rows from the weights that lie on the device."""
     shape, side = VisionShape.of(config()), VISION.patch_size
     sizes = {b.name: b for kind in VISION_KINDS for b in bindings(kind, shape)}
 
     def values(bound: Any) -> dict[str, NDArray[Any]]:
-        memory, start = weights.memory.array, weights.memory.address
-        found = {}
-        for name, address in bound.items():
-            raw = memory[address - start :][: sizes[name].nbytes(0)]
-            kind = np.float16 if sizes[name].dtype == "half" else np.float32
-            found[name] = raw.view(kind).reshape(sizes[name].shape)
-        return found
+        types = {name: np.float16 if sizes[name].dtype == "half" else np.float32 for name in bound}
+        return {
+            name: download(device, address, types[name], sizes[name].shape) for name, address in bound.items()
+        }
 
     across = VISION.image_size // side
     scaled = (image.astype(np.float64) / 255 - 0.5) / 0.5
