@@ -35,6 +35,12 @@ def rows_of(kind: AnyKind, shape: AnyShape, buckets: Sequence[int]) -> tuple[int
     return networks.rows_of(cast(Kind, kind), buckets)
 
 
+def workspace_bytes(kind: AnyKind) -> int:
+    """Most scratch memory for a kernel of a network: a tower's stays beside the KV all the time, for now and
+    then an image."""
+    return 256 << 20 if kind in VISION_KINDS else 4 << 30
+
+
 def shape_from(kind: str, fields: Mapping[str, Any]) -> AnyShape:
     """The shape that `asdict` made these fields of. Raises TypeError for others."""
     return VisionShape(**fields) if kind in VISION_KINDS else SegmentShape(**fields)

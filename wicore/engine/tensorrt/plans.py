@@ -233,7 +233,7 @@ def build_plan(key: PlanKey, cache: PlanCache, options: BuildOptions | None = No
         half=key.half,
         rows=key.rows,
         capability=key.capability,
-        options=options or BuildOptions(),
+        options=options or BuildOptions(workspace_bytes=plan_kinds.workspace_bytes(key.kind)),
         timing=timing,
     )
     path = cache.store(key, plan)
