@@ -29,7 +29,9 @@ class Layer:
         self.what, self.inputs = what, inputs
         self.precision: Any = None
         self.output_type: Any = None
-        self._output = SimpleNamespace(name="", dtype=None, layer=self)
+        self.reshape_dims: tuple[int, ...] | None = None
+        self.first_transpose: tuple[int, ...] | None = None
+        self._output = Output(self)
 
     def set_output_type(self, index: int, dtype: Any) -> None:
         assert index == 0
@@ -38,6 +40,26 @@ class Layer:
     def get_output(self, index: int) -> Any:
         assert index == 0
         return self._output
+
+
+class Output:
+    """A layer's output, whose shape is found where the networks ask for it."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.name, self.dtype, self.layer = "", None, layer
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        layer = self.layer
+        shape = layer.inputs[0].shape
+        if layer.what == "slice":
+            return layer.inputs[2]
+        if layer.what == "matrix_multiply":
+            turned = layer.inputs[3].name == "TRANSPOSE"
+            return (*shape[:-1], layer.inputs[2].shape[-2 if turned else -1])
+        if layer.first_transpose is not None:
+            return tuple(shape[i] for i in layer.first_transpose)
+        return layer.reshape_dims or shape
 
 
 class Network:
@@ -178,6 +200,7 @@ class FakeTensorRT:
     UnaryOperation = enum.Enum("UnaryOperation", "SQRT")
     ReduceOperation = enum.Enum("ReduceOperation", "AVG")
     MatrixOperation = enum.Enum("MatrixOperation", "NONE TRANSPOSE")
+    Permutation = tuple
 
     def __init__(self, version: str = "8.6.0") -> None:
         self.__version__ = version

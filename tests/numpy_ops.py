@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wicore.engine.tensorrt.networks import Binding, Kind, SegmentShape, define
+from wicore.engine.tensorrt.networks import Binding
+from wicore.engine.tensorrt.plan_kinds import AnyKind, AnyShape, define
 
 Array = NDArray[Any]
 
@@ -68,14 +69,36 @@ class NumpyOps:
     def mean(self, x: Array) -> Array:
         return np.mean(self._checked(x), axis=1, keepdims=True)
 
-    def product(self, x: Array, weight: Array) -> Array:
+    def product(self, x: Array, weight: Array, *, transposed: bool = True) -> Array:
         assert x.dtype == weight.dtype == self._narrow
+        turned = np.swapaxes(weight, -1, -2) if transposed else weight
         with np.errstate(over="ignore"):  # to infinity, as the hardware does
-            return (x.astype(self._wide) @ weight.astype(self._wide).T).astype(self._narrow)
+            return (x.astype(self._wide) @ turned.astype(self._wide)).astype(self._narrow)
 
     def gather(self, table: Array, ids: Array) -> Array:
         assert table.dtype == self._narrow
         return table[ids]
+
+    def columns(self, x: Array, first: int, count: int) -> Array:
+        assert x.dtype == self._narrow
+        assert first + count <= x.shape[1]
+        return x[:, first : first + count]
+
+    def heads(self, x: Array, count: int) -> Array:
+        assert x.dtype == self._narrow
+        return x.reshape(len(x), count, -1).swapaxes(0, 1)
+
+    def joined(self, x: Array) -> Array:
+        assert x.dtype == self._narrow
+        return x.swapaxes(0, 1).reshape(x.shape[1], -1)
+
+    def softmax(self, x: Array) -> Array:
+        powers = np.exp(self._checked(x) - x.max(-1, keepdims=True))
+        return powers / powers.sum(-1, keepdims=True)
+
+    def pool(self, x: Array, side: int, window: int) -> Array:
+        cells = self._checked(x).reshape(side, window, side, window, -1)
+        return cells.mean((1, 3)).reshape(side * side, -1)
 
     def _checked(self, x: Array) -> Array:
         assert x.dtype == self._wide
@@ -83,8 +106,8 @@ class NumpyOps:
 
 
 def evaluate(
-    kind: Kind,
-    shape: SegmentShape,
+    kind: AnyKind,
+    shape: AnyShape,
     given: Mapping[str, Array],
     *,
     wide: Any = np.float32,

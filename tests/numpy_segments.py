@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.numpy_ops import evaluate
-from wicore.engine.tensorrt.networks import KINDS, Binding, Kind, SegmentShape, bindings, rows_of
+from wicore.engine.tensorrt.networks import KINDS, Binding
+from wicore.engine.tensorrt.plan_kinds import AnyKind, AnyShape, bindings, rows_of
 from wicore.errors import EngineError
 
 _TYPES = {"half": np.float16, "float32": np.float32, "int32": np.int32}
@@ -22,29 +23,29 @@ class NumpySegments:
 
     memory_bytes = 0
 
-    def __init__(self, shape: SegmentShape, buckets: Sequence[int], kinds: Sequence[Kind] = KINDS) -> None:
+    def __init__(self, shape: AnyShape, buckets: Sequence[int], kinds: Sequence[AnyKind] = KINDS) -> None:
         self._shape = shape
-        self._rows = {kind: rows_of(kind, buckets) for kind in kinds}
-        self.runs: list[tuple[Kind, int]] = []
+        self._rows = {kind: rows_of(kind, shape, buckets) for kind in kinds}
+        self.runs: list[tuple[AnyKind, int]] = []
         """(kind, rows) of every run."""
 
-    def max_rows(self, kind: Kind) -> int:
+    def max_rows(self, kind: AnyKind) -> int:
         return self._rows[kind][-1]
 
-    def bucket(self, kind: Kind, rows: int) -> int:
+    def bucket(self, kind: AnyKind, rows: int) -> int:
         for most in self._rows.get(kind, ()):
             if 1 <= rows <= most:
                 return most
         raise EngineError(f"no {kind} segment for {rows} rows is loaded")
 
-    def run(self, stream: Any, kind: Kind, rows: int, addresses: Mapping[str, int]) -> None:
+    def run(self, stream: Any, kind: AnyKind, rows: int, addresses: Mapping[str, int]) -> None:
         self.bucket(kind, rows)
         wanted = {binding.name: addresses[binding.name] for binding in bindings(kind, self._shape)}
         stream.submit(lambda: self._evaluate(kind, rows, wanted))
 
     def close(self) -> None: ...
 
-    def _evaluate(self, kind: Kind, rows: int, addresses: Mapping[str, int]) -> None:
+    def _evaluate(self, kind: AnyKind, rows: int, addresses: Mapping[str, int]) -> None:
         views = {b.name: _view(addresses[b.name], b, rows) for b in bindings(kind, self._shape)}
         for name, values in evaluate(kind, self._shape, views).items():
             views[name][:] = values

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from tests.fake_tensorrt import FakeTensorRT
 from wicore.cli import main
 from wicore.engine.tensorrt import networks, plans, trt_api
-from wicore.engine.tensorrt.networks import SegmentShape
+from wicore.engine.tensorrt.networks import KINDS, SegmentShape
 from wicore.engine.tensorrt.plans import (
     PlanCache,
     PlanKey,
@@ -31,11 +31,14 @@ from wicore.engine.tensorrt.plans import (
     useful_buckets,
 )
 from wicore.engine.tensorrt.trt_api import Backend, Card, find_card, load_backend
+from wicore.engine.tensorrt.vision_networks import VISION_KINDS, VisionShape
 from wicore.errors import EngineError
 from wicore.exit_codes import ExitCode
+from wicore.gemma3.config import PUBLISHED, VisionConfig
 
 SHAPE = SegmentShape(hidden=64, inner=96, attention=64, qkv=128, vocab=512, eps=1e-6)
 KEY = PlanKey("tensorrt", "8.6.0", "9.0", "middle", "float16", 64, SHAPE)
+TOWER = VisionConfig(1152, 27, 16, 4304, 896, 14, 256, 1e-6, 255_999, 256_000, 262_144)
 NEWER = dataclasses.replace(KEY, version="11.0.0")
 H200 = Card("NVIDIA H200", "9.0", "13.0")
 
@@ -104,6 +107,9 @@ def test_every_part_of_the_key_tells_plans_apart(cache: PlanCache) -> None:
 
 def test_a_key_survives_its_text() -> None:
     assert PlanKey.parse(KEY.text()) == KEY
+    tower = VisionShape.of(dataclasses.replace(PUBLISHED["gemma-3-27b"], vision=TOWER))
+    key = dataclasses.replace(KEY, kind="vision_middle", shape=tower)
+    assert PlanKey.parse(key.text()) == key
 
 
 def cut(data: bytes) -> bytes:
@@ -336,7 +342,11 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(main, ["plan", *arguments])
 
 
-def test_building_needs_a_models_name_only_and_listing_shows_what_came(here: Path, rtx: Backend) -> None:
+def test_building_needs_a_models_name_only_and_listing_shows_what_came(
+    here: Path, rtx: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = dataclasses.replace(PUBLISHED["gemma-3-27b"], vision=TOWER)
+    monkeypatch.setattr("wicore.commands.plan.published", lambda name: model)
     config = here / "mine.yaml"
     config.write_text("model: {path: gemma-3-27b}\nengine: {plan_rows: '16,64,512'}\n")
     options = [
@@ -351,18 +361,19 @@ def test_building_needs_a_models_name_only_and_listing_shows_what_came(here: Pat
     ]
     result = run("build", *options, "--rows", "16")
     assert result.exit_code == ExitCode.OK, result.output
-    assert f"4 plans of tensorrt_rtx {rtx.version} for compute capability 8.9" in result.stdout
-    assert "4 built" in result.stdout
+    assert f"8 plans of tensorrt_rtx {rtx.version} for compute capability 8.9" in result.stdout
+    assert "8 built" in result.stdout
     assert "middle segment, 16 rows" in result.stderr
     assert "0 built" in run("build", *options, "--rows", "16").stdout
 
     found = json.loads(run("list", "--json").stdout)
-    assert sorted(entry["key"]["kind"] for entry in found) == ["first", "head", "last", "middle"]
-    assert {entry["key"]["shape"]["hidden"] for entry in found} == {5376}
+    assert sorted(entry["key"]["kind"] for entry in found) == sorted((*KINDS, *VISION_KINDS))
+    widths = {entry["key"]["kind"]: entry["key"]["shape"]["hidden"] for entry in found}
+    assert widths == dict.fromkeys(KINDS, 5376) | dict.fromkeys(VISION_KINDS, 1152)
     assert all(entry["bytes"] > 1000 and entry["age_s"] >= 0 for entry in found)
     assert {(entry["fits"], entry["reason"]) for entry in found} == {(False, "no GPU here")}
     shown = run("list").stdout
-    assert shown.count("does not fit: no GPU here") == 4
+    assert shown.count("does not fit: no GPU here") == 8
     assert "hidden 5376, inner 21504" in shown
 
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,16 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from wicore.engine.base import SequenceInput, StepPlan
+from wicore.engine.base import ImageRows, SequenceInput, StepPlan
 from wicore.engine.tensorrt.cuda import CudaDevice
+from wicore.engine.tensorrt.device import Device
 from wicore.engine.tensorrt.engine import TensorrtEngine
 from wicore.engine.tensorrt.weights import load_weights
 from wicore.gemma3.checkpoint import Checkpoint, open_checkpoint
-from wicore.gemma3.config import Gemma3Config, published
+from wicore.gemma3.config import Gemma3Config, VisionConfig, published
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
-BLOCK = 32
+BLOCK, CHUNK = 32, 700
 WAYS: dict[str, dict[str, Any]] = {
     "prompts": {},
     "prompts, int8 KV": {"kv": "int8"},
@@ -74,6 +76,11 @@ def reference(path: Path, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
     return found
 
 
+def of_tokens(count: int) -> VisionConfig:
+    """A tower of which only the tokens of an image matter."""
+    return VisionConfig(24, 1, 2, 32, 224, 14, count, 1e-6, 255_999, 256_000, 262_144)
+
+
 def ours(
     checkpoint: Checkpoint,
     tokens: NDArray[np.int32],
@@ -81,13 +88,16 @@ def ours(
     kv: str = "float16",
     invariant: bool = False,
     steps: int = 0,
+    images: Sequence[ImageRows] = (),
+    device: Device | None = None,
 ) -> NDArray[np.float32]:
-    """Logits at every position; the last `steps` of them one at a time."""
-    device = CudaDevice()
+    """Logits at every position; the last `steps` of them one at a time. `images` must lie within chunks of
+    CHUNK. `device`: closed at the end; None: the card."""
+    device = device or CudaDevice()
     blocks = -(-len(tokens) // BLOCK) + 1
     engine = TensorrtEngine(
         load_weights(device, checkpoint, int8_kv=kv == "int8"),
-        checkpoint.config,
+        replace(checkpoint.config, vision=of_tokens(len(images[0].rows))) if images else checkpoint.config,
         device,
         block_tokens=BLOCK,
         global_blocks=blocks,
@@ -99,8 +109,10 @@ def ours(
     table = np.random.default_rng(1).permutation(blocks).astype(np.int32)
     parts, start = [], 0
     first = len(tokens) - steps
-    for size in [*(min(700, first - at) for at in range(0, first, 700)), *[1] * steps]:
-        piece = SequenceInput(0, tokens[start : start + size], start, table, table, 0, None)
+    for size in [*(min(CHUNK, first - at) for at in range(0, first, CHUNK)), *[1] * steps]:
+        end = start + size
+        inside = [image for image in images if image.start < end and image.end > start]
+        piece = SequenceInput(0, tokens[start:end], start, table, table, 0, None, images=inside)
         parts.append(engine.logits(StepPlan((piece,)))[0])
         start += size
     engine.close()

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wicore.engine.tensorrt.device import Buffer, Device
-from wicore.engine.tensorrt.networks import Binding, Kind, SegmentShape, bindings
+from wicore.engine.tensorrt.networks import Binding
+from wicore.engine.tensorrt.plan_kinds import AnyKind, AnyShape, bindings
 from wicore.engine.tensorrt.segments import Segments
 
 Array = NDArray[Any]
@@ -21,12 +22,12 @@ _POISON = 0xFF
 class SegmentTrial:
     """Device copies of a segment's inputs, for runs of the first so many of their rows."""
 
-    def __init__(self, device: Device, kind: Kind, shape: SegmentShape, given: Mapping[str, Array]) -> None:
+    def __init__(self, device: Device, kind: AnyKind, shape: AnyShape, given: Mapping[str, Array]) -> None:
         self._device, self._kind = device, kind
         self._bindings = {binding.name: binding for binding in bindings(kind, shape)}
         self._stream = device.stream()
         self._buffers: dict[str, Buffer] = {}
-        most = next(len(given[b.name]) for b in self._bindings.values() if b.dynamic and not b.output)
+        most = next((len(given[b.name]) for b in self._bindings.values() if b.dynamic and not b.output), 0)
         for binding in self._bindings.values():
             buffer = device.allocate(binding.nbytes(most), f"{binding.name} of a test")
             self._buffers[binding.name] = buffer

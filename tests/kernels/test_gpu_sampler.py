@@ -388,3 +388,7 @@ def test_more_rows_than_there_is_room_for_and_foreign_ids_are_refused(bench):
         bench.sampler(9).launch(bench.stream, 9, 0)
     with pytest.raises(ValueError, match="under 9"):
         bench.sampler(9).pack([SamplingState(SamplingParams(logit_bias={9: 1.0}), 0)])
+    image = SamplingState(SamplingParams(presence_penalty=1.0), 0)
+    image.observe(-7)
+    with pytest.raises(ValueError, match="got id -7"):
+        bench.sampler(9).pack([image])

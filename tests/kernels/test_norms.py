@@ -159,6 +159,17 @@ def test_embeddings_are_scaled_and_normed(memory: Memory, hidden: int) -> None:
 
 
 @pytest.mark.parametrize("hidden", WIDTHS)
+def test_rows_that_lie_in_the_residual_stream_are_normed_and_stay(memory: Memory, hidden: int) -> None:
+    residual, room = random(14, 3, hidden, scale=20), memory.room((3, hidden), np.float32)
+    normed = memory.room((3, hidden), np.float16)
+    memory.device.copy(room.address, residual.ctypes.data, residual.nbytes, memory.stream)
+    weight = memory.put(factors(15, hidden))
+    norms(memory.device, hidden).norm(memory.stream, 3, room.address, weight, normed.address)
+    assert room.read().tobytes() == residual.tobytes()
+    np.testing.assert_allclose(normed.read(), rms(residual, factors(15, hidden)), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("hidden", WIDTHS)
 def test_rows_are_gathered_and_absent_ones_are_zero(memory: Memory, hidden: int) -> None:
     source, rows = random(11, 6, hidden).astype(np.float16), np.array([5, -1, 0, 5], np.int32)
     target = memory.room((4, hidden), np.float16)

@@ -17,6 +17,7 @@ from wicore.gemma3.checkpoint import open_checkpoint, resolve_model
 from wicore.gemma3.config import Gemma3Config, published
 
 if TYPE_CHECKING:
+    from wicore.engine.tensorrt.networks import HalfType
     from wicore.engine.tensorrt.plans import BuiltPlan, PlanEntry
     from wicore.engine.tensorrt.trt_api import Backend, BackendName, Card
 
@@ -83,6 +84,7 @@ def build_command(
         plans_folder,
         useful_buckets,
     )
+    from wicore.engine.tensorrt.vision_networks import VISION_KINDS, VisionShape
 
     settings = read_settings(config)
     if rows is not None:
@@ -94,12 +96,13 @@ def build_command(
         scheduler = settings.scheduler
         most = max(scheduler.token_budget, scheduler.max_batch)
         buckets = useful_buckets(parse_buckets(settings.engine.plan_rows), most)
-    shape = SegmentShape.of(_model_config(settings.model.path))
+    model = _model_config(settings.model.path)
     chosen = _backend(backend)
     capability = compute_capability or _capability_here(chosen)
-    keys = plan_keys(
-        chosen, capability, shape, buckets, half="bfloat16" if dtype == "bfloat16" else "float16"
-    )
+    half: HalfType = "bfloat16" if dtype == "bfloat16" else "float16"
+    keys = plan_keys(chosen, capability, SegmentShape.of(model), buckets, half=half)
+    if model.vision is not None:
+        keys += plan_keys(chosen, capability, VisionShape.of(model), (), half=half, kinds=VISION_KINDS)
     cache = PlanCache(plans_folder())
     if rebuild:
         cache.remove(keys)
@@ -214,7 +217,9 @@ def _row(entry: PlanEntry, now: float, misfit: str | None) -> str:
     if entry.key is None:
         return f"{entry.path.name:<60}  {size:>9}  {shown:>7}  {fits}"
     key = entry.key
-    what = f"{key.kind:<6} {key.rows:>5} rows  {key.half}  hidden {key.shape.hidden}, inner {key.shape.inner}"
+    what = (
+        f"{key.kind:<16} {key.rows:>5} rows  {key.half}  hidden {key.shape.hidden}, inner {key.shape.inner}"
+    )
     where = f"{key.backend} {key.version} on {key.capability}"
     return f"{what:<60}  {where}  {size:>9}  {shown:>7}  {fits}"
 

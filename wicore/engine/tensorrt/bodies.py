@@ -6,10 +6,15 @@ layer's attention output to the next layer's QKV product, or after the last laye
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from wicore.engine.tensorrt.device import Stream
+from wicore.engine.tensorrt.image_rows import ImageUpload, PlacedRows
 from wicore.engine.tensorrt.networks import Kind
 from wicore.engine.tensorrt.norms import Norms
 from wicore.engine.tensorrt.segments import Segments
@@ -42,8 +47,8 @@ class Matmul(Protocol):
 class Body(Protocol):
     """The layers without attention. Reads and writes `WorkBuffers`; only enqueues."""
 
-    def first(self, stream: Stream, rows: int, ids: int) -> None:
-        """Token ids to the residual stream and layer 0's qkv."""
+    def first(self, stream: Stream, rows: int, ids: int, images: Sequence[PlacedRows] = ()) -> None:
+        """Token ids to the residual stream and layer 0's qkv; images stand in place of embeddings."""
 
     def after(self, stream: Stream, rows: int, layer: int) -> None:
         """`attended` of a layer to the next one's qkv; of the last one to the final `normed`."""
@@ -53,18 +58,34 @@ class KernelBody:
     """By our own kernels."""
 
     def __init__(
-        self, config: Gemma3Config, weights: DeviceWeights, buffers: WorkBuffers, norms: Norms, matmul: Matmul
+        self,
+        config: Gemma3Config,
+        weights: DeviceWeights,
+        buffers: WorkBuffers,
+        norms: Norms,
+        matmul: Matmul,
+        images: ImageUpload,
     ) -> None:
         self._weights, self._buffers, self._norms, self._matmul = weights, buffers, norms, matmul
+        self._images = images
         self._hidden, self._inner = config.hidden_size, config.intermediate_size
         self._wide = config.heads * config.head_dim
         self._qkv = self._wide + 2 * config.kv_heads * config.head_dim
 
-    def first(self, stream: Stream, rows: int, ids: int) -> None:
+    def first(self, stream: Stream, rows: int, ids: int, images: Sequence[PlacedRows] = ()) -> None:
         b, weights = self._buffers, self._weights
         layer = weights.layers[0]
         self._norms.embed(stream, rows, ids, weights.embedding, layer.input_norm, b.residual, b.normed)
+        for row, _, values in images:
+            self._place(stream, row, values)
         self._matmul.plain(stream, rows, b.normed, layer.qkv, b.qkv, self._qkv, self._hidden, True)
+
+    def _place(self, stream: Stream, row: int, values: NDArray[np.float32]) -> None:
+        """An image's rows into the residual stream, from `row` on, and normed."""
+        b, hidden, norm = self._buffers, self._hidden, self._weights.layers[0].input_norm
+        residual = b.residual + 4 * row * hidden
+        self._images.send(stream, values, residual)
+        self._norms.norm(stream, len(values), residual, norm, b.normed + 2 * row * hidden)
 
     def after(self, stream: Stream, rows: int, layer: int) -> None:
         b, layers, hidden = self._buffers, self._weights.layers, self._hidden
@@ -95,9 +116,15 @@ class SegmentBody:
     """By TensorRT's segments: one network from a layer's attention to the next layer's."""
 
     def __init__(
-        self, config: Gemma3Config, weights: DeviceWeights, buffers: WorkBuffers, segments: Segments
+        self,
+        config: Gemma3Config,
+        weights: DeviceWeights,
+        buffers: WorkBuffers,
+        segments: Segments,
+        kernels: KernelBody,
     ) -> None:
-        self._segments, self._buffers = segments, buffers
+        """`kernels`: what begins the passes that have images."""
+        self._segments, self._buffers, self._kernels = segments, buffers, kernels
         first = weights.layers[0]
         self._first = {
             "table": weights.embedding,
@@ -139,8 +166,11 @@ class SegmentBody:
         """Most rows that there are plans for."""
         return min(self._segments.max_rows(kind) for kind in ("first", "middle", "last"))
 
-    def first(self, stream: Stream, rows: int, ids: int) -> None:
-        self._segments.run(stream, "first", rows, {"ids": ids, **self._first})
+    def first(self, stream: Stream, rows: int, ids: int, images: Sequence[PlacedRows] = ()) -> None:
+        if images:
+            self._kernels.first(stream, rows, ids, images)
+        else:
+            self._segments.run(stream, "first", rows, {"ids": ids, **self._first})
 
     def after(self, stream: Stream, rows: int, layer: int) -> None:
         kind, bound = self._layers[layer]

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -34,6 +34,13 @@ from wicore.engine.tensorrt.engine import TensorrtEngine
 from wicore.engine.tensorrt.limits import Limits
 from wicore.engine.tensorrt.plans import Tuning
 from wicore.engine.tensorrt.segments import Segments
+from wicore.engine.tensorrt.vision import (
+    TensorrtVision,
+    VisionSegments,
+    open_vision_segments,
+    vision_bytes,
+)
+from wicore.engine.tensorrt.vision_weights import load_vision
 from wicore.engine.tensorrt.weights import RandomWeights, load_weights
 from wicore.engine.tensorrt.workspace import Workspace
 from wicore.errors import EngineError
@@ -67,13 +74,14 @@ def create_tensorrt_engine(settings: Settings, model: Model) -> TensorrtEngine:
 
 
 def create_random_engine(name: str, settings: Settings) -> TensorrtEngine:
-    """An engine with made-up weights in the shape of a published model, to measure speed.
+    """An engine with made-up weights in the shape of a published model, for text, to measure speed.
 
     Raises EngineError for an unknown name, and as `create_tensorrt_engine` does.
     """
     config = published(name)
     if config is None:
         raise EngineError(f"{name}: no published model; known are gemma-3-270m, 1b, 4b, 12b and 27b")
+    config = replace(config, vision=None)
     context = min(config.max_context, settings.model.max_context or config.max_context)
     engine = _on_card(settings, _Source(config, RandomWeights(config), context, lambda: f"random {name}"))
     engine.prepare()
@@ -105,6 +113,7 @@ def _on_card(settings: Settings, source: _Source) -> TensorrtEngine:
             context=source.context,
             content=source.content,
             open_segments=lambda limits: open_segments(settings, source.config, device, limits),
+            open_vision=lambda: open_vision_segments(source.config, device),
             tune=lambda limits, measure: tuned(device, source.config, limits, measure),
         )
     except BaseException:
@@ -121,11 +130,13 @@ def build_engine(
     context: int,
     content: Callable[[], str],
     open_segments: Callable[[Limits], Segments | None] = lambda limits: None,
+    open_vision: Callable[[], VisionSegments | None] = lambda: None,
     tune: Callable[[Limits, Callable[[], Choices]], Choices] | None = None,
 ) -> TensorrtEngine:
     """An engine on this device, within its budget of memory. Raises EngineError when that is too small.
 
-    `content` gives a digest of the weights, on a thread of its own: it reads all of them.
+    `content` gives a digest of the weights, on a thread of its own: it reads all of them. `open_vision` gives
+    what runs the tower of a model that has one.
     """
     weight_format(settings.engine)  # another than ours is an error
     started = time.monotonic()
@@ -138,14 +149,20 @@ def build_engine(
         token_budget=scheduler.token_budget,
         max_context=context,
         invariant=invariant,
+        image_tokens=config.vision.tokens if config.vision else 0,
     )
     budget = Budget.of(settings, device)
     workspace = Workspace(device, config, layout, limits, invariant=invariant)
     segments = None if invariant else open_segments(limits)
-    budget.blocks(settings, layout, weight_bytes(config), context)
+    vision_segments = open_vision() if config.vision else None
+    vision_size = vision_bytes(config) if vision_segments else 0
+    budget.blocks(settings, layout, weight_bytes(config) + vision_size, context)
     with ThreadPoolExecutor(1, "digest") as other:
         digest = other.submit(content)
         loaded = load_weights(device, weights, int8_kv=kv == "int8", on_progress=WeightsProgress())
+    vision = None
+    if vision_segments is not None:
+        vision = TensorrtVision(device, config, load_vision(device, weights), vision_segments)
     engine = TensorrtEngine(
         loaded,
         config,
@@ -160,6 +177,7 @@ def build_engine(
         segments=segments,
         tune=None if invariant or tune is None else partial(tune, limits),
         workspace=workspace,
+        vision=vision,
         content=digest.result(),
     )
     info = engine.info

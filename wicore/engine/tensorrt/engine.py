@@ -36,6 +36,7 @@ from wicore.engine.tensorrt.profile import KernelTime, kv_bytes, summary
 from wicore.engine.tensorrt.prompt_attention import PoolMemory
 from wicore.engine.tensorrt.runner import Runner, Running
 from wicore.engine.tensorrt.segments import Segments
+from wicore.engine.tensorrt.vision import TensorrtVision
 from wicore.engine.tensorrt.weights import DeviceWeights
 from wicore.engine.tensorrt.workspace import Workspace
 from wicore.errors import EngineError
@@ -70,6 +71,7 @@ class TensorrtEngine:
         tune: Callable[[Callable[[], Choices]], Choices] | None = None,
         graphs: bool = True,
         workspace: Workspace | None = None,
+        vision: TensorrtVision | None = None,
         content: str = "",
     ) -> None:
         """Compile the kernels and allocate what steps work with, then the KV pools.
@@ -85,11 +87,14 @@ class TensorrtEngine:
             None: by rule.
         graphs: replay decode steps as CUDA graphs.
         workspace: made before with the same shapes and limits; None: it is made here.
+        vision: the tower on the same device, closed with the engine.
         content: what the weights are, as a digest (`Checkpoint.content_digest`).
 
         Raises EngineError for shapes that the kernels cannot do, and when memory does not suffice.
         """
         self._device, self._config = device, config
+        self.vision = vision
+        """None: it takes text alone, or rows that come from elsewhere."""
         layout = layout_of(config, block_tokens, kv)
         context = min(max_context or config.max_context, config.max_context)
         if workspace is None:
@@ -99,15 +104,16 @@ class TensorrtEngine:
                 token_budget=token_budget,
                 max_context=context,
                 invariant=invariant,
+                image_tokens=config.vision.tokens if config.vision else 0,
             )
             workspace = Workspace(device, config, layout, limits, invariant=invariant)
         self._most_rows = workspace.limits.rows
         self._attention, self._matmuls = workspace.attention, workspace.matmuls
         matmuls = self._matmuls
-        kernels = KernelBody(config, weights, workspace.buffers, workspace.norms, matmuls)
+        kernels = KernelBody(config, weights, workspace.buffers, workspace.norms, matmuls, workspace.images)
         plans = None
         if segments is not None and not invariant:
-            plans = SegmentBody(config, weights, workspace.buffers, segments)
+            plans = SegmentBody(config, weights, workspace.buffers, segments, kernels)
         choices = Choices()
         if tune is not None:
             tuner = Autotuner(device, config, weights, workspace)
@@ -120,7 +126,9 @@ class TensorrtEngine:
             better = choices.segments_for(rows) if choices.segments else rows > SLICE and not matmuls.hopper
             return plans if plans is not None and fits and better else kernels
 
-        last = KernelBody(config, weights, workspace.buffers.of_last_rows(), workspace.norms, matmuls)
+        last = KernelBody(
+            config, weights, workspace.buffers.of_last_rows(), workspace.norms, matmuls, workspace.images
+        )
         self._runner = Runner(
             device, config, layout, weights, workspace, body, last, max_context=context, graphs=graphs
         )
@@ -219,6 +227,8 @@ class TensorrtEngine:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
+            if self.vision is not None:
+                self.vision.close()
             self._copies.close()
             self._runner.forget_graphs()
             self._device.close()

@@ -25,6 +25,8 @@ class Limits:
     """What decode passes are padded to, ascending; no pass has more sequences than the last."""
     entries: int
     """Of all block tables of a step together."""
+    image_rows: int = 0
+    """Of an image, which one pass has whole."""
 
     @property
     def samples(self) -> int:
@@ -34,7 +36,7 @@ class Limits:
     @property
     def listed(self) -> int:
         """Rows of a prompt pass that go through the kernels for single rows."""
-        return MASS_ROWS * self.samples
+        return max(MASS_ROWS * self.samples, self.image_rows)
 
     def bucket(self, rows: int) -> int:
         """What a decode pass of so many rows is padded to."""
@@ -42,14 +44,23 @@ class Limits:
 
     @classmethod
     def of(
-        cls, layout: KVLayout, *, max_batch: int, token_budget: int, max_context: int, invariant: bool
+        cls,
+        layout: KVLayout,
+        *,
+        max_batch: int,
+        token_budget: int,
+        max_context: int,
+        invariant: bool,
+        image_tokens: int = 0,
     ) -> Limits:
-        """For steps as the scheduler makes them: `max_batch` sequences, `token_budget` new tokens."""
+        """For steps as the scheduler makes them: `max_batch` sequences, `token_budget` new tokens, images of
+        `image_tokens`."""
         decode = buckets(max(max_batch, SLICE) if invariant else max_batch)
         rows = decode[-1]
         if not invariant:
             rows = max(rows, min(-(-token_budget // SLICE) * SLICE, _MOST_ROWS))
-        return cls(rows, decode, entry_capacity(layout, decode[-1], max_context, token_budget))
+        entries = entry_capacity(layout, decode[-1], max_context, max(token_budget, image_tokens))
+        return cls(max(rows, image_tokens), decode, entries, image_tokens)
 
 
 def buckets(most: int) -> tuple[int, ...]:

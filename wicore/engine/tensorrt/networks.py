@@ -162,7 +162,7 @@ def rows_of(kind: Kind, buckets: Sequence[int]) -> tuple[int, ...]:
 
 class Ops(Protocol[Tensor]):
     """What the networks are made of. `wide` tensors are float32, `narrow` ones 16 bits; all have two
-    dimensions but ids, and element-wise operations broadcast and are of wide tensors only."""
+    dimensions but ids and heads, and element-wise operations broadcast and are of wide tensors only."""
 
     def input(self, binding: Binding) -> Tensor: ...
 
@@ -191,11 +191,35 @@ class Ops(Protocol[Tensor]):
     def mean(self, x: Tensor) -> Tensor:
         """Over the last dimension, which becomes 1."""
 
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [M, K] times weight [N, K] transposed, narrow."""
+    def product(self, x: Tensor, weight: Tensor, *, transposed: bool = True) -> Tensor:
+        """x [M, K] times weight [N, K] transposed, or [K, N] as it is, narrow; of heads, head by head."""
 
     def gather(self, table: Tensor, ids: Tensor) -> Tensor:
         """Rows of a narrow table, narrow."""
+
+    def columns(self, x: Tensor, first: int, count: int) -> Tensor:
+        """Columns `first` to `first + count - 1` of a narrow x."""
+
+    def heads(self, x: Tensor, count: int) -> Tensor:
+        """Narrow [M, count * d] as [count, M, d]."""
+
+    def joined(self, x: Tensor) -> Tensor:
+        """The inverse of `heads`."""
+
+    def softmax(self, x: Tensor) -> Tensor:
+        """Of wide heads, over the last dimension."""
+
+    def pool(self, x: Tensor, side: int, window: int) -> Tensor:
+        """Means of squares of window * window cells of a grid with `side` of them a side, whose cells are the
+        rows of wide x: [(side * window)^2, N] to [side^2, N], both row by row."""
+
+
+def gelu(ops: Ops[Tensor], x: Tensor) -> Tensor:
+    """GELU by tanh (Hendrycks and Gimpel, 2016, arXiv:1606.08415), of wide x."""
+    cube = ops.multiply(ops.multiply(x, x), x)
+    inside = ops.add(x, ops.multiply(cube, ops.constant(0.044715)))
+    tanh = ops.tanh(ops.multiply(inside, ops.constant((2 / math.pi) ** 0.5)))
+    return ops.multiply(ops.multiply(x, ops.constant(0.5)), ops.add(tanh, ops.constant(1.0)))
 
 
 def define(kind: Kind, shape: SegmentShape, ops: Ops[Tensor]) -> None:
@@ -242,7 +266,7 @@ class _Segment(Generic[Tensor]):
         gate, up = (
             ops.clip(ops.widen(ops.product(normed, given[side])), HALF_MAX) for side in ("gate", "up")
         )
-        act = ops.multiply(ops.multiply(self._gelu(gate), up), ops.constant(2.0**EXPONENT))
+        act = ops.multiply(ops.multiply(gelu(ops, gate), up), ops.constant(2.0**EXPONENT))
         delta = self._delta(ops.narrow(ops.clip(act, HALF_MAX)), "down")
         return ops.add(residual, self._norm(delta, "post_mlp", EXPONENT))
 
@@ -260,14 +284,6 @@ class _Segment(Generic[Tensor]):
         eps = ops.constant(self._shape.eps * 2.0 ** (2 * exponent))
         rms = ops.root(ops.add(ops.mean(ops.multiply(x, x)), eps))
         return ops.multiply(ops.divide(x, rms), self._inputs[factor])
-
-    def _gelu(self, x: Tensor) -> Tensor:
-        """GELU by tanh (Hendrycks and Gimpel, 2016, arXiv:1606.08415)."""
-        ops = self._ops
-        cube = ops.multiply(ops.multiply(x, x), x)
-        inside = ops.add(x, ops.multiply(cube, ops.constant(0.044715)))
-        tanh = ops.tanh(ops.multiply(inside, ops.constant((2 / math.pi) ** 0.5)))
-        return ops.multiply(ops.multiply(x, ops.constant(0.5)), ops.add(tanh, ops.constant(1.0)))
 
     def _output(self, name: str, value: Tensor) -> None:
         self._ops.output(self._bindings[name], value)

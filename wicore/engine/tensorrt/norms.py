@@ -35,6 +35,7 @@ class Norms:
         self._most_blocks, self._factors_bytes = blocks * device.sms, 2 * 4 * hidden
         module = device.compile("norms.cu", {"HIDDEN": hidden, "THREADS": self._threads, "BLOCKS": blocks})
         self._embed = module.function("embed")
+        self._norm = module.function("norm_rows")
         self._add_float = module.function("add_norm_float")
         self._add_half = module.function("add_norm_half", self._factors_bytes)
         self._gather = module.function("gather")
@@ -47,6 +48,10 @@ class Norms:
         """
         args = (ids, table, weight, residual, normed, self._embedding_scale, np.float32(self._eps))
         self._embed(stream, rows, self._threads, args)
+
+    def norm(self, stream: Any, rows: int, residual: int, weight: int, normed: int) -> None:
+        """normed half [rows][H] = the RMS norm of residual float32 [rows][H] times weight."""
+        self._norm(stream, rows, self._threads, (residual, weight, normed, np.float32(self._eps)))
 
     def add(
         self,

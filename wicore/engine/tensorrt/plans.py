@@ -30,8 +30,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from wicore.engine.tensorrt import networks
-from wicore.engine.tensorrt.networks import KINDS, HalfType, Kind, SegmentShape
+from wicore.engine.tensorrt import networks, plan_kinds
+from wicore.engine.tensorrt.networks import KINDS, HalfType
+from wicore.engine.tensorrt.plan_kinds import AnyKind, AnyShape
 from wicore.engine.tensorrt.trt_api import Backend, BackendName, BuildOptions, build, find_card, load_backend
 from wicore.errors import EngineError
 
@@ -51,11 +52,11 @@ class PlanKey:
     """Of the library."""
     capability: str
     """Compute capability it runs on, e.g. "9.0"."""
-    kind: Kind
+    kind: AnyKind
     half: HalfType
     rows: int
     """Most rows of a run, and those it is fastest at."""
-    shape: SegmentShape
+    shape: AnyShape
     revision: int = networks.REVISION
     """Of the network code."""
 
@@ -67,7 +68,7 @@ class PlanKey:
     def parse(cls, text: str) -> PlanKey:
         """From `text()`. Raises ValueError or TypeError for anything else."""
         data = json.loads(text)
-        return cls(**{**data, "shape": SegmentShape(**data["shape"])})
+        return cls(**{**data, "shape": plan_kinds.shape_from(data["kind"], data["shape"])})
 
     @property
     def digest(self) -> str:
@@ -81,17 +82,17 @@ class PlanKey:
 def plan_keys(
     backend: Backend,
     capability: str,
-    shape: SegmentShape,
+    shape: AnyShape,
     buckets: Sequence[int],
     *,
     half: HalfType = "float16",
-    kinds: Sequence[Kind] = KINDS,
+    kinds: Sequence[AnyKind] = KINDS,
 ) -> list[PlanKey]:
     """The keys of a model's plans: every kind at every bucket of rows that it is built for."""
     return [
         PlanKey(backend.name, backend.version, capability, kind, half, rows, shape)
         for kind in kinds
-        for rows in networks.rows_of(kind, buckets)
+        for rows in plan_kinds.rows_of(kind, shape, buckets)
     ]
 
 
@@ -228,11 +229,11 @@ def build_plan(key: PlanKey, cache: PlanCache, options: BuildOptions | None = No
     timing = _TimingCache(key, cache.folder) if readable else None
     plan = build(
         backend,
-        lambda ops: networks.define(key.kind, key.shape, ops),
+        lambda ops: plan_kinds.define(key.kind, key.shape, ops),
         half=key.half,
         rows=key.rows,
         capability=key.capability,
-        options=options or BuildOptions(),
+        options=options or BuildOptions(workspace_bytes=plan_kinds.workspace_bytes(key.kind)),
         timing=timing,
     )
     path = cache.store(key, plan)
@@ -261,7 +262,7 @@ def build_missing(
         ahead = all(load_backend(key.backend).ahead_of_time for key in missing)
         jobs = len(os.sched_getaffinity(0)) if ahead else 1
     # The slowest first, so that none of them is left alone at the end.
-    missing.sort(key=lambda key: (KINDS.index(key.kind) not in (1, 2), -key.rows))
+    missing.sort(key=lambda key: (key.kind not in ("middle", "last"), -key.rows))
     built: list[BuiltPlan] = []
     pool = concurrent.futures.ProcessPoolExecutor(
         min(jobs, len(missing)),

@@ -77,7 +77,7 @@ class Runner:
         tables = self._arrays.follow(sequences, check)
         if tables is None:
             check(sequences)
-            single = all(len(s.tokens) == 1 for s in sequences)
+            single = all(len(s.tokens) == 1 and not s.images for s in sequences)
             if not (single and 0 < len(sequences) <= self._limits.samples):
                 return self._start_passes(sequences)
             tables = self._arrays.begin(sequences)
@@ -308,15 +308,16 @@ class Runner:
         alone = sampled is not None and isinstance(body, KernelBody)
         attention.rope(self.stream, rows, step)
         attention.schedule(self.stream, listed, step, indices)
-        body.first(self.stream, rows, step.ids)
+        body.first(self.stream, rows, step.ids, list(work.images()))
         for index, (pool, layer) in enumerate(self._layers):
             self._append(rows, index, step)
             # Chunks are listed for their mass, which window layers have none of.
-            if pool == "global" or work.singles:
+            if pool == "global" or work.singles or work.by_row:
                 attention.decode(self.stream, listed, pool, layer, b.q, b.attended, step)
             if index == last and sampled == 0:
                 break  # its KV is written, and nobody asks for more
-            attention.prefill(self.stream, *sent.tiles, pool, layer, b.q, b.attended, step)
+            if sent.tiles[1]:
+                attention.prefill(self.stream, *sent.tiles, pool, layer, b.q, b.attended, step)
             if index == last and alone:
                 self._after_last(sent, sampled or 0)
             else:
@@ -359,15 +360,16 @@ class Runner:
         """Send what a prompt pass needs."""
         arrays = pass_arrays(work, tables, work.rows, len(work.pieces))
         work_tiles, work_listed = tiles(work), listed(work)
+        ends = [] if arrays.image_end is None else [arrays.image_end]
         sent = self._upload.send(
             self.stream,
             [
                 *(arrays.ids, arrays.positions, arrays.row_sequence, *arrays.sequences),
-                *(arrays.sampling, work_listed, work_tiles, tables.entries),
+                *(arrays.sampling, work_listed, work_tiles, tables.entries, *ends),
             ],
         )
         ids, positions, row_sequence, global_offset, window_offset, window_first, streamed, *rest = sent
-        sampling, listed_at, tiles_at, entries = rest
+        sampling, listed_at, tiles_at, entries, *ends_at = rest
         step = StepTables(
             ids=ids,
             positions=positions,
@@ -379,6 +381,7 @@ class Runner:
             # One array: the offsets of windows are counted from its beginning too.
             global_tables=entries,
             window_tables=entries,
+            image_end=ends_at[0] if ends_at else 0,
         )
         return _Sent(step, sampling, (tiles_at, len(work_tiles)), (listed_at, len(work_listed)))
 
@@ -440,7 +443,7 @@ def _words(limits: Limits) -> int:
     """Most int32 that a pass sends."""
     sequences = limits.samples
     tiles = limits.rows // TILE_POSITIONS + 2 * sequences
-    return 3 * limits.rows + 5 * sequences + limits.listed + 4 * tiles + limits.entries
+    return 4 * limits.rows + 5 * sequences + limits.listed + 4 * tiles + limits.entries
 
 
 def _pool_layers(config: Gemma3Config) -> list[tuple[Pool, int]]:

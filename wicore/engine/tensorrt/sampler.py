@@ -107,7 +107,8 @@ class Sampler:
     def pack(self, states: Sequence[SamplingState | None]) -> None:
         """Note what row i of the logits is to be drawn with; None: nothing is drawn from it.
 
-        Raises ValueError for more states than `max_rows` and for a bias on an id outside of the vocabulary.
+        Raises ValueError for more states than `max_rows`, for a bias on an id outside of the vocabulary, and
+        for penalties of a negative id.
         """
         count = len(states)
         if count > self._max_rows:
@@ -265,9 +266,11 @@ class Sampler:
         if total == 0:
             return
         entries = self._room_for(total)
-        ids = [part for bias_ids, _, seen, _ in touched for part in (bias_ids, seen)]
+        ids = np.concatenate([part for bias_ids, _, seen, _ in touched for part in (bias_ids, seen)])
+        if ids.min() < 0:
+            raise ValueError(f"penalties: got id {ids.min()}; must be a token's, and an image's are none")
         values = [part for _, biases, _, counts in touched for part in (biases, counts)]
-        entries["id"][:total] = np.concatenate(ids)
+        entries["id"][:total] = ids
         entries["value"][:total] = np.concatenate(values)
         begins = (ends - sizes.sum(axis=1)).astype(np.uint64)
         rows["entries"][places] = np.uint64(self._entries_address()) + np.uint64(8) * begins

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from wicore.engine.tensorrt.networks import KINDS, HalfType, Kind, SegmentShape, bindings
+from wicore.engine.tensorrt.networks import KINDS, HalfType
+from wicore.engine.tensorrt.plan_kinds import AnyKind, AnyShape, bindings
 from wicore.engine.tensorrt.plans import PlanCache, PlanKey, plan_keys
 from wicore.engine.tensorrt.trt_api import Backend, LoadedPlan
 from wicore.errors import EngineError
@@ -28,14 +29,15 @@ class Segments:
         self,
         device: Device,
         plans: PlanCache,
-        shape: SegmentShape,
+        shape: AnyShape,
         buckets: Sequence[int],
         *,
         backend: Backend,
         half: HalfType = "float16",
-        kinds: Sequence[Kind] = KINDS,
+        kinds: Sequence[AnyKind] = KINDS,
+        scratch: str = "the TensorRT segments' scratch memory",
     ) -> None:
-        """Load every plan and allocate their memory.
+        """Load every plan and allocate their memory, which the device reports as `scratch`.
 
         Raises EngineError when a plan is missing or was built for something else, saying how to build it,
         or when there is too little device memory.
@@ -47,7 +49,7 @@ class Segments:
         }
         runtime = backend.module.Runtime(backend.logger)
         self._runtime = runtime  # must outlive the plans
-        self._loaded: dict[Kind, list[tuple[int, LoadedPlan]]] = {kind: [] for kind in kinds}
+        self._loaded: dict[AnyKind, list[tuple[int, LoadedPlan]]] = {kind: [] for kind in kinds}
         for key in keys:
             plan = plans.load(key)
             if plan is None:
@@ -57,7 +59,7 @@ class Segments:
         """Device memory of all runs together, in bytes."""
         self._memory: Buffer | None = None
         if self.memory_bytes:
-            self._memory = device.allocate(self.memory_bytes, "the TensorRT segments' scratch memory")
+            self._memory = device.allocate(self.memory_bytes, scratch)
             for _, loaded in self._all():
                 loaded.use_memory(self._memory.address, self._memory.size)
         _LOG.info(
@@ -65,20 +67,20 @@ class Segments:
             len(keys), backend.name, backend.version, self.memory_bytes / 2**20,
         )  # fmt: skip
 
-    def plan(self, kind: Kind, rows: int) -> LoadedPlan:
+    def plan(self, kind: AnyKind, rows: int) -> LoadedPlan:
         """The plan that a run of `rows` rows uses, to look at. Raises EngineError when there is none."""
         return self._find(kind, rows)[1]
 
-    def max_rows(self, kind: Kind) -> int:
+    def max_rows(self, kind: AnyKind) -> int:
         """Most rows of one run."""
         return self._loaded[kind][-1][0]
 
-    def bucket(self, kind: Kind, rows: int) -> int:
+    def bucket(self, kind: AnyKind, rows: int) -> int:
         """The bucket that a run of `rows` rows uses. Raises EngineError when there are too many."""
         return self._find(kind, rows)[0]
 
-    def run(self, stream: Stream, kind: Kind, rows: int, addresses: Mapping[str, int]) -> None:
-        """Enqueue one segment: `networks.bindings(kind, shape)` says what to bind to which device address.
+    def run(self, stream: Stream, kind: AnyKind, rows: int, addresses: Mapping[str, int]) -> None:
+        """Enqueue one segment: `plan_kinds.bindings(kind, shape)` says what to bind to which device address.
 
         Addresses are 256-byte aligned. Nothing waits, nothing is allocated: the run may be captured in a
         graph, which keeps the addresses; run the same kind with as many rows right before capturing, since
@@ -98,7 +100,7 @@ class Segments:
     def _all(self) -> list[tuple[int, LoadedPlan]]:
         return [pair for pairs in self._loaded.values() for pair in pairs]
 
-    def _find(self, kind: Kind, rows: int) -> tuple[int, LoadedPlan]:
+    def _find(self, kind: AnyKind, rows: int) -> tuple[int, LoadedPlan]:
         for most, loaded in self._loaded.get(kind, ()):
             if 1 <= rows <= most:
                 return most, loaded

@@ -21,7 +21,8 @@ _ALIGNMENT = 256
 
 @dataclass(frozen=True)
 class PassArrays:
-    """Rows and sequences of a pass. Padding rows have token 0 at position -1 of the first sequence."""
+    """Rows and sequences of a pass. Padding rows have token 0 at position -1 of the first sequence. Rows of
+    an image have token 0 too: their ids are no embedding's."""
 
     ids: Ints
     """[rows]"""
@@ -31,6 +32,8 @@ class PassArrays:
     """[4, sequences]: global offset, window offset, first window block, streamed blocks."""
     sampling: Ints
     """[sequences]: rows that sample; the rest is -1."""
+    image_end: Ints | None
+    """[rows]: the position where the row's image ends, else 0. None: text alone."""
 
 
 def pass_arrays(work: Pass, tables: BlockTables, rows: int, sequences: int) -> PassArrays:
@@ -53,12 +56,24 @@ def pass_arrays(work: Pass, tables: BlockTables, rows: int, sequences: int) -> P
     found[0], found[1] = tables.global_offset[places], tables.window_offset[places]
     found[2] = tables.window_first[places]
     found[3] = [piece.sequence.streamed for piece in pieces]
-    return PassArrays(ids, positions, row_sequence, by_sequence, _sampling_rows(work, sequences))
+    ends = _image_ends(work, rows)
+    if ends is not None:
+        ids[ends > 0] = 0
+    return PassArrays(ids, positions, row_sequence, by_sequence, _sampling_rows(work, sequences), ends)
+
+
+def _image_ends(work: Pass, rows: int) -> Ints | None:
+    if work.decode:
+        return None
+    ends = np.zeros(rows, np.int32)
+    for first, end, values in work.images():
+        ends[first : first + len(values)] = end
+    return ends if ends.any() else None
 
 
 def tiles(work: Pass) -> Ints:
     """The tiles of a pass's chunks."""
-    return prompt_tiles([] if work.decode else _chunks(work))
+    return prompt_tiles([] if work.decode or work.by_row else _chunks(work))
 
 
 def listed(work: Pass) -> Ints:
@@ -66,6 +81,8 @@ def listed(work: Pass) -> Ints:
     each chunk for their attention mass."""
     if work.decode:
         return np.empty(0, np.int32)
+    if work.by_row:
+        return np.arange(work.rows, dtype=np.int32)
     rows = [np.arange(work.singles)]
     for first, count, _, _ in _chunks(work):
         ends = np.arange(1, MASS_ROWS + 1) * count // MASS_ROWS

@@ -224,10 +224,11 @@ def build(
     if backend.ahead_of_time:
         config.num_compute_capabilities = 1
         config.set_compute_capability(_capability(backend, capability), 0)
-    profile = builder.create_optimization_profile()
-    for binding in ops.dynamic_inputs:
-        profile.set_shape(binding.name, binding.sized(1), binding.sized(rows), binding.sized(rows))
-    config.add_optimization_profile(profile)
+    if ops.dynamic_inputs:
+        profile = builder.create_optimization_profile()
+        for binding in ops.dynamic_inputs:
+            profile.set_shape(binding.name, binding.sized(1), binding.sized(rows), binding.sized(rows))
+        config.add_optimization_profile(profile)
     if timing is not None:
         timing(config)
     plan = builder.build_serialized_network(ops.network, config)
@@ -302,12 +303,48 @@ class TensorRTOps:
         layer = self.network.add_reduce(x, self._trt.ReduceOperation.AVG, axes=1 << 1, keep_dims=True)
         return self._layer(layer, self._float)
 
-    def product(self, x: Any, weight: Any) -> Any:
-        plain, transposed = self._trt.MatrixOperation.NONE, self._trt.MatrixOperation.TRANSPOSE
-        return self._layer(self.network.add_matrix_multiply(x, plain, weight, transposed), self._half)
+    def product(self, x: Any, weight: Any, *, transposed: bool = True) -> Any:
+        plain = self._trt.MatrixOperation.NONE
+        turned = self._trt.MatrixOperation.TRANSPOSE if transposed else plain
+        return self._layer(self.network.add_matrix_multiply(x, plain, weight, turned), self._half)
 
     def gather(self, table: Any, ids: Any) -> Any:
         return self._layer(self.network.add_gather(table, ids, 0), self._half)
+
+    def columns(self, x: Any, first: int, count: int) -> Any:
+        layer = self.network.add_slice(x, (0, first), (x.shape[0], count), (1, 1))
+        return self._layer(layer, self._half)
+
+    def heads(self, x: Any, count: int) -> Any:
+        rows, width = x.shape
+        return self._turned(self._shaped(x, (rows, count, width // count), self._half), self._half)
+
+    def joined(self, x: Any) -> Any:
+        count, rows, width = x.shape
+        return self._shaped(self._turned(x, self._half), (rows, count * width), self._half)
+
+    def softmax(self, x: Any) -> Any:
+        layer = self.network.add_softmax(x)
+        layer.axes = 1 << 2
+        return self._layer(layer, self._float)
+
+    def pool(self, x: Any, side: int, window: int) -> Any:
+        width = x.shape[1]
+        cells = self._shaped(x, (side, window, side, window, width), self._float)
+        over = 1 << 1 | 1 << 3
+        means = self.network.add_reduce(cells, self._trt.ReduceOperation.AVG, axes=over, keep_dims=False)
+        return self._shaped(self._layer(means, self._float), (side * side, width), self._float)
+
+    def _shaped(self, x: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+        layer = self.network.add_shuffle(x)
+        layer.reshape_dims = shape
+        return self._layer(layer, dtype)
+
+    def _turned(self, x: Any, dtype: Any) -> Any:
+        """With the first two of three dimensions exchanged."""
+        layer = self.network.add_shuffle(x)
+        layer.first_transpose = self._trt.Permutation([1, 0, 2])
+        return self._layer(layer, dtype)
 
     def _elementwise(self, a: Any, b: Any, operation: Any) -> Any:
         return self._layer(self.network.add_elementwise(a, b, operation), self._float)

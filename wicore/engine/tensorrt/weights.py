@@ -11,7 +11,7 @@ import os
 import queue
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,9 +110,9 @@ def load_weights(
     try:
         _load_norms(device, layout, memory.address, source, int8_kv)
         if isinstance(source, RandomWeights):
-            _fill(device, layout, memory.address, source.seed, on_progress)
+            fill_matrices(device, layout, memory.address, source.seed, on_progress)
         else:
-            _load_matrices(device, layout, memory.address, source, on_progress)
+            load_matrices(device, layout, memory.address, source, on_progress)
             source.release_pages()
     except BaseException:
         memory.free()
@@ -120,35 +120,46 @@ def load_weights(
     return layout.weights(memory)
 
 
-class _Layout:
-    """Where each tensor lies in the one allocation."""
+class TensorLayout:
+    """Where each tensor lies in one allocation: first matrices, as half, then vectors, as float32."""
 
-    def __init__(self, config: Gemma3Config) -> None:
-        self.config = config
-        self.shapes = config.tensor_shapes()
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """`shapes`: of all that `add` may name, by name."""
+        self.shapes = shapes
         self.at: dict[str, int] = {}
         self.matrices: list[str] = []
-        self.norms: list[str] = []
+        self.vectors: list[str] = []
         """In ascending order of address, as are the matrices."""
         self.size = 0
-        self._add(_EMBEDDING)
-        for layer in range(config.layers):
-            for group in _MATRICES:
-                self._add(*(f"model.layers.{layer}.{name}.weight" for name in group))
-        self.norms_at = self.size
-        for layer in range(config.layers):
-            for name in _NORMS:
-                self._add(f"model.layers.{layer}.{name}.weight")
-        self._add(_FINAL_NORM)
+        self.vectors_at = 0
 
-    def _add(self, *names: str) -> None:
+    def add(self, *names: str) -> None:
+        """Tensors behind those there are, one behind the other without a gap."""
         for name in names:
             shape = self.shapes[name]
             self.at[name] = self.size
             matrix = len(shape) == 2
-            (self.matrices if matrix else self.norms).append(name)
+            (self.matrices if matrix else self.vectors).append(name)
             self.size += math.prod(shape) * (2 if matrix else 4)
         self.size = -(-self.size // _ALIGNMENT) * _ALIGNMENT
+        if not self.vectors:
+            self.vectors_at = self.size
+
+
+class _Layout(TensorLayout):
+    """Of the text model."""
+
+    def __init__(self, config: Gemma3Config) -> None:
+        super().__init__(config.tensor_shapes())
+        self.config = config
+        self.add(_EMBEDDING)
+        for layer in range(config.layers):
+            for group in _MATRICES:
+                self.add(*(f"model.layers.{layer}.{name}.weight" for name in group))
+        for layer in range(config.layers):
+            for name in _NORMS:
+                self.add(f"model.layers.{layer}.{name}.weight")
+        self.add(_FINAL_NORM)
 
     def weights(self, memory: Buffer) -> DeviceWeights:
         at = {name: memory.address + offset for name, offset in self.at.items()}
@@ -191,13 +202,18 @@ def _load_norms(
         factors[q], factors[k] = fold_attention_norms(
             factors[q], factors[k], layout.config.query_pre_attn_scalar, int8_kv=int8_kv
         )
-    host = device.allocate_host(layout.size - layout.norms_at)
+    load_vectors(device, layout, base, factors)
+
+
+def load_vectors(device: Device, layout: TensorLayout, base: int, values: Mapping[str, Float]) -> None:
+    """Put the layout's vectors, given by name, where they lie."""
+    host = device.allocate_host(layout.size - layout.vectors_at)
     try:
-        for name, factor in factors.items():
-            start = layout.at[name] - layout.norms_at
-            host.array[start : start + factor.nbytes] = factor.view(np.uint8)
+        for name, vector in values.items():
+            start = layout.at[name] - layout.vectors_at
+            host.array[start : start + vector.nbytes] = vector.view(np.uint8)
         stream = device.stream()
-        device.copy(base + layout.norms_at, host.address, host.size, stream)
+        device.copy(base + layout.vectors_at, host.address, host.size, stream)
         stream.synchronize()
     finally:
         host.free()
@@ -206,11 +222,11 @@ def _load_norms(
 def _norms(layout: _Layout, source: Checkpoint | RandomWeights) -> Iterator[tuple[str, Float]]:
     """Every norm's w."""
     if isinstance(source, Checkpoint):
-        for name in layout.norms:
+        for name in layout.vectors:
             yield name, source.read(name)
         return
     rng = np.random.default_rng(source.seed)
-    for name in layout.norms:
+    for name in layout.vectors:
         w = rng.standard_normal(layout.shapes[name], np.float32)
         yield name, w * np.float32(_DEVIATION_OF_NORMS)
 
@@ -218,7 +234,14 @@ def _norms(layout: _Layout, source: Checkpoint | RandomWeights) -> Iterator[tupl
 # --- matrices ---------------------------------------------------------------------------------------
 
 
-def _fill(device: Device, layout: _Layout, base: int, seed: int, on_progress: Progress) -> None:
+def fill_matrices(
+    device: Device,
+    layout: TensorLayout,
+    base: int,
+    seed: int,
+    on_progress: Progress = lambda done, total: None,
+) -> None:
+    """Make up the layout's matrices, as `RandomWeights` says."""
     kernel = device.compile("convert.cu", {}).function("fill_random")
     stream = device.stream()
     total = sum(2 * math.prod(layout.shapes[name]) for name in layout.matrices)
@@ -250,9 +273,14 @@ class _Piece:
         return (self.end - self.first) * int(self.tensor.raw.shape[1])
 
 
-def _load_matrices(
-    device: Device, layout: _Layout, base: int, checkpoint: Checkpoint, on_progress: Progress
+def load_matrices(
+    device: Device,
+    layout: TensorLayout,
+    base: int,
+    checkpoint: Checkpoint,
+    on_progress: Progress = lambda done, total: None,
 ) -> None:
+    """Put the layout's matrices where they lie. Raises EngineError for what half cannot hold."""
     pieces = [piece for name in layout.matrices for piece in _pieces(checkpoint, layout, base, name)]
     total = sum(piece.stored_bytes for piece in pieces)
     readers = max(1, min(READERS, len(pieces), os.cpu_count() or 1))
@@ -285,9 +313,11 @@ def _load_matrices(
             stage.free()
 
 
-def _pieces(checkpoint: Checkpoint, layout: _Layout, base: int, name: str) -> Iterator[_Piece]:
-    tensor = checkpoint.stored(name)
+def _pieces(checkpoint: Checkpoint, layout: TensorLayout, base: int, name: str) -> Iterator[_Piece]:
     rows, width = layout.shapes[name]
+    tensor = checkpoint.stored(name)
+    if len(tensor.shape) > 2:  # a convolution's, whose other dimensions are one here
+        tensor = replace(tensor, shape=(rows, width), raw=tensor.raw.reshape(rows, -1))
     step = max(1, PIECE_BYTES // _staged_bytes(tensor, 1))
     for first in range(0, rows, step):
         target = base + layout.at[name] + 2 * width * first

@@ -5,6 +5,7 @@ from __future__ import annotations
 from wicore.engine.base import KVLayout
 from wicore.engine.tensorrt.attention import Attention
 from wicore.engine.tensorrt.device import Device
+from wicore.engine.tensorrt.image_rows import ImageUpload
 from wicore.engine.tensorrt.limits import Limits
 from wicore.engine.tensorrt.matmuls import Matmuls
 from wicore.engine.tensorrt.norms import Norms
@@ -30,3 +31,4 @@ class Workspace:
         self.norms = Norms(device, config)
         self.attention = Attention(device, config, layout, limits.rows, limits.listed, limits.entries)
         self.sampler = Sampler(device, config.vocab_size, samples)
+        self.images = ImageUpload(device, 4 * limits.image_rows * config.hidden_size)

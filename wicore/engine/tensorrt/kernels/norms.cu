@@ -1,4 +1,4 @@
-// RMS norms along the float32 residual stream, the embedding that begins it, and gathering of rows.
+// RMS norms along the float32 residual stream, the embeddings and images that begin it, and gathering of rows.
 //
 // One block a row, or for many rows a few blocks a multiprocessor that go through them. A row's sums have a fixed
 // order that depends on HIDDEN and THREADS alone.
@@ -88,6 +88,21 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
   auto weight_of = [&](int i) { return factor[i]; };
   finish(v, weight_of, residual + row * HIDDEN, normed + row * HIDDEN, eps, scratch);
+}
+
+// Grid: rows. normed as in add_norm, of a residual stream that something else has written.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    norm_rows(float* residual, const float* weight, half* normed, float eps) {
+  __shared__ float scratch[32];
+  pdl_launch();
+  pdl_wait();
+  const long long row = static_cast<long long>(blockIdx.x) * HIDDEN;
+  float4 v[kOwn] = {};
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i)
+    if (is_own(i)) v[i] = load4(residual + row, own(i));
+  auto weight_of = [&](int i) { return load4(weight, own(i)); };
+  finish(v, weight_of, residual + row, normed + row, eps, scratch);
 }
 
 // v += d * scale * weight.

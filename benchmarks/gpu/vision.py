@@ -1,0 +1,134 @@
+"""Time of an image in the vision tower on this machine's card, with random weights in a published shape.
+
+    python -m benchmarks.gpu.vision [--model gemma-3-27b] [--images 20] [--unchecked]
+
+Builds the plans that are missing, checks every network on random inputs against float64 and times it alone,
+then times whole images, as the engine computes them. Times are medians of CUDA graph replays between events;
+`encode` adds the copies and the host's part. The bound is that of dense products of half at the card's top
+clock, by its data sheet (`wicore.engine.tensorrt.ceilings`).
+
+An image's operations are those of its matrix products, two a multiplication and addition, for P patches of E
+elements, L layers of width H and inner width I, T tokens of width D:
+
+    2 P E H + L (2 P (4 H^2 + 2 H I) + 4 P^2 H) + 2 T H D
+
+With the published tower (P 4096, E 588, L 27, H 1152, I 4304) that is 5.46 TFLOP. Needs what the engine
+needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from dataclasses import replace
+
+import numpy as np
+
+from tests.gpu.segment_trial import SegmentTrial
+from tests.reference import relative_error
+from tests.vision_reference import network, random_inputs
+from wicore.engine.tensorrt.ceilings import ceilings
+from wicore.engine.tensorrt.cuda import CudaDevice
+from wicore.engine.tensorrt.segments import Segments
+from wicore.engine.tensorrt.timing import median_ms
+from wicore.engine.tensorrt.trt_api import installed_backends
+from wicore.engine.tensorrt.vision import TensorrtVision, open_vision_segments
+from wicore.engine.tensorrt.vision_networks import VISION_KINDS, VisionKind, VisionShape, flops
+from wicore.engine.tensorrt.vision_weights import load_vision
+from wicore.engine.tensorrt.weights import RandomWeights
+from wicore.gemma3.config import VisionConfig, published
+
+TOWER = VisionConfig(
+    hidden_size=1152,
+    layers=27,
+    heads=16,
+    intermediate_size=4304,
+    image_size=896,
+    patch_size=14,
+    tokens=256,
+    layer_norm_eps=1e-6,
+    start_token_id=255_999,
+    end_token_id=256_000,
+    soft_token_id=262_144,
+)
+"""That of every published model that has one."""
+LIMIT = 5e-3
+"""Relative error of a network, by the Euclidean norm."""
+
+
+def check(
+    device: CudaDevice, segments: Segments, kind: VisionKind, shape: VisionShape
+) -> tuple[float, float]:
+    """(largest relative error of an output, ms of a run)"""
+    given = random_inputs(kind, shape)
+    trial = SegmentTrial(device, kind, shape, given)
+    expected, found = network(kind, shape, given), trial.run(segments, shape.rows(kind))
+    error = max(relative_error(found[name], values) for name, values in expected.items())
+    ms, _ = trial.milliseconds(segments, shape.rows(kind))
+    trial.close()
+    return error, ms
+
+
+def main() -> int:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("--model", default="gemma-3-27b", help="whose width rows have")
+    parser.add_argument("--images", type=int, default=20)
+    parser.add_argument("--unchecked", action="store_true", help="whole images alone")
+    options = parser.parse_args()
+    config = published(options.model)
+    if config is None:
+        parser.error(f"--model: {options.model} is no published model")
+    config = replace(config, vision=TOWER)
+    device, shape, layers = CudaDevice(), VisionShape.of(config), TOWER.layers
+    started = time.monotonic()
+    segments = open_vision_segments(config, device)
+    if segments is None:
+        parser.error("no TensorRT is installed")
+    versions = ", ".join(f"{b.name} {b.version}" for b in installed_backends())
+    print(f"{device.name}, {versions}, float16 with float32 residual stream, {options.model}")
+    print(f"plans built or loaded in {time.monotonic() - started:.1f} s", flush=True)
+    missed = False
+    if not options.unchecked:
+        runs = {
+            "vision_first": 1,
+            "vision_attention": layers * shape.patches // shape.block,
+            "vision_middle": layers - 1,
+            "vision_last": 1,
+        }
+        print(f"{'network':<18}{'error':>10}{'ms':>9}{'runs':>6}{'ms in all':>11}")
+        for kind in VISION_KINDS:
+            error, ms = check(device, segments, kind, shape)
+            missed |= not error < LIMIT
+            note = "" if error < LIMIT else "  <- over the limit"
+            print(
+                f"{kind:<18}{error:>10.1e}{ms:>9.4f}{runs[kind]:>6}{ms * runs[kind]:>11.2f}{note}", flush=True
+            )
+    vision = TensorrtVision(device, config, load_vision(device, RandomWeights(config)), segments)
+    images = np.random.default_rng(0).integers(0, 256, (2, *vision.pixels_shape), np.uint8)
+    first = [vision.encode(pixels) for pixels in images]
+    again = [vision.encode(pixels) for pixels in images]
+    same = all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    differ = not np.array_equal(first[0], first[1])
+    print(f"the same image gives the same rows: {same}; another gives others: {differ}")
+    ms = median_ms(device, vision.stream, vision.launch, options.images)
+    walls = []
+    for i in range(options.images):
+        before = time.perf_counter()
+        vision.encode(images[i % 2])
+        walls.append((time.perf_counter() - before) * 1e3)
+    total = flops(shape, layers)
+    bound = ceilings(device).get("matmul_flop_s", 0.0)
+    share = f", {total / (ms / 1e3) / bound:.0%} of {bound / 1e12:.0f}" if bound else ""
+    print(f"an image: {ms:.2f} ms on the card; encode {statistics.median(walls):.2f} ms")
+    print(f"{total / 1e12:.2f} TFLOP, {total / ms / 1e9:.0f} TFLOP/s{share}")
+    for what, size in device.report().items():
+        print(f"{what}: {size / 2**20:,.0f} MiB")
+    vision.close()
+    device.close()
+    return int(missed or not same or not differ)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

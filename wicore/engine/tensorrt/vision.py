@@ -1,0 +1,200 @@
+"""The vision tower on the GPU: TensorRT's plans, on a stream of their own beside the steps.
+
+An image is one CUDA graph, captured at the start: its patches are cut, then come the networks of
+vision_networks.py, one after the other. Two images at once would take twice the memory and gain nothing: a
+card is full with one, so calls wait for each other.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wicore.engine.base import Engine, VisionEncoder
+from wicore.engine.tensorrt.device import Device, Graph, Stream
+from wicore.engine.tensorrt.vision_networks import VISION_KINDS, VisionKind, VisionShape
+from wicore.engine.tensorrt.vision_weights import VisionWeights, vision_weight_bytes
+from wicore.errors import EngineError
+from wicore.gemma3.config import Gemma3Config
+
+if TYPE_CHECKING:
+    from wicore.config import Settings
+    from wicore.engine.tensorrt.segments import Segments
+    from wicore.model import Model
+
+log = logging.getLogger("wicore.engine")
+
+SCRATCH = "the vision tower's scratch memory"
+_WORK = "the vision tower's activations"
+_ALIGNMENT = 256
+
+
+class VisionSegments(Protocol):
+    """What runs the networks, as `Segments` does."""
+
+    def run(self, stream: Stream, kind: VisionKind, rows: int, addresses: Mapping[str, int]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorrtVision:
+    """`VisionEncoder` on a CUDA device. Its memory is taken, and its graph captured, when it is made."""
+
+    def __init__(
+        self, device: Device, config: Gemma3Config, weights: VisionWeights, segments: VisionSegments
+    ) -> None:
+        """`weights` and `segments` are closed with it. Raises EngineError when memory does not suffice."""
+        if config.vision is None:
+            raise ValueError("config: has no vision tower")
+        self._device, self._weights, self._segments = device, weights, segments
+        self._shape, self._side = VisionShape.of(config), config.vision.image_size
+        self._patch_side = config.vision.patch_size
+        self._cut = device.compile("vision.cu", {}).function("cut_patches")
+        sizes = _places(self._shape, self._side)
+        self._memory = device.allocate(sum(sizes.values()), _WORK)
+        self._at: dict[str, int] = {}
+        address = self._memory.address
+        for name, size in sizes.items():
+            self._at[name] = address
+            address += size
+        self._pixels = device.allocate_host(self._side * self._side * 3)
+        self._rows = device.allocate_host(4 * self._shape.tokens * self._shape.out)
+        self.stream, self._lock = device.stream(), threading.Lock()
+        device.fill(self._at["pixels"], 0, self._pixels.size, self.stream)
+        self._launches()  # what a kernel compiles or allocates the first time may not happen in a capture
+        self.stream.synchronize()
+        self._graph: Graph | None = device.capture(self.stream, self._launches)
+
+    @property
+    def pixels_shape(self) -> tuple[int, int, int]:
+        """Of what `encode` takes."""
+        return self._side, self._side, 3
+
+    def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """The rows of one image; see `VisionEncoder`."""
+        if pixels.shape != self.pixels_shape or pixels.dtype != np.uint8:
+            raise ValueError(
+                f"pixels: expected uint8 {self.pixels_shape}, found {pixels.dtype} {pixels.shape}"
+            )
+        with self._lock:
+            if self._graph is None:
+                raise EngineError("the vision tower was closed")
+            self._pixels.array[:] = pixels.reshape(-1)
+            self._device.copy(self._at["pixels"], self._pixels.address, self._pixels.size, self.stream)
+            self._graph.launch(self.stream)
+            self._device.copy(self._rows.address, self._at["rows"], self._rows.size, self.stream)
+            self.stream.synchronize()
+            rows = self._rows.array.view(np.float32).reshape(self._shape.tokens, self._shape.out).copy()
+        if not np.isfinite(rows).all():
+            raise EngineError("the vision tower's rows are not finite numbers: the weights are not usable")
+        return rows
+
+    def launch(self) -> None:
+        """Enqueue the image whose pixels are on the device, on `stream`: for benchmarks."""
+        if self._graph is None:
+            raise EngineError("the vision tower was closed")
+        self._graph.launch(self.stream)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._graph is None:
+                return
+            self._graph.close()
+            self._graph = None
+            self._segments.close()
+            self._memory.free()
+            self._pixels.free()
+            self._rows.free()
+            self._weights.free()
+
+    def _launches(self) -> None:
+        """Enqueue an image."""
+        at, w, stream, patches = self._at, self._weights, self.stream, self._shape.patches
+        sides = np.int32(self._side), np.int32(self._patch_side)
+        self._cut(stream, patches, 128, (at["pixels"], at["patches"], *sides))
+        residuals = at["residual"], at["other_residual"]
+        given: dict[str, int] = {"patches": at["patches"], **w.embedding}
+        kind: VisionKind = "vision_first"
+        following: Sequence[Mapping[str, int]] = (*w.entries[1:], w.projector)
+        results = {"qkv": at["qkv"], "residual_out": residuals[0]}
+        self._segments.run(stream, kind, patches, {**given, **w.entries[0], **results})
+        for here, entry in zip(w.layers, following, strict=True):
+            self._attend()
+            given = {"attended": at["attended"], "residual": residuals[0], **here, **entry}
+            kind, results = "vision_middle", {"qkv": at["qkv"], "residual_out": residuals[1]}
+            if entry is w.projector:
+                kind, results = "vision_last", {"rows": at["rows"]}
+            self._segments.run(stream, kind, patches, {**given, **results})
+            residuals = residuals[1], residuals[0]
+
+    def _attend(self) -> None:
+        """Enqueue a layer's attention, block by block."""
+        at, shape = self._at, self._shape
+        for first in range(0, shape.patches, shape.block):
+            bound = {
+                "queries": at["qkv"] + 2 * first * 3 * shape.hidden,
+                "qkv": at["qkv"],
+                "attended": at["attended"] + 2 * first * shape.hidden,
+            }
+            self._segments.run(self.stream, "vision_attention", shape.block, bound)
+
+
+def vision_bytes(config: Gemma3Config) -> int:
+    """Bytes of device memory that a tower takes beside its plans' scratch memory; 0 where there is none."""
+    if config.vision is None:
+        return 0
+    return vision_weight_bytes(config) + sum(
+        _places(VisionShape.of(config), config.vision.image_size).values()
+    )
+
+
+def open_vision_segments(config: Gemma3Config, device: Device) -> Segments | None:
+    """The tower's plans for this card, of which what is missing is built, once. None, which is logged, where
+    there is no TensorRT for it: such an engine serves text alone."""
+    from wicore.engine.tensorrt.plans import PlanCache, build_missing, plan_keys, plans_folder
+    from wicore.engine.tensorrt.segments import Segments
+    from wicore.engine.tensorrt.trt_api import installed_backends
+
+    hopper = device.capability[0] == 9
+    backends = [b for b in installed_backends() if not (hopper and b.ahead_of_time)]
+    if not backends:
+        log.warning("TensorRT is not installed, and images need it: pip install 'wicore[gpu]'")
+        return None
+    backend, shape, cache = backends[0], VisionShape.of(config), PlanCache(plans_folder())
+    capability = "{}.{}".format(*device.capability)
+    keys = plan_keys(backend, capability, shape, (), kinds=VISION_KINDS)
+    missing = cache.missing(keys)
+    if missing:
+        log.info("building %d TensorRT plans for images on this card, once; this takes minutes", len(missing))
+        build_missing(cache, missing)
+    return Segments(device, cache, shape, (), backend=backend, kinds=VISION_KINDS, scratch=SCRATCH)
+
+
+def create_tensorrt_vision(settings: Settings, model: Model, engine: Engine) -> VisionEncoder | None:
+    """The tower that `engine` was made with, on its device; None where there is none.
+
+    The engine closes it, too: its memory is part of the engine's budget.
+    """
+    from wicore.engine.tensorrt.engine import TensorrtEngine
+
+    return engine.vision if isinstance(engine, TensorrtEngine) else None
+
+
+def _places(shape: VisionShape, side: int) -> dict[str, int]:
+    """Bytes by name of what a run works with, each a multiple of the alignment."""
+    rows = shape.patches
+    sizes = {
+        "pixels": 3 * side * side,
+        "patches": 2 * rows * shape.patch,
+        "residual": 4 * rows * shape.hidden,
+        "other_residual": 4 * rows * shape.hidden,
+        "qkv": 2 * rows * 3 * shape.hidden,
+        "attended": 2 * rows * shape.hidden,
+        "rows": 4 * shape.tokens * shape.out,
+    }
+    return {name: -(-size // _ALIGNMENT) * _ALIGNMENT for name, size in sizes.items()}
