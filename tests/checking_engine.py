@@ -1,12 +1,13 @@
 """An engine that stores, in place of KV, what each slot must hold, and verifies every read.
 
-Position p of a sequence stands for a hash of its tokens 0 .. p. A step recomputes it from the slot
-before, so a table that points at the wrong block, an evicted block, a block overwritten while shared or
-a slot read before it was written is found at once, or changes the text.
+Position p of a sequence stands for a hash of its tokens 0 .. p, and of all rows of the image that it is in.
+A step recomputes it from the slot before, so a table that points at the wrong block, an evicted block, a
+block overwritten while shared or a slot read before it was written is found at once, or changes the text.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from wicore.engine.base import (
     Completed,
     EngineInfo,
+    ImageRows,
     KVLayout,
     PendingStep,
     SequenceInput,
@@ -40,15 +42,27 @@ def next_state(state: int, token: int, position: int) -> int:
     return (mixed ^ mixed >> 32) % 2**62
 
 
+def contents(tokens: Sequence[int], start: int, images: Sequence[ImageRows]) -> list[int]:
+    """What counts of the tokens from position `start` on: their ids, and in images what all rows hold."""
+    found = list(tokens)
+    for image in images:
+        digest = hashlib.blake2b(image.rows.tobytes(), digest_size=4).digest()
+        for position in range(max(start, image.start), image.end):
+            found[position - start] = int.from_bytes(digest, "little")
+    return found
+
+
 def draw(state: int, sampling: SamplingState) -> SampledToken:
     logits = np.random.default_rng(state).normal(0, 2, (1, VOCABULARY)).astype(np.float32)
     return sample(logits, [sampling])[0]
 
 
-def undisturbed(prompt: Sequence[int], tokens: int, sampling: SamplingState) -> list[int]:
+def undisturbed(
+    prompt: Sequence[int], tokens: int, sampling: SamplingState, images: Sequence[ImageRows] = ()
+) -> list[int]:
     """The output of a sequence that runs alone, without a cache. Advances `sampling`."""
     state = 0
-    for position, token in enumerate(prompt):
+    for position, token in enumerate(contents(prompt, 0, images)):
         state = next_state(state, token, position)
     output: list[int] = []
     for position in range(len(prompt), len(prompt) + tokens):
@@ -135,6 +149,17 @@ class CheckingEngine:
         for place in written:
             assert len(holders[place]) == 1, f"{place} is written while {holders[place]} hold it"
 
+    def _assert_images_are_whole(self, s: SequenceInput) -> None:
+        end, before, inside = s.start + len(s.tokens), 0, set()
+        for image in s.images:
+            assert image.start >= before, "images come one after the other"
+            assert s.start < image.end <= end, "an image has new positions, and ends with or before them"
+            assert len(image.rows) <= self.layout.window, "an image fits in the window"
+            inside |= set(range(max(s.start, image.start), image.end))
+            before = image.end
+        negative = {position for position, token in enumerate(s.tokens.tolist(), s.start) if token < 0}
+        assert negative == inside, "every image that has a new position is there"
+
     def _run(self, s: SequenceInput) -> SequenceOutput:
         size, window = self.layout.block_tokens, self.layout.window
         end = s.start + len(s.tokens)
@@ -144,6 +169,7 @@ class CheckingEngine:
         assert len(s.global_table) == blocks, "the global table covers the new positions and no more"
         assert s.window_first <= max(0, s.start - window + 1) // size, "the window table starts in time"
         assert s.window_first + len(s.window_table) >= blocks, "the window table covers the new positions"
+        self._assert_images_are_whole(s)
 
         blocks_read = self.pools["global"][s.global_table[s.streamed :]]
         if s.streamed:
@@ -156,7 +182,7 @@ class CheckingEngine:
         seen = window_slots[first_seen - s.window_first * size : s.start - s.window_first * size]
         np.testing.assert_array_equal(seen, past[first_seen:], f"sequence {s.key}: window KV")
 
-        for position, token in enumerate(s.tokens.tolist(), s.start):
+        for position, token in enumerate(contents(s.tokens.tolist(), s.start, s.images), s.start):
             state = next_state(state, token, position)
             block, slot = divmod(position, size)
             self.pools["global"][s.global_table[block], slot] = position, state

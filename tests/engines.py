@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from wicore.engine.base import Engine, SequenceInput, StepPlan
+from wicore.engine.base import Engine, ImageRows, SequenceInput, StepPlan
 from wicore.engine.cpu import CpuEngine
 from wicore.gemma3.checkpoint import open_checkpoint
 from wicore.request import SamplingParams
@@ -37,12 +37,15 @@ class Row:
     global_blocks: NDArray[np.int32] | None = None
     """Where the global table differs from `blocks`; its first `streamed` are slots of host memory."""
     streamed: int = 0
+    images: tuple[ImageRows, ...] = ()
+    """Of the whole sequence; a step is told of those that it has positions of."""
 
     @property
     def global_table(self) -> NDArray[np.int32]:
         return self.blocks if self.global_blocks is None else self.global_blocks
 
     def input(self, tokens: Sequence[int] | NDArray[np.int32], *, sample: bool = False) -> SequenceInput:
+        end = self.start + len(tokens)
         return SequenceInput(
             key=self.key,
             tokens=np.asarray(tokens, np.int32),
@@ -52,6 +55,7 @@ class Row:
             window_first=0,
             sampling=SamplingState(self.params, 7, output=self.output) if sample else None,
             streamed=self.streamed,
+            images=[image for image in self.images if image.start < end and image.end > self.start],
         )
 
 

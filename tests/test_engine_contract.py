@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.engines import FIXTURES, TINY, Row, cpu_engine, generate, rows
 from tests.gpu_engines import emulated_engine
 from tests.test_sampling import Allowing
-from wicore.engine.base import Engine, Pool, StepPlan
+from wicore.engine.base import Engine, ImageRows, Pool, SequenceInput, StepPlan
 from wicore.errors import EngineError
 from wicore.request import SamplingParams
 
@@ -338,3 +338,201 @@ def test_streaming_before_host_memory_was_asked_for_is_refused() -> None:
     [row] = rows(engine, 1, 260)
     with pytest.raises(ValueError, match="host_memory was not asked for"):
         engine.step(StepPlan((replace(row, start=40, streamed=1).input([5]),)))
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+PLACES = (5, 40, 60)
+"""Where images begin: within blocks, one across a border that also ends a window, one beside another."""
+IMAGE_TOKENS = 20
+PICTURED = np.where(
+    np.isin(np.arange(110), [p + i for p in PLACES for i in range(IMAGE_TOKENS)]), -PROMPT[:110], PROMPT[:110]
+)
+"""Tokens with images among them."""
+
+
+def with_images(engine: Engine, row: Row, seed: int = 0) -> Row:
+    """The sequence, with images of random rows where PICTURED has them."""
+    rng, width = np.random.default_rng(seed), engine._config.hidden_size
+    shape = (IMAGE_TOKENS, width)
+    return replace(
+        row, images=tuple(ImageRows(p, 3 * rng.standard_normal(shape, np.float32)) for p in PLACES)
+    )
+
+
+def allowed(position: int) -> int:
+    """The last place up to a position where a chunk may end."""
+    return next((place for place in PLACES if place < position < place + IMAGE_TOKENS), position)
+
+
+@pytest.fixture(scope="module")
+def pictured(engine: Engine) -> list[int]:
+    """Greedy tokens after PICTURED, alone, in one piece."""
+    [row] = rows(engine, 1, 160)
+    return generate(engine, with_images(engine, row), PICTURED, 6 if slow(engine) else 30)
+
+
+@pytest.fixture(scope="module")
+def pictured_logits(engine: Engine) -> np.ndarray:
+    [row] = rows(engine, 1, 160)
+    return engine.logits(StepPlan((with_images(engine, row).input(PICTURED),)))[row.key]
+
+
+@pytest.mark.parametrize("chunks", [[5], [4, 21], [26, 34, 20, 29], [60, 20]], ids=str)
+def test_text_after_images_does_not_depend_on_how_the_prompt_is_cut_around_them(
+    engine, pictured, chunks
+) -> None:
+    [row] = rows(engine, 1, 160, seed=21)
+    assert generate(engine, with_images(engine, row), PICTURED, len(pictured), chunks) == pictured
+
+
+def test_text_after_images_does_not_depend_on_who_shares_the_batch(engine, pictured) -> None:
+    ours, other, text = rows(engine, 3, 160, seed=22)
+    ours, other = with_images(engine, ours), with_images(engine, other, seed=1)
+    pending = {ours.key: PICTURED, other.key: PICTURED[:25], text.key: PROMPT[:30]}
+    while len(ours.output) < len(pictured):
+        batch = [ours, *[other, text][len(ours.output) % 3 :]]
+        result = engine.step(StepPlan(tuple(r.input(pending[r.key], sample=True) for r in batch)))
+        for row in batch:
+            row.start += len(pending[row.key])
+            row.output.append(result.outputs[row.key].token.id)
+            pending[row.key] = row.output[-1:]
+        if len(other.output) == 2:  # its next images come while ours decodes
+            other.start, pending[other.key] = 25, PICTURED[25:]
+    assert ours.output == pictured
+
+
+def test_text_after_images_survives_eviction_and_return_of_every_block(engine, pictured) -> None:
+    row, elsewhere = rows(engine, 2, 160, seed=23)
+    row = with_images(engine, row)
+    engine.step(StepPlan((row.input(PICTURED[:60]),)))
+    move(engine, row.blocks, elsewhere.blocks)
+    moved = replace(row, blocks=elsewhere.blocks, start=60)
+    assert generate(engine, moved, PICTURED[60:], len(pictured)) == pictured
+
+
+def move(engine: Engine, source: np.ndarray, target: np.ndarray) -> None:
+    """Copy blocks to others, and overwrite them."""
+    for pool in POOLS:
+        host = np.empty((len(source), engine.info.layout.block_bytes(pool)), np.uint8)
+        engine.copy_out(pool, source.tolist(), host).wait()
+        engine.copy_in(pool, np.zeros_like(host), source.tolist()).wait()
+        engine.copy_in(pool, host, target.tolist()).wait()
+
+
+@pytest.mark.parametrize("left", [29, 1])
+def test_text_after_images_goes_on_alike_when_prompt_and_k_tokens_are_prefilled_anew(
+    engine, pictured, left
+) -> None:
+    [row] = rows(engine, 1, 160, seed=24)
+    k = max(1, len(pictured) - left)
+    row = replace(with_images(engine, row), output=pictured[:k])
+    assert generate(engine, row, [*PICTURED, *pictured[:k]], len(pictured)) == pictured
+
+
+@pytest.mark.parametrize("cached", [16, 48, 64], ids="prefix of {} tokens".format)
+def test_a_prefix_that_ends_within_an_image_is_as_good_as_computing_it(engine, pictured, cached) -> None:
+    first, second = rows(engine, 2, 160, seed=25)
+    first = with_images(engine, first)
+    engine.step(StepPlan((first.input(PICTURED),)))
+    size = engine.info.layout.block_tokens
+    move(engine, first.blocks[: cached // size], second.blocks[: cached // size])
+    second = replace(second, start=cached, images=first.images)
+    assert generate(engine, second, PICTURED[cached:], len(pictured)) == pictured
+
+
+def test_logits_after_images_are_bitwise_the_same_in_any_chunking_and_company(
+    engine, pictured_logits
+) -> None:
+    @examples(engine)
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        row, *others = rows(engine, 4, 160, seed=26)
+        row = with_images(engine, row)
+        others[0] = with_images(engine, others[0], seed=1)
+        done = 0
+        while done < len(PICTURED):
+            # Begin anew anywhere, in the middle of an image too: what is before is there.
+            row.start = data.draw(st.integers(0, done)) if data.draw(st.booleans()) else done
+            end = allowed(data.draw(st.integers(row.start + 1, len(PICTURED))))
+            if end <= row.start:
+                end = next(place for place in PLACES if place + IMAGE_TOKENS > row.start) + IMAGE_TOKENS
+            company = [o for o in others if data.draw(st.booleans())]
+            plan = StepPlan(
+                (*(o.input(PICTURED[:25] if o.images else PROMPT[:3]) for o in company),
+                 row.input(PICTURED[row.start : end]))
+            )  # fmt: skip
+            assert np.array_equal(engine.logits(plan)[row.key], pictured_logits[row.start : end])
+            done = max(done, end)
+
+    check()
+
+
+def test_logits_after_images_are_bitwise_the_same_with_any_blocks_streamed(
+    engine, host, pictured_logits
+) -> None:
+    for streamed, start in ((1, 25), (3, 50), (3, 60), (4, 65), (5, 80)):
+        [row] = rows(engine, 1, 160, seed=27)
+        row = with_images(engine, row)
+        engine.logits(StepPlan((row.input(PICTURED),)))
+        row.start = start
+        moved = stream(engine, row, host["global"], streamed, np.random.default_rng(streamed))
+        found = engine.logits(StepPlan((moved.input(PICTURED[start:]),)))[row.key]
+        assert np.array_equal(found, pictured_logits[start:])
+
+
+def test_every_row_of_an_image_sees_its_last_and_text_before_it_sees_none(engine, pictured_logits) -> None:
+    [row] = rows(engine, 1, 160, seed=28)
+    row = with_images(engine, row)
+    changed = row.images[1].rows.copy()
+    changed[-1] *= -1
+    row.images = (row.images[0], ImageRows(PLACES[1], changed), row.images[2])
+    found = engine.logits(StepPlan((row.input(PICTURED),)))[row.key]
+    differs = (found != pictured_logits).any(-1)
+    assert differs[PLACES[1] :].all()
+    assert not differs[: PLACES[1]].any()
+
+
+def test_ids_of_images_only_name_them(engine, pictured_logits) -> None:
+    [row] = rows(engine, 1, 160, seed=29)
+    others = np.where(PICTURED < 0, -(2**31), PICTURED).astype(np.int32)
+    plan = StepPlan((with_images(engine, row).input(others),))
+    assert np.array_equal(engine.logits(plan)[row.key], pictured_logits)
+
+
+def test_attention_mass_sums_to_one_with_images(engine) -> None:
+    [row] = rows(engine, 1, 160, seed=30)
+    mass = engine.step(StepPlan((with_images(engine, row).input(PICTURED),))).outputs[row.key].mass
+    assert mass.sum() == pytest.approx(1, abs=1e-5)
+    assert (mass[: -(-len(PICTURED) // engine.info.layout.block_tokens)] > 0).all()
+
+
+def told_of(row: Row, tokens: np.ndarray, images: Sequence[ImageRows]) -> SequenceInput:
+    """The row's share of a step that is told of just these images."""
+    return replace(row.input(tokens), images=images)
+
+
+BROKEN: dict[str, tuple[Callable[[Row], SequenceInput], str]] = {
+    "no images": (lambda r: told_of(r, PICTURED, ()), "token id"),
+    "one left out": (lambda r: told_of(r, PICTURED, r.images[1:]), "at position 5, which is in no image"),
+    "one cut": (lambda r: r.input(PICTURED[:59]), r"positions 40\.\.60 does not end in 1\.\.59"),
+    "one after the step": (lambda r: told_of(r, PICTURED[:40], r.images[:2]), r"positions 40\.\.60"),
+    "one before the step": (
+        lambda r: told_of(replace(r, start=25), PICTURED[25:40], r.images[:1]),
+        r"positions 5\.\.25 does not end in 26\.\.40",
+    ),
+    "in no order": (lambda r: told_of(r, PICTURED, r.images[::-1]), "overlaps the one before"),
+    "ids of text in one": (lambda r: r.input(np.abs(PICTURED)), "at position 5, which is in an image"),
+    "larger than any window": (
+        lambda r: told_of(r, np.full(129, -1), [ImageRows(0, np.tile(r.images[0].rows, (7, 1))[:129])]),
+        "an image of 129 tokens, and the window has",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_plan_whose_images_break_the_contract_is_refused(engine, case) -> None:
+    [row] = rows(engine, 1, 160, seed=31)
+    change, words = BROKEN[case]
+    with pytest.raises(ValueError, match=words):
+        engine.step(StepPlan((change(with_images(engine, row)),)))

@@ -65,6 +65,28 @@ def test_a_chain_that_grew_token_by_token_equals_one_made_at_once(tokens, cut):
     assert all(view.tolist() == tokens[: len(view)] for view in views)
 
 
+IMAGES = st.lists(st.lists(st.sampled_from([-2, -1]), min_size=1, max_size=9), max_size=3)
+
+
+def with_images(images: list[list[int]], text: int) -> tuple[list[int], list[list[int]]]:
+    """Images with as much text before and after each, and by full block all that it may depend on."""
+    tokens, ends = [7] * text, {}
+    for ids in images:
+        start, end = len(tokens), len(tokens) + len(ids)
+        ends |= dict.fromkeys(range(start + 1, end), end)
+        tokens += [*ids, *[7] * text]
+    borders = range(BLOCK, len(tokens) + 1, BLOCK)
+    return tokens, [tokens[: ends.get(border, border)] for border in borders]
+
+
+@given(IMAGES, IMAGES, st.integers(1, 5))
+def test_two_chains_share_a_block_that_ends_within_an_image_only_if_they_share_all_of_it(a, b, text):
+    (first, seen), (second, seen_too) = with_images(a, text), with_images(b, text)
+    shared = [x == y for x, y in zip(seen, seen_too, strict=False)]
+    expected = shared.index(False) if False in shared else len(shared)
+    assert TokenChain(b"s", BLOCK, first).shared_blocks(TokenChain(b"s", BLOCK, second)) == expected
+
+
 def test_another_salt_gives_other_hashes():
     assert TokenChain(b"a", BLOCK, range(8)).hashes != TokenChain(b"b", BLOCK, range(8)).hashes
 
@@ -185,6 +207,15 @@ def test_blocks_can_be_matched_as_soon_as_they_are_committed_and_after_close():
     assert matched(cache, list(range(20))) == 12
     cache.close(1)
     assert matched(cache, list(range(20))) == 12
+
+
+def test_a_match_may_end_within_an_image_that_is_wholly_the_same():
+    cache = manager()
+    tokens, other = [1, 2, 3, *[-5] * 6, -6, 4, 5], [1, 2, 3, *[-5] * 6, -7, 4, 5]
+    serve(cache, 1, tokens, step=10)
+    assert matched(cache, [*tokens[:10], 8]) == 8
+    assert matched(cache, tokens[:9]) == 0
+    assert matched(cache, other) == 0
 
 
 def test_a_match_needs_the_window_before_its_end():

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from wicore.engine.base import Engine, SequenceInput, StepPlan
+from wicore.engine.base import Engine, ImageRows, SequenceInput, StepPlan
 from wicore.engine.null import NullEngine
 from wicore.hmt import CacheManager, TierSizes
 from wicore.request import Priority, SamplingParams
@@ -66,6 +66,15 @@ def test_text_depends_on_neither_batch_nor_chunks_nor_preemption():
     assert generate(prompts, 25, 64) == alone
     assert generate(prompts, 25, 5) == alone
     assert generate(prompts, 25, 16, blocks=10) == alone
+
+
+def test_prompts_may_hold_images_up_to_their_end():
+    image = ImageRows(2, np.zeros((4, 8), np.float32))
+    whole, rest = (chunk([5, 6, -1, -2, -3, -(2**31)][start:], start, images=[image]) for start in (0, 3))
+    tokens = [engine().step(StepPlan((asked,))).outputs[1].token for asked in (whole, rest)]
+    assert tokens[0] == tokens[1]
+    with pytest.raises(ValueError, match="in no image"):
+        engine().step(StepPlan((chunk([5, -9, -1, -2, -3, -4], images=[image]),)))
 
 
 def test_tokens_are_spread_over_the_vocabulary_and_never_control_tokens():

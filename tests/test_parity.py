@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests import text_reference
 from tests.engines import FIXTURES, TINY, cpu_engine, rows
-from wicore.engine.base import StepPlan
+from wicore.engine.base import ImageRows, StepPlan
 from wicore.engine.cpu import CpuEngine
+from wicore.gemma3.checkpoint import open_checkpoint
 
 TOLERANCE = 5e-6
 CHUNKINGS = {
@@ -108,3 +110,33 @@ def test_the_real_270m_in_8_bits_is_the_same_to_the_bit_in_any_chunking_and_comp
     assert np.array_equal(np.concatenate(parts), expected)
     alone = engine.logits(StepPlan((whole.input(tokens[:1]),)))[whole.key]
     assert np.array_equal(alone, expected[:1])
+
+
+# --- images -----------------------------------------------------------------------------------------
+
+STARTS, IMAGE = (0, 50, 70, 203), 20
+"""Images begin a text, stand side by side, and lie across a window's end."""
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_text_model_written_down_once_more_is_that_of_transformers(name: str) -> None:
+    reference = np.load(FIXTURES / name / "reference.npz")
+    found = text_reference.logits(open_checkpoint(FIXTURES / name), reference["tokens"])
+    assert relative_error(found[reference["positions"]], reference["logits"]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("chunks", [[300], [20, 70, 133, 77], [50, 40, 1, 1, 208]], ids=str)
+def test_logits_with_images_are_those_of_the_text_model_written_down_once_more(checkpoint, chunks) -> None:
+    engine, reference = checkpoint
+    tokens, rng = reference["tokens"].astype(np.int32), np.random.default_rng(5)
+    shape = (IMAGE, engine._config.hidden_size)
+    images = tuple(ImageRows(start, 3 * rng.standard_normal(shape, np.float32)) for start in STARTS)
+    expected = text_reference.logits(engine._checkpoint, tokens, images)
+    for image in images:
+        tokens[image.start : image.end] = -1
+    [row] = rows(engine, 1, 300)
+    row.images, parts = images, []
+    for size in chunks:
+        parts.append(engine.logits(StepPlan((row.input(tokens[row.start : row.start + size]),)))[row.key])
+        row.start += size
+    assert relative_error(np.concatenate(parts), expected) <= TOLERANCE

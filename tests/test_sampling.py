@@ -322,6 +322,14 @@ def test_a_resumed_state_draws_as_the_one_that_ran_on(params, tokens, cut):
     assert sample(logits, [resumed]) == sample(logits, [ran_on])
 
 
+def test_ids_of_an_image_are_under_no_penalty():
+    params = SamplingParams(temperature=0, repetition_penalty=1.5, frequency_penalty=0.5)
+    text, pictured = (SamplingState(params, 1, prompt, [4]) for prompt in ([3, 5], [3, -7, -(2**31), 5]))
+    for expected, found in zip(text.touched(), pictured.touched(), strict=True):
+        assert np.array_equal(expected, found)
+    assert pictured.touched()[2].tolist() == [3, 5, 4]
+
+
 def test_sampling_does_not_advance_the_state():
     state = SamplingState(SamplingParams(), 1)
     logits = np.zeros((1, 1000), np.float32)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -11,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tests.checking_engine import VOCABULARY, CheckingEngine, undisturbed
 from tests.memory_tiers import MemoryMover
-from wicore.engine.base import KVLayout, StepResult
+from wicore.engine.base import ImageRows, KVLayout, StepResult
 from wicore.errors import ConfigError, EngineError, TooLarge
 from wicore.hmt import CacheManager, TierSizes
 from wicore.hmt.policy import POLICIES
@@ -48,6 +50,7 @@ class Service:
         fault_rate=0.0,
         policy="lru",
         checkpoint_tokens=0,
+        image_tokens=0,
     ) -> None:
         window_blocks = window_blocks or blocks
         self.engine = CheckingEngine(layout(window), blocks, window_blocks)
@@ -62,7 +65,7 @@ class Service:
             policy=POLICIES[policy],
             checkpoint_tokens=checkpoint_tokens,
         )
-        self.scheduler = Scheduler(Limits(max_batch, budget), self.cache)
+        self.scheduler = Scheduler(Limits(max_batch, budget, image_tokens=image_tokens), self.cache)
         self.budget, self.max_batch, self.blocks = budget, max_batch, blocks
         self.requests: dict[int, SequenceRequest] = {}
         self.outputs: dict[int, list[int]] = {}
@@ -73,10 +76,9 @@ class Service:
     def add(
         self, key, prompt, max_tokens=6, *, generated=(), priority=Priority.NORMAL, params=GREEDY, seed=None
     ) -> None:
-        seed = key if seed is None else seed
-        request = SequenceRequest(
-            key, prompt, generated, max_tokens, SamplingState(params, seed, prompt, generated), priority
-        )
+        seed, images = key if seed is None else seed, images_of(prompt)
+        state = SamplingState(params, seed, prompt, generated)
+        request = SequenceRequest(key, prompt, generated, max_tokens, state, priority, images)
         self.scheduler.add(request)
         self.requests[key] = request
         self.outputs[key] = list(generated)
@@ -84,7 +86,7 @@ class Service:
     def expected(self, key: int) -> list[int]:
         request = self.requests[key]
         state = SamplingState(request.sampling.params, request.sampling.seed, request.prompt)
-        return undisturbed(request.prompt, request.max_tokens, state)
+        return undisturbed(request.prompt, request.max_tokens, state, request.images)
 
     def remove(self, key: int) -> list[int]:
         self.scheduler.remove(key)
@@ -136,6 +138,24 @@ def words(start: int, count: int) -> list[int]:
     return [(start + i * 7) % VOCABULARY for i in range(count)]
 
 
+def image(tokens: int, variant: int = 0) -> list[int]:
+    """Ids of an image. All variants share all ids but the last, which also tells where an image ends."""
+    return [-9] * (tokens - 1) + [-1 - variant]
+
+
+def images_of(prompt: Sequence[int]) -> list[ImageRows]:
+    """The images in a prompt; their rows are their ids."""
+    images, start = [], 0
+    for position, token in enumerate(prompt):
+        if token >= 0:
+            start = position + 1
+        elif token > -9:
+            ids = prompt[start : position + 1]
+            images.append(ImageRows(start, np.array(ids, np.float32)[:, None]))
+            start = position + 1
+    return images
+
+
 ANY = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
@@ -175,11 +195,14 @@ class AnyOrder(RuleBasedStateMachine):
         params=st.sampled_from([GREEDY, SEEDED]),
     )
     def arrive(self, family, shared, own, max_tokens, done, priority, params) -> None:
+        self.submit(words(family, shared) + words(self.key, own), max_tokens, done, priority, params)
+
+    def submit(self, prompt, max_tokens, done, priority, params) -> None:
         self.key += 1
-        prompt = words(family, shared) + words(self.key, own)
         generated = ()
         if 0 < done < max_tokens:
-            generated = undisturbed(prompt, done, SamplingState(params, self.key, prompt))
+            state = SamplingState(params, self.key, prompt)
+            generated = undisturbed(prompt, done, state, images_of(prompt))
         try:
             self.service.add(
                 self.key,
@@ -191,7 +214,10 @@ class AnyOrder(RuleBasedStateMachine):
                 seed=self.key,
             )
         except TooLarge:
-            assert len(prompt) + max_tokens > self.service.blocks * BLOCK
+            assert self.is_too_large(len(prompt) + max_tokens - 1)
+
+    def is_too_large(self, positions: int) -> bool:
+        return positions > self.service.blocks * BLOCK
 
     @rule()
     def one_step(self) -> None:

@@ -169,7 +169,7 @@ class SchedulerSettings(_Section):
     max_batch: int = Field(16, ge=1, le=1024)
     """Sequences that run together."""
     token_budget: int = Field(512, ge=16)
-    """New tokens a step: one for each decoding sequence, the rest for prompt chunks."""
+    """New tokens a step: one for each decoding sequence, the rest, which must hold an image, for prompts."""
 
 
 class HmtSettings(_Section):

@@ -156,7 +156,8 @@ class SamplingState:
         output: Sequence[int] = (),
         constraint: Constraint | None = None,
     ) -> None:
-        """`constraint` is at its beginning, and observes `output` here; None: any token is allowed."""
+        """`constraint` is at its beginning, and observes `output` here; None: any token is allowed. Negative
+        ids of the prompt, an image's, are no tokens that a penalty could be for."""
         self.params = params
         self.seed = seed
         self.constraint = constraint
@@ -175,7 +176,8 @@ class SamplingState:
         self._counts: NDArray[np.float32] = np.zeros(16, np.float32)
         if params.repetition_penalty != 1.0:
             for token in prompt:
-                self._slot(token)
+                if token >= 0:
+                    self._slot(token)
         for token in output:
             self.observe(token)
 

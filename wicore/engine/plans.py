@@ -8,18 +8,21 @@ from numpy.typing import NDArray
 from wicore.engine.base import EngineInfo, SequenceInput, StepPlan
 
 
-def check_plan(plan: StepPlan, info: EngineInfo, host_slots: int | None = None) -> None:
+def check_plan(
+    plan: StepPlan, info: EngineInfo, host_slots: int | None = None, width: int | None = None
+) -> None:
     """Raise ValueError naming the sequence and the rule that the plan breaks.
 
-    `host_slots` is how many the global pool's host memory has, None before it was asked for. The device waits
-    for this, so ids are looked at all together, and one by one only if one is bad.
+    `host_slots` is how many the global pool's host memory has, None before it was asked for; `width` what
+    rows of images must have, None: any. The device waits for this, so ids are looked at all together, and
+    one by one only if one is bad.
     """
     sequences = plan.sequences
     keys = {s.key for s in sequences}
     if len(keys) != len(sequences):
         raise ValueError(f"plan: a sequence occurs twice in {[s.key for s in sequences]}")
     block, window, longest = info.layout.block_tokens, info.layout.window, info.max_context
-    streamed = False
+    streamed = pictured = False
     for s in sequences:
         count, first = len(s.tokens), s.window_first
         end = s.start + count
@@ -37,13 +40,17 @@ def check_plan(plan: StepPlan, info: EngineInfo, host_slots: int | None = None) 
         if s.streamed:
             streamed = True
             _check_streamed(s, block, host_slots)
+        if s.images:
+            pictured = True
+            _check_images(s, window, width)
     if not sequences:
         return
     tables = (
         [s.global_table[s.streamed :] for s in sequences] if streamed else [s.global_table for s in sequences]
     )
+    tokens = [_text(s) for s in sequences] if pictured else [s.tokens for s in sequences]
     if not (
-        _within([s.tokens for s in sequences], info.vocab_size)
+        _within(tokens, info.vocab_size)
         and _within(tables, info.global_blocks)
         and _within([s.window_table for s in sequences], info.window_blocks)
     ):
@@ -63,8 +70,42 @@ def _check_streamed(s: SequenceInput, block: int, host_slots: int | None) -> Non
         raise ValueError(f"sequence {s.key}: a slot of host memory is not in 0..{host_slots - 1}")
 
 
+def _check_images(s: SequenceInput, window: int, width: int | None) -> None:
+    """That images come one after the other, have new positions, all to their end, and that these and no
+    others have negative ids."""
+    end, before = s.start + len(s.tokens), 0
+    inside = np.zeros(len(s.tokens), np.bool_)
+    for image in s.images:
+        shape = image.rows.shape
+        if len(shape) != 2 or width not in (None, shape[1]):
+            raise ValueError(
+                f"sequence {s.key}: rows of an image have shape {list(shape)}, not [tokens, {width}]"
+            )
+        if shape[0] > window:
+            raise ValueError(f"sequence {s.key}: an image of {shape[0]} tokens, and the window has {window}")
+        if image.start < before or not s.start < image.end <= end:
+            raise ValueError(
+                f"sequence {s.key}: an image at positions {image.start}..{image.end} does not end in"
+                f" {s.start + 1}..{end}, the new ones, or overlaps the one before"
+            )
+        inside[max(0, image.start - s.start) : image.end - s.start] = True
+        before = image.end
+    wrong = np.flatnonzero((s.tokens < 0) != inside)
+    if wrong.size:
+        first = int(wrong[0])
+        raise ValueError(
+            f"sequence {s.key}: token id {s.tokens[first]} at position {s.start + first}, which is in"
+            f" {'an' if inside[first] else 'no'} image; ids of images are negative, and no others"
+        )
+
+
+def _text(s: SequenceInput) -> NDArray[np.int32]:
+    """The new ids without those of images, which name no embedding."""
+    return np.maximum(s.tokens, 0) if s.images else s.tokens
+
+
 def _check_ids(s: SequenceInput, info: EngineInfo) -> None:
-    if not _within([s.tokens], info.vocab_size):
+    if not _within([_text(s)], info.vocab_size):
         raise ValueError(f"sequence {s.key}: a token id is not in 0..{info.vocab_size - 1}")
     for ids, limit in (
         (s.global_table[s.streamed :], info.global_blocks),

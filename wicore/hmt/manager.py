@@ -86,20 +86,25 @@ class CacheManager:
         """Blocks that hold this many positions from 0 on."""
         return -(-positions // self.layout.block_tokens)
 
-    def window_span(self, positions: int) -> int:
-        """Most window blocks that a sequence of this many positions needs to advance by one token."""
-        return min(self.blocks(positions), self.blocks(self.layout.window - 1) + 1)
+    def window_span(self, positions: int, at_once: int = 1) -> int:
+        """Most window blocks that a sequence of this many positions needs to advance by `at_once` tokens."""
+        return min(self.blocks(positions), self.blocks(self.layout.window + at_once - 2) + 1)
 
-    def require(self, positions: int) -> None:
-        """Raise TooLarge when a sequence of this many positions could not run even alone."""
-        for pool, need, most in (
+    def require(self, positions: int, at_once: int = 1) -> None:
+        """Raise TooLarge when a sequence of this many positions could not run even alone; `at_once` of them
+        must be computed in one step."""
+        needs = [
             ("global", self.blocks(positions), self._longest),
-            ("window", self.window_span(positions), self._pools["window"].total),
-        ):
+            ("window", self.window_span(positions, at_once), self._pools["window"].total),
+        ]
+        if self.is_long(positions):
+            needs.append(("device", self.blocks(at_once - 1) + 1, self._share))
+        for pool, need, most in needs:
             if need > most:
+                together = f", {at_once} of them for an image," if at_once > 1 else ","
                 raise TooLarge(
-                    f"prompt and max_tokens need {positions} positions, which is {need} {pool} blocks of"
-                    f" {self.layout.block_tokens}; the cache has {most}. Ask for fewer, or raise"
+                    f"prompt and max_tokens need {positions} positions{together} which is {need} {pool}"
+                    f" blocks of {self.layout.block_tokens}; the cache has {most}. Ask for fewer, or raise"
                     " hmt.device_tokens or hmt.host_bytes",
                     param="max_tokens",
                 )
@@ -120,6 +125,7 @@ class CacheManager:
         match: PrefixMatch,
         positions: int,
         *,
+        at_once: int = 1,
         long: bool = False,
         spare: int = 0,
         closing: Sequence[int] = (),
@@ -127,14 +133,14 @@ class CacheManager:
         """Whether, taking `match`, blocks for `positions` positions could be had and `spare` more be left,
         without losing anything worth keeping. A `long` sequence takes its share at most.
 
-        Of the window pool as many are asked for as let the sequence advance. `closing` are keys to be
-        reckoned as closed first; of their blocks only those count that nobody else holds. Where only saving
-        is waited for, it is hurried.
+        Of the window pool as many are asked for as let the sequence advance by `at_once`. `closing` are keys
+        to be reckoned as closed first; of their blocks only those count that nobody else holds. Where only
+        saving is waited for, it is hurried.
         """
         resident = self.blocks(positions) - match.streamed
         wanted: dict[Pool, int] = {
             "global": min(resident, self._share) if long else resident,
-            "window": self.window_span(positions),
+            "window": self.window_span(positions, at_once),
         }
         for name, pool in self._pools.items():
             taken = match.on_device[name]
@@ -229,10 +235,11 @@ class CacheManager:
         sequence = self._open[key]
         return positions <= sequence.covered and not sequence.long
 
-    def make_room(self, key: int, positions: int) -> bool:
+    def make_room(self, key: int, positions: int, least: int | None = None) -> bool:
         """Of a sequence longer than the device pool, leave leading blocks to host memory until `positions`
         fit in its share of the device. False when it must wait for them to be copied there first; true as
-        well when nothing is needed, or when waiting does not help."""
+        well when nothing is needed, when `least` of them (by default one more than is computed) fit already,
+        or when waiting does not help."""
         sequence = self._open[key]
         if not sequence.long or self._host is None:
             return True
@@ -246,7 +253,8 @@ class CacheManager:
                 block = int(sequence.global_table.view()[sequence.streamed])
                 self._pools["global"].register(block, hash, sequence.chain.parent(sequence.streamed))
                 self._saves.add("device", "global", hash, needed=True)
-                return self.room(key) > sequence.computed or not (host.ready or self.busy)
+                least = sequence.computed + 1 if least is None else least
+                return self.room(key) >= least or not (host.ready or self.busy)
             host.acquire(slot)
             self._pools["global"].release(sequence.stream(slot))
             excess -= 1

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
-from wicore.engine.base import SequenceInput
+from wicore.engine.base import ImageRows, SequenceInput
 from wicore.hmt import CacheManager
 from wicore.scheduler.sequence import ScheduledSequence
 
@@ -39,4 +41,10 @@ def _input(
     if len(window_table) > blocks - first:
         window_table = window_table[: blocks - first]
     sampling = sequence.sampling if samples else None
-    return SequenceInput(sequence.key, tokens, start, global_table, window_table, first, sampling, streamed)
+    images: Sequence[ImageRows] = ()
+    if start < sequence.image_end:
+        end = start + len(tokens)
+        images = [image for image in sequence.images if image.start < end and image.end > start]
+    return SequenceInput(
+        sequence.key, tokens, start, global_table, window_table, first, sampling, streamed, images
+    )

@@ -3,7 +3,8 @@
 Each step decodes every running sequence that is ready to, then fills the rest of the token budget with
 prompt chunks (Orca, OSDI'22, for iteration-level scheduling; Sarathi-Serve, OSDI'24, for chunks beside
 decodes). One order decides everything: the rank (level, arrival). Who ranks first is served first, and
-who ranks last gives way.
+who ranks last gives way. Tokens of an image see each other, so a chunk has all that is left of an image, or
+ends before it; where the rest of the budget is too small for the next image, those behind may use it.
 
 Admission is by rank, and strict: when the first sequence waiting lacks a slot or blocks, none behind it
 is admitted. It may preempt running sequences of a lower level, fewest and last-ranked first, if that is
@@ -20,8 +21,9 @@ joins the steps when they have arrived. When one does not arrive it waits again,
 
 Why nothing starves. Take S, first in rank of all sequences present; later arrivals never rank before it.
     Running, S is never preempted: room is made at the cost of those ranked after it, levels below it give
-    way, and alone it fits (`add` refuses what does not). The first-ranked running sequence is planned in
-    every step, so S finishes in finitely many.
+    way, and alone it fits, each of its images too (`add` refuses what does not). The first-ranked running
+    sequence is planned in every step, since decodes leave the tokens of an image of the budget (`Limits`,
+    `add`), so S finishes in finitely many.
     Waiting, S is admitted before all others, unless held. Meanwhile the first-ranked running sequence
     finishes, then the next; while S lacks room nobody is admitted, so its turn comes. Held, it waits for
     a prefill that, by the same argument, ends; whom that lets pass at S's level does not share what S
@@ -42,7 +44,14 @@ from wicore.engine.base import StepPlan, StepResult
 from wicore.errors import EngineError
 from wicore.hmt import CacheManager, PrefixMatch
 from wicore.scheduler.inputs import prepare, share
-from wicore.scheduler.sequence import Limits, ScheduledSequence, SequenceRequest, TokenOut, rank
+from wicore.scheduler.sequence import (
+    Limits,
+    ScheduledSequence,
+    SequenceRequest,
+    TokenOut,
+    check_images,
+    rank,
+)
 
 ATTENTION_EVERY = 4
 """Of a decoding sequence the cache is told the attention of every fourth step: a mean over many that changes
@@ -107,7 +116,7 @@ class Scheduler:
         """Take a sequence; it waits for the next `plan`.
 
         Raises TooLarge, naming the setting, when it could not run even alone, and ValueError when its
-        key is present, its prompt empty or its output complete.
+        key is present, its prompt empty or its output complete, or an image does not lie in its prompt.
         """
         if request.key in self._present:
             raise ValueError(f"sequence {request.key} is present already")
@@ -116,7 +125,8 @@ class Scheduler:
                 f"sequence {request.key}: needs a prompt (has {len(request.prompt)} tokens) and output to"
                 f" come (has {len(request.generated)} of {request.max_tokens})"
             )
-        self._cache.require(len(request.prompt) + request.max_tokens - 1)
+        check_images(request, self._limits)
+        self._cache.require(len(request.prompt) + request.max_tokens - 1, request.at_once)
         self._arrivals += 1
         sequence = ScheduledSequence(request, self._cache, self._arrivals)
         self._present[request.key] = sequence
@@ -253,21 +263,28 @@ class Scheduler:
     # --- room -------------------------------------------------------------------------------------
 
     def _reserve(self, sequence: ScheduledSequence, wanted: int) -> int:
-        """Reserve up to `wanted` new positions, at least one, preempting from the last rank up.
+        """Reserve up to `wanted` new positions, at least one or an image's, preempting from the last rank up.
 
-        Returns how many; 0 when the sequence itself was preempted, now or earlier in this plan.
+        Returns how many; 0 when that is too few for the next image, and when the sequence itself was
+        preempted, now or earlier in this plan.
         """
         if not sequence.running:
             return 0
-        if not self._cache.make_room(sequence.key, sequence.computed + wanted):
+        key, computed, least = sequence.key, sequence.computed, 1
+        pictured = computed < sequence.image_end
+        if pictured:
+            wanted, least = sequence.uncut(wanted), sequence.least
+        if wanted < least or not self._cache.make_room(key, computed + wanted, computed + least):
             return 0
-        while self._cache.room(sequence.key) <= sequence.computed:
+        while self._cache.room(key) < computed + least:
             last = self._running[-1]
             self._preempt(last)
             if last is sequence:
                 return 0
-        count = min(wanted, self._cache.room(sequence.key) - sequence.computed)
-        self._cache.reserve(sequence.key, sequence.computed + count)
+        count = min(wanted, self._cache.room(key) - computed)
+        if pictured:
+            count = sequence.uncut(count)
+        self._cache.reserve(key, computed + count)
         return count
 
     def _preempt(self, sequence: ScheduledSequence) -> None:
@@ -370,6 +387,7 @@ class Scheduler:
         return staying < self._limits.max_batch and self._cache.can_open(
             match,
             positions,
+            at_once=sequence.at_once,
             long=self._cache.is_long(sequence.positions),
             spare=staying,
             closing=[victim.key for victim in closing],
@@ -408,4 +426,4 @@ class Scheduler:
                 return
             sequence.chunk = self._reserve(sequence, min(budget, sequence.pending))
             budget -= sequence.chunk
-            chunks -= 1
+            chunks -= sequence.chunk > 0

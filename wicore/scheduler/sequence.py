@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from wicore.engine.base import ImageRows, SequenceInput
-from wicore.errors import ConfigError
+from wicore.errors import ConfigError, TooLarge
 from wicore.hmt import CacheManager
 from wicore.hmt.chain import TokenChain
 from wicore.request import Priority
@@ -23,12 +23,26 @@ class Limits:
     """New tokens a step, decodes and prompt chunks together."""
     prompt_chunks: int = 4
     """Sequences whose prompt advances in one step: an engine computes these one by one."""
+    image_tokens: int = 0
+    """Of an image, which one step computes whole; 0: the model takes text alone."""
+
+    @property
+    def prompt_budget(self) -> int:
+        """New tokens that prompts have in a step at least, however many sequences decode."""
+        return self.token_budget - self.max_batch
 
     def __post_init__(self) -> None:
         if self.token_budget <= self.max_batch:
             raise ConfigError(
                 f"scheduler.token_budget: {self.token_budget} must exceed scheduler.max_batch"
                 f" ({self.max_batch}), or prompts would stand still while all slots decode",
+                param="scheduler.token_budget",
+            )
+        if self.prompt_budget < self.image_tokens:
+            raise ConfigError(
+                f"scheduler.token_budget: {self.token_budget} less scheduler.max_batch ({self.max_batch})"
+                f" leaves {self.prompt_budget} tokens for prompts, and an image takes {self.image_tokens} in"
+                f" one step; raise it to {self.max_batch + self.image_tokens} or more",
                 param="scheduler.token_budget",
             )
 
@@ -53,6 +67,31 @@ class SequenceRequest:
     """Of prompt and `generated`, by the cache's `chain`, if it was made before, on a thread that has time for
     it. The scheduler appends to it."""
 
+    @property
+    def at_once(self) -> int:
+        """Most positions that one step must compute together: the largest image's, or one."""
+        return max((len(image.rows) for image in self.images), default=1)
+
+
+def check_images(request: SequenceRequest, limits: Limits) -> None:
+    """Raise ValueError for images that do not lie in the prompt one after the other, and TooLarge for one
+    that steps need not have room for."""
+    before = 0
+    for image in request.images:
+        tokens = len(image.rows)
+        if not tokens or image.start < before or image.end > len(request.prompt):
+            raise ValueError(
+                f"sequence {request.key}: an image at positions {image.start}..{image.end} does not lie in"
+                f" {before}..{len(request.prompt)}, the rest of the prompt"
+            )
+        if tokens > limits.prompt_budget:
+            raise TooLarge(
+                f"messages: an image takes {tokens} tokens in one step, and scheduler.token_budget leaves"
+                f" {limits.prompt_budget} for prompts beside scheduler.max_batch decodes; raise it",
+                param="messages",
+            )
+        before = image.end
+
 
 @dataclass(slots=True)
 class TokenOut:
@@ -67,10 +106,13 @@ class ScheduledSequence:
 
     __slots__ = (
         "arrival",
+        "at_once",
         "cached",
         "chain",
         "chunk",
         "computed",
+        "image_end",
+        "images",
         "key",
         "left",
         "level",
@@ -93,6 +135,9 @@ class ScheduledSequence:
         """Output tokens still to come."""
         self.positions = len(request.prompt) + request.max_tokens - 1
         """Positions it will have computed at the end: all but the last token's."""
+        self.images, self.at_once = request.images, request.at_once
+        self.image_end = request.images[-1].end if request.images else 0
+        """The position after its last image: from there on it is as a sequence without any."""
         self.computed = 0
         self.cached: int | None = None
         """Tokens whose KV was there when it first started; None: it has not started."""
@@ -110,6 +155,18 @@ class ScheduledSequence:
     def pending(self) -> int:
         """Tokens without KV: one when decoding, more when prefilling, none when nothing may follow."""
         return self.chain.length - self.computed if self.left and not self.restoring else 0
+
+    @property
+    def least(self) -> int:
+        """New tokens of its next chunk at least: what is left of the image that it begins in, or one."""
+        ends = (image.end for image in self.images if image.start <= self.computed < image.end)
+        return next(ends, self.computed + 1) - self.computed
+
+    def uncut(self, count: int) -> int:
+        """The most new tokens, up to `count`, after which no image is cut; 0 when only `least` would do."""
+        end = self.computed + count
+        cut = (image.start for image in self.images if image.start < end < image.end)
+        return max(0, next(cut, end) - self.computed)
 
     @property
     def samples(self) -> bool:

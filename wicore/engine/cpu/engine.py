@@ -1,7 +1,8 @@
 """The CPU engine: Gemma 3 on ONNX Runtime over a paged KV pool in memory.
 
 A step runs the decoder stack once for all sequences that compute one token, once for each prompt chunk
-(cut further where its score matrix would be large), and the head once for every row that samples.
+(cut further where its score matrix would be large), and the head once for every row that samples. An image is
+never cut: where one asks for more than either bound, its chunk has it whole all the same.
 
 Batch and chunk invariance. The span of keys that attention sees starts and ends at multiples of `_TILE`
 absolute positions and is never shorter than `_MIN_SPAN`, with the positions outside masked. ONNX
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 
 from wicore.engine.base import (
     EngineInfo,
+    ImageRows,
     PendingStep,
     Pool,
     SequenceInput,
@@ -42,7 +44,7 @@ from wicore.engine.cpu.rope import RopeTables
 from wicore.engine.cpu.weights import WeightFormat, embed, load_final_norm, load_head, load_layer
 from wicore.engine.plans import check_plan
 from wicore.engine.sizing import layout_of
-from wicore.errors import EngineError
+from wicore.errors import CheckpointError, EngineError
 from wicore.gemma3.checkpoint import Checkpoint
 from wicore.gemma3.config import Gemma3Config
 from wicore.sampling import SampledToken, sample
@@ -72,6 +74,8 @@ class _Run:
     """[B]"""
     last: tuple[bool, ...]
     """Whether the run holds the sequence's last new token, [B]."""
+    images: Sequence[ImageRows] = ()
+    """Those that have some of the tokens, and end among them; B is then 1."""
 
 
 class CpuEngine:
@@ -91,8 +95,9 @@ class CpuEngine:
     ) -> None:
         """Load the weights and allocate the pools.
 
-        `threads` 0 means one a core. Raises CheckpointError for a bad checkpoint and EngineError for
-        a block size that does not divide 128, or a head that int8 KV does not fit.
+        `threads` 0 means one a core. Raises CheckpointError for a bad checkpoint, or one whose images are
+        larger than its window, and EngineError for a block size that does not divide 128, or a head that
+        int8 KV does not fit.
         """
         if _TILE % block_tokens:
             raise EngineError(
@@ -100,6 +105,11 @@ class CpuEngine:
                 param="hmt.block_tokens",
             )
         config = self._config = checkpoint.config
+        if config.vision is not None and config.vision.tokens > config.sliding_window:
+            raise CheckpointError(
+                f"{checkpoint.path}: images of {config.vision.tokens} tokens; the sliding window has"
+                f" {config.sliding_window}, and an image must fit in it"
+            )
         if kv == "int8" and config.head_dim % 4:
             raise EngineError(
                 f"engine.kv: int8 needs a head_dim that 4 divides, not {config.head_dim}; use float32",
@@ -154,7 +164,7 @@ class CpuEngine:
         return self._info
 
     def start(self, plan: StepPlan) -> PendingStep:
-        check_plan(plan, self._info, self._host.slots("global"))
+        self._check(plan)
         return WhenAsked(partial(self._step, plan))
 
     def step(self, plan: StepPlan) -> StepResult:
@@ -179,7 +189,7 @@ class CpuEngine:
 
     def logits(self, plan: StepPlan) -> dict[int, Float]:
         """Logits after every new token of every sequence, [n, vocab]: for parity tests and scoring."""
-        check_plan(plan, self._info, self._host.slots("global"))
+        self._check(plan)
         parts: dict[int, list[Float]] = {s.key: [] for s in plan.sequences}
         for run in self._runs(plan.sequences):
             hidden, _ = self._run(run, every_row=True)
@@ -187,6 +197,9 @@ class CpuEngine:
             for sequence, rows in zip(run.inputs, by_sequence, strict=True):
                 parts[sequence.key].append(self._project(rows).copy())
         return {key: np.concatenate(part) for key, part in parts.items()}
+
+    def _check(self, plan: StepPlan) -> None:
+        check_plan(plan, self._info, self._host.slots("global"), self._config.hidden_size)
 
     # --- one step ---------------------------------------------------------------------------------
 
@@ -211,9 +224,9 @@ class CpuEngine:
     def _runs(self, sequences: Sequence[SequenceInput]) -> Iterator[_Run]:
         """Cut a plan into passes of the stack: prompt chunks and streamed sequences one by one, the other
         single tokens together."""
-        single = [s for s in sequences if len(s.tokens) == 1 and not s.streamed]
+        single = [s for s in sequences if len(s.tokens) == 1 and not s.streamed and not s.images]
         for sequence in sequences:
-            if len(sequence.tokens) > 1 or sequence.streamed:
+            if len(sequence.tokens) > 1 or sequence.streamed or sequence.images:
                 yield from self._chunks(sequence)
         for batch in _batches(single, self._padding_limit):
             yield _Run(
@@ -228,11 +241,19 @@ class CpuEngine:
         while at < n:
             span = sequence.start + at + _CHUNK
             size = min(_CHUNK, n - at, max(16, _SCORE_BYTES // (4 * self._config.heads * span)))
+            start, end = sequence.start + at, sequence.start + at + size
+            images = [image for image in sequence.images if image.start < end and image.end > start]
+            if images and images[-1].end > end:
+                # Cut before the image; where the chunk begins in it, not at all.
+                end = images[-1].start if images[-1].start > start else images[-1].end
+                images = [image for image in images if image.end <= end]
+            size = end - start
             yield _Run(
                 inputs=(sequence,),
                 tokens=sequence.tokens[None, at : at + size],
-                starts=np.array([sequence.start + at], np.int64),
+                starts=np.array([start], np.int64),
                 last=(at + size == n,),
+                images=images,
             )
             at += size
 
@@ -244,7 +265,7 @@ class CpuEngine:
         batch, n = run.tokens.shape
         rows = np.arange(batch * n) if every_row else np.arange(1, batch + 1) * n - 1
         feeds: dict[str, NDArray[np.generic]] = {
-            "x": embed(self._checkpoint, run.tokens.ravel())[None],
+            "x": self._embedded(run)[None],
             "rows": rows.astype(np.int64),
             "positions": np.arange(batch * n, dtype=np.int64)[:, None],
         }
@@ -267,6 +288,17 @@ class CpuEngine:
             self._checkpoint.release_pages()
         queries = np.float32(n * self._config.heads * self._info.layout.global_layers)
         return hidden, mass.sum(-1) / queries
+
+    def _embedded(self, run: _Run) -> Float:
+        """What enters the first layer, [B * S, hidden]."""
+        if not run.images:
+            return embed(self._checkpoint, run.tokens.ravel())
+        x = embed(self._checkpoint, np.maximum(run.tokens.ravel(), 0))
+        start = int(run.starts[0])
+        for image in run.images:
+            first = max(image.start, start)
+            x[first - start : image.end - start] = image.rows[first - image.start :]
+        return x
 
     def _bind_output(self, name: str, array: Float, shape: tuple[int, ...]) -> None:
         """Have the next run write output `name`, of `shape`, into `array`."""
@@ -302,7 +334,13 @@ class CpuEngine:
             slots[b, :, 1] = positions[b] % block
         keys = (first[:, None] + np.arange(span)).astype(np.int32)
         ahead = keys[:, None, :] - positions[:, :, None].astype(np.int32)
-        mask = np.where((ahead <= 0) & (ahead > -window), np.float32(0), _MASKED)
+        behind = ahead <= 0
+        for image in run.images:
+            # A key of the image's that comes later is seen as well. Those before it are in the span too: an
+            # image fits in the window.
+            at, key = image.start - positions[0, 0], image.start - first[0]
+            behind[0, max(0, at) : at + len(image.rows), key : key + len(image.rows)] = True
+        mask = np.where(behind & (ahead > -window), np.float32(0), _MASKED)
         heads = np.arange(c.kv_heads)
         by_head = slots[:, :, None, :] * np.array([c.kv_heads, 1]) + np.stack([heads, heads * 0], -1)
         cos, sin = self._rope.rows(pool, positions.ravel())
