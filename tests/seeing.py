@@ -52,7 +52,7 @@ class HeldEncoder:
 
     def encode(self, pixels: Any) -> Any:
         assert pixels.shape == (VISION.image_size, VISION.image_size, 3)
-        self.seen.append(float(pixels.mean()))
+        self.seen.append(float(np.float32(pixels.mean())))
         self._begun.release()
         if self._held:
             assert self._let.acquire(timeout=PATIENCE_S)

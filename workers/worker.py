@@ -107,7 +107,12 @@ class Worker:
             redis,
             sees=self._vision is not None,
         )
-        limits = Limits(settings.scheduler.max_batch, settings.scheduler.token_budget)
+        eyes = model.checkpoint.config.vision if self._vision is not None else None
+        limits = Limits(
+            settings.scheduler.max_batch,
+            settings.scheduler.token_budget,
+            image_tokens=0 if eyes is None else eyes.tokens,
+        )
         self._scheduler = Scheduler(limits, self._cache.manager)
         self._jobs: dict[str, Job] = {}
         """By delivery tag."""
