@@ -1,8 +1,9 @@
-"""The tiny model with eyes, and encoders that tests hold in their hands."""
+"""The tiny model with eyes, and encoders for it; `python -m tests.seeing`, the worker process with them."""
 
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from wicore.config import Settings
 from wicore.gemma3.config import VisionConfig
 from wicore.model import Model, load_model
+from workers import gpu
 
 VISION = VisionConfig(
     hidden_size=24,
@@ -70,3 +72,30 @@ class HeldEncoder:
 
     def close(self) -> None:
         self.closed = True
+
+
+class PatchEncoder:
+    """Rows that depend on every part of an image, as a tower's do: means of its parts, spread at random."""
+
+    def __init__(self, hidden: int = 64) -> None:
+        spread = np.random.default_rng(5).normal(0, 1, (3, hidden))
+        self._spread = spread.astype(np.float32)
+
+    def encode(self, pixels: Any) -> Any:
+        half = VISION.image_size // 2
+        means = pixels.reshape(2, half, 2, half, 3).mean((1, 3)).reshape(VISION.tokens, 3)
+        return (means / 127.5 - 1).astype(np.float32) @ self._spread
+
+    def close(self) -> None:
+        return
+
+
+def serve() -> int:
+    """The worker process on the model with eyes."""
+    gpu.load_model = seeing_model
+    gpu.create_vision = lambda settings, model, engine: PatchEncoder()
+    return gpu.main()
+
+
+if __name__ == "__main__":
+    sys.exit(serve())
