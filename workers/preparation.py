@@ -49,7 +49,7 @@ class Preparation:
         body = delivery.body
         prompt = admit(body, self._model, self._settings)
         if prompt.images and not self._sees:
-            raise text_alone(prompt.images[0].field)
+            raise text_alone(f"{prompt.images[0].field.removesuffix('.image_url.url')}.type")
         events = (
             read_log(self._redis, delivery.job_id, prefix=self._settings.redis.prefix) if delivery.seq else []
         )

@@ -51,5 +51,5 @@ def create_engine(settings: Settings, model: Model) -> Engine:
 
 
 def create_vision(settings: Settings, model: Model, engine: Engine) -> VisionEncoder | None:
-    """STUB."""
+    """What encodes the model's images beside `engine`; None: none has a tower, and images are refused."""
     return None
