@@ -151,6 +151,16 @@ class AllDropped(Answer):
 # --- OpenAI's -------------------------------------------------------------------------------------
 
 
+class ImageLimits(Answer):
+    """What a request may hold, at most."""
+
+    images: int
+    bytes: int
+    """Of one image, before it is written in base64."""
+    pixels: int
+    """Of one image."""
+
+
 class Model(Answer):
     id: str
     object: Literal["model"]
@@ -158,6 +168,10 @@ class Model(Answer):
     owned_by: str
     max_context: int
     """The most tokens of prompt and answer together."""
+    input_modalities: list[Literal["text", "image"]]
+    """What a message may hold."""
+    image_limits: ImageLimits | None
+    """Null: the model takes no images."""
 
 
 class Models(Answer):

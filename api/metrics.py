@@ -146,6 +146,18 @@ def worker_families(heartbeats: Heartbeats) -> Iterator[Metric]:
         yield _histogram(f"wicore_{name}_seconds", meaning, labels, _found(of, ("latency", name)))
     for name, meaning in TOKENS.items():
         yield _histogram(f"wicore_{name}", meaning, labels, _found(of, ("requests", name)))
+    yield _histogram(
+        "wicore_image_encode_seconds",
+        "Seconds of an image, from its file to what the model reads.",
+        labels,
+        _found(of, ("images", "encode_seconds")),
+    )
+    yield _counter(
+        "wicore_image_cache_hits",
+        "Images that were kept from before, and not encoded again.",
+        labels,
+        _found(of, ("images", "cache_hits")),
+    )
 
 
 def _labelled(heartbeats: Heartbeats) -> list[tuple[tuple[str, str], Mapping[str, Any]]]:

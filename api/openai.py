@@ -14,7 +14,7 @@ from api.callers import caller
 from api.calls import Call
 from api.openapi import Schema, View
 from api.services import Services, current
-from wicore.admission import check_model
+from wicore.admission import check_model, image_limits
 from wicore.errors import (
     Cancelled,
     Conflict,
@@ -207,11 +207,15 @@ def model(name: str) -> Response:
 
 
 def _model(services: Services) -> dict[str, Any]:
-    served = services.model
+    served, limits = services.model, image_limits(services.settings.model)
+    sees = served.checkpoint.config.vision is not None
+    most = {"images": limits.count, "bytes": limits.bytes, "pixels": limits.pixels}
     return {
         "id": served.name,
         "object": "model",
         "created": served.created_s,
         "owned_by": "wicore",
         "max_context": served.context,
+        "input_modalities": ["text", "image"] if sees else ["text"],
+        "image_limits": most if sees else None,
     }

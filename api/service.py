@@ -11,7 +11,7 @@ from pydantic.config import JsonDict
 from api import answers, http, openapi
 from api.callers import caller
 from api.services import current
-from wicore.admission import check_model
+from wicore.admission import check_images, check_model, image_limits
 from wicore.errors import InvalidRequest, UnknownModel, WicoreError
 from wicore.request import JobBody, Message, Text, parse_model
 from wicore.text.prompt import prompt_ids
@@ -81,5 +81,10 @@ def tokenize() -> Response:
         body = JobBody(kind="completion", prompt=form.prompt)
     else:
         body = JobBody(kind="chat", messages=form.messages)
-    tokens = prompt_ids(body, services.model.tokenizer, services.model.context)
-    return http.reply({"tokens": tokens, "count": len(tokens)})
+    check_images(body, services.model)
+    model, limits = services.model, image_limits(services.settings.model)
+    config = model.checkpoint.config
+    ids, _ = prompt_ids(body, model.tokenizer, config, model.context, limits)
+    # What stands for an image in the model's vocabulary: negative ids are our own.
+    soft = None if config.vision is None else config.vision.soft_token_id
+    return http.reply({"tokens": [soft if one < 0 else one for one in ids], "count": len(ids)})

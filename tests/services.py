@@ -17,9 +17,9 @@ import httpx
 from redis import Redis
 
 from wicore.config import Settings, load_settings
-from wicore.engine.base import Engine
-from wicore.engine.factory import create_engine
-from wicore.model import load_model
+from wicore.engine.base import Engine, VisionEncoder
+from wicore.engine.factory import create_engine, create_vision
+from wicore.model import Model, load_model
 from wicore.queue.connection import connect
 from wicore.request import Event
 from wicore.stream.relay import Relay
@@ -39,13 +39,19 @@ def settings_for(url: str, **overrides: Any) -> Settings:
 
 @contextmanager
 def running_worker(
-    settings: Settings, owner: str = "test-worker", engine: Engine | None = None
+    settings: Settings,
+    owner: str = "test-worker",
+    engine: Engine | None = None,
+    model: Model | None = None,
+    encoder: VisionEncoder | None = None,
 ) -> Iterator[Worker]:
     """A worker on a thread of this process; stopped, and its accounts checked, at the end."""
-    model = load_model(settings)
+    model = model or load_model(settings)
     assert settings.redis.url is not None
     client = connect(settings.redis.url)
-    worker = Worker(settings, model, engine or create_engine(settings, model), client, owner)
+    engine = engine or create_engine(settings, model)
+    encoder = encoder or create_vision(settings, model, engine)
+    worker = Worker(settings, model, engine, client, owner, encoder)
     thread = threading.Thread(target=worker.run, name=owner)
     thread.start()
     try:

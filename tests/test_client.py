@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.fake_service import Door, Event, Service, story
+from tests.images import data_url, image_part, png
 from wicore.cli import main
 from wicore.client import Client
 from wicore.client.wire import EventReader
@@ -153,6 +154,35 @@ def test_chat_sends_the_conversation_so_far(service: Service, wicore: Callable[.
         ["Be kind.", "Hello", "Hi!", "How are you?"],
         ["Be kind.", "New?"],
     ]
+
+
+def test_a_chat_shows_images_with_the_next_question(
+    service: Service, wicore: Callable[..., Any], tmp_path: Any
+) -> None:
+    service.stories = {"j1": story("A cat."), "j2": story("Still.")}
+    service.next_job = iter(service.stories)
+    path = tmp_path / "cat.png"
+    path.write_bytes(png())
+    said = f"/image {tmp_path}/dog.png\n/image {path}\nWhat is this?\nAnd now?\n"
+    result = wicore("chat", input=said)
+    assert "dog.png: No such file or directory" in result.output
+    first, second = (body["messages"] for body in service.submitted)
+    assert first == [{"role": "user", "content": [image_part(), {"type": "text", "text": "What is this?"}]}]
+    assert second[:2] == [*first, {"role": "assistant", "content": "A cat."}]
+    assert second[2] == {"role": "user", "content": "And now?"}
+
+
+def test_submit_shows_images_before_the_prompt(
+    service: Service, wicore: Callable[..., Any], tmp_path: Any
+) -> None:
+    path = tmp_path / "cat.jpg"
+    path.write_bytes(png())
+    assert wicore("submit", "--image", str(path), "What?").exit_code == ExitCode.OK
+    (message,) = service.submitted[0]["messages"]
+    url = data_url(png(), "jpeg")
+    shown = {"type": "image_url", "image_url": {"url": url}}
+    assert message["content"] == [shown, {"type": "text", "text": "What?"}]
+    assert wicore("submit", "--image", str(tmp_path / "none.jpg"), "What?").exit_code != ExitCode.OK
 
 
 def test_a_failed_answer_does_not_end_the_chat(service: Service, wicore: Callable[..., Any]) -> None:

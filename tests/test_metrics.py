@@ -114,6 +114,15 @@ def test_every_family_is_there_without_a_worker() -> None:
     assert all(family.documentation and not family.samples for family in told.values())
 
 
+def test_images_are_counted_where_a_worker_encodes_any() -> None:
+    images = {"encode_seconds": {"bounds": [1.0], "counts": [2, 1], "sum": 4.5}, "cache_hits": 7}
+    beats = [{"worker": "w1", "images": images}, {"worker": "w2", "images": None}]
+    told = families(generate_latest(Families(worker_families(beats))).decode())
+    assert samples(told["wicore_image_cache_hits"], "worker", suffix="_total") == {("w1",): 7}
+    counts = samples(told["wicore_image_encode_seconds"], "worker", suffix="_count")
+    assert counts == {("w1",): 3}
+
+
 def test_a_worker_of_an_older_version_has_what_it_tells() -> None:
     told = families(generate_latest(Families(worker_families([{"worker": "w1"}]))).decode())
     assert samples(told["wicore_worker_info"], "worker") == {("w1",): 1}

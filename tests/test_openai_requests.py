@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from tests.images import data_url, png
 from wicore.errors import InvalidRequest
 from wicore.openai import chat_request, completion_request
 from wicore.request import JobBody, Priority, parse_job
@@ -12,8 +13,16 @@ from wicore.request import JobBody, Priority, parse_job
 HELLO = [{"role": "user", "content": "Hello"}]
 CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 PART = {"type": "text", "text": "Hello"}
+PNG = data_url(png())
 OBFUSCATED = {"include_obfuscation": True}
-IMAGE = [{"role": "user", "content": [{"type": "image_url", "text": ""}]}]
+
+
+def shown(*parts: Any, role: str = "user") -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": list(parts)}]}
+
+
+def image(url: str, **fields: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url, **fields}}
 
 
 def tool(name: str, parameters: Any = None) -> dict[str, Any]:
@@ -146,6 +155,19 @@ def test_a_chat_with_tools_travels_unchanged() -> None:
     assert parse_job(body.wire()) == body
 
 
+def test_images_of_a_chat_travel_unchanged() -> None:
+    body = chat_request(shown(PART, image(PNG, detail="high"), image(PNG))).body
+    wire = body.wire()
+    assert wire["messages"][0]["content"][1]["image_url"] == {"url": PNG, "detail": "high"}
+    assert parse_job(wire) == body
+
+
+def test_an_image_on_another_host_is_refused_with_what_to_do() -> None:
+    words = "nothing is fetched from other hosts; send the image's bytes as a data: URL"
+    with pytest.raises(InvalidRequest, match=words):
+        chat_request(shown(image("https://a.example/b.png")))
+
+
 def test_best_of_asks_for_logprobs_of_its_own() -> None:
     body = completion_request({"prompt": "a", "best_of": 3}).body
     assert (body.sequences, body.n, body.logprobs, body.sampling().logprobs) == (3, 1, None, 0)
@@ -220,10 +242,20 @@ def test_usage_is_streamed_on_request() -> None:
         ("n", {"n": 1000}),
         ("stop.0", {"stop": [""]}),
         ("stop", {"stop": ["x"] * 17}),
-        (
-            "messages.0.content.0.type",
-            {"messages": IMAGE},
-        ),
+        ("messages.0.content.0.type", shown({"type": "input_audio", "input_audio": {}})),
+        ("messages.0.content.0.image_url", shown({"type": "image_url", "text": ""})),
+        ("messages.0.content.0.image_url", shown(image(PNG) | PART)),
+        ("messages.0.content.0.image_url.url", shown(image("https://a.example/b.png"))),
+        ("messages.0.content.0.image_url.url", shown(image("HTTP://a.example/b.png"))),
+        ("messages.0.content.0.image_url.url", shown(image("file:///etc/passwd"))),
+        ("messages.0.content.0.image_url.url", shown(image("data:text/plain;base64,aGk="))),
+        ("messages.0.content.0.image_url.url", shown(image("data:image/png,aGk="))),
+        ("messages.0.content.0.image_url.url", shown(image("data:image/png;base64,\ud800"))),
+        ("messages.0.content.0.image_url.url", shown(image(""))),
+        ("messages.0.content.0.image_url.detail", shown(image(PNG, detail="best"))),
+        ("messages.0.content.0.image_url.size", shown(image(PNG, size=5))),
+        ("messages.0.content", shown(image(PNG), role="system")),
+        ("messages.0.content", shown(image(PNG), role="assistant")),
         ("messages.0.content.0.zz", {"messages": [{"role": "user", "content": [{**PART, "zz": 1}]}]}),
         ("messages.0.zz", {"messages": [{**HELLO[0], "zz": 1}]}),
         ("tools.0.function.zz", {"tools": [{"type": "function", "function": {"name": "f", "zz": 1}}]}),

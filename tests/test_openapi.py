@@ -12,6 +12,7 @@ from schemathesis.openapi import from_dict
 
 from api.app import create_app
 from api.openapi import document_of, operations
+from tests.images import image_part
 from tests.services import settings_for
 from wicore.errors import InvalidRequest
 from wicore.openai import chat_request, completion_request
@@ -101,6 +102,8 @@ def test_the_page_for_people_shows_every_operation_and_schema_and_needs_no_scrip
 HELLO = [{"role": "user", "content": "Hello"}]
 SCHEMA = {"name": "a", "schema": {"type": "object"}}
 TOOL = {"type": "function", "function": {"name": "look"}}
+IMAGE = image_part()
+INPUT_IMAGE = {"type": "input_image", "image_url": IMAGE["image_url"]["url"]}
 COMMON: list[tuple[Schema, bool]] = [
     ({}, True),
     ({"temperature": 2}, True),
@@ -148,6 +151,11 @@ CHAT: list[tuple[Schema, bool]] = [
     ({"messages": HELLO, "tools": [TOOL], "tool_choice": "required"}, True),
     ({"messages": HELLO, "tools": [TOOL | {"type": "custom"}]}, False),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "more": 1}]}]}, False),
+    ({"messages": [{"role": "user", "content": [IMAGE]}]}, True),
+    ({"messages": [{"role": "user", "content": [IMAGE | {"text": "a"}]}]}, False),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, False),
+    ({"messages": [{"role": "user", "content": [image_part(detail="best")]}]}, False),
+    ({"messages": [{"role": "user", "content": [image_part(url="https://a.example/b.png")]}]}, False),
     ({"messages": "Hello"}, False),
 ]
 COMPLETION: list[tuple[Schema, bool]] = [
@@ -227,6 +235,9 @@ CASES.append(
             ({}, False),
             ({"input": [{"role": "user", "content": "Hello"}], "temperature": None}, True),
             ({"input": [{"type": "image", "content": "Hello"}]}, False),
+            ({"input": [{"role": "user", "content": [INPUT_IMAGE]}]}, True),
+            ({"input": [{"role": "user", "content": [INPUT_IMAGE | {"file_id": "file-1"}]}]}, False),
+            ({"input": [{"role": "user", "content": [INPUT_IMAGE | {"image_url": "b.png"}]}]}, False),
             ({"input": "Hello", "logprobs": 1}, False),
             ({"input": "Hello", "background": True, "store": False}, False),
             ({"input": "Hello", "background": True}, True),

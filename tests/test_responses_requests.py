@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from openai.types.responses.response_create_params import ResponseCreateParamsBase
 
+from tests.images import data_url, png
 from wicore.errors import InvalidRequest, TooLarge
 from wicore.openai.responses_api import Stored, numbered, response_request
 from wicore.openai.responses_api.request import ResponseBody
@@ -23,6 +24,13 @@ ANSWER = {
     "phase": None,
     "content": [{"type": "output_text", "text": "Yes?", "annotations": [], "logprobs": []}],
 }
+
+
+IMAGE = {"type": "input_image", "image_url": data_url(png()), "detail": "high"}
+
+
+def seen(*content: Any, role: str = "user") -> dict[str, Any]:
+    return {"input": [{"role": role, "content": list(content)}]}
 
 
 def job(body: dict[str, Any], earlier: Any = (), check: Any = None) -> JobBody:
@@ -139,10 +147,11 @@ def test_every_field_of_the_official_client_is_taken_or_refused_by_name(field: s
         ({}, "input"),
         ({"input": ""}, "input"),
         ({"input": []}, "input"),
-        (
-            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
-            "input.0.content.0",
-        ),
+        (seen({**IMAGE, "image_url": "https://a.example/b.png"}), "input.0.content.0.image_url"),
+        (seen({"type": "input_image"}), "input.0.content.0.image_url"),
+        (seen({**IMAGE, "file_id": "file-1"}), "input.0.content.0.file_id"),
+        (seen({**IMAGE, "detail": "best"}), "input.0.content.0.detail"),
+        (seen(IMAGE, role="system"), "input.0.content"),
         ({"input": [{"role": "robot", "content": "x"}]}, "input.0.role"),
         ({"input": [{"role": "user", "content": "x", "mood": "good"}]}, "input.0.mood"),
         ({**HELLO, "background": True, "store": False}, "background"),
@@ -162,6 +171,17 @@ def test_what_cannot_be_served_is_refused_by_name(body: dict[str, Any], param: s
 
 CALL = {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": "{}"}
 CALLED = {"type": "function_call_output", "call_id": "c1", "output": "sunny"}
+
+
+def test_an_image_is_that_of_a_chat_where_it_stands() -> None:
+    words = {"type": "input_text", "text": "What"}
+    body = job(seen(words, IMAGE, {**words, "text": "is it?"}))
+    assert body.messages is not None
+    content = body.messages[0].content
+    assert isinstance(content, list)
+    assert [part.type for part in content] == ["text", "image_url", "text"]
+    assert content[1].image_url is not None
+    assert (content[1].image_url.url, content[1].image_url.detail) == (IMAGE["image_url"], "high")
 
 
 def test_tools_and_formats_are_those_of_a_chat() -> None:

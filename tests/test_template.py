@@ -15,7 +15,7 @@ from wicore.text.tokenizer import Tokenizer
 
 
 def render_chat(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
-    return render(chat_turns(messages), tokenizer)
+    return render(chat_turns(messages), tokenizer)[0]
 
 
 def chat(*turns: tuple[str, Any]) -> list[Message]:
@@ -205,5 +205,5 @@ def test_control_strings_in_calls_and_results_stay_text(tiny_tokenizer: Tokenize
         call["tool_calls"][0]["function"]["arguments"] = evil
     messages = [ASK, call, result("a", evil if role == "tool" else "42")]
     turns = chat_turns([Message.model_validate(m) for m in messages], evil if role == "preamble" else "")
-    ids = render(turns, tiny_tokenizer)
+    ids, _ = render(turns, tiny_tokenizer)
     assert (ids.count(tiny_tokenizer.start_of_turn), ids.count(tiny_tokenizer.end_of_turn)) == (4, 3)

@@ -11,13 +11,15 @@ import httpx
 import pytest
 
 from tests.collector import Collector, Span
+from tests.images import asked, png
+from tests.seeing import HeldEncoder, seeing_model
 from tests.services import follow, running_worker, settings_for, start_api, stop, worker_process
 from tests.waiting import free_port
 from wicore.config import TelemetrySettings, load_settings
 from wicore.errors import ConfigError
 from wicore.queue.codec import decode, encode
 from wicore.queue.producer import Producer
-from wicore.request import JobBody, Priority
+from wicore.request import JobBody, Priority, parse_job
 from wicore.telemetry.tracing import tracer_of, valid_traceparent
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -109,6 +111,21 @@ def test_a_job_that_cannot_run_has_a_failed_attempt(
         assert list(follow(redis_client, job))[-1]["type"] == "failed"
     attempt = named(collector.of_job(job), "attempt")
     assert (attempt.failed, attempt.attributes["wicore.outcome"]) == (True, "failed")
+
+
+@pytest.mark.valkey
+def test_a_job_with_images_shows_how_long_they_took(
+    redis_client: Any, valkey_url: str, collector: Collector
+) -> None:
+    settings = settings_for(valkey_url, engine__kind="null", telemetry__otlp_endpoint=collector.url)
+    body = parse_job({"messages": asked(png()), "max_tokens": 2})
+    job = Producer(redis_client).submit(body, Priority.NORMAL).id
+    with running_worker(settings, model=seeing_model(settings), encoder=HeldEncoder(held=False)):
+        assert list(follow(redis_client, job))[-1]["type"] == "done"
+    spans = collector.of_job(job)
+    images, prefill = named(spans, "images"), named(spans, "prefill")
+    assert images.parent == named(spans, "attempt").id
+    assert images.start <= images.end <= prefill.start + 1_000_000
 
 
 @pytest.mark.parametrize(

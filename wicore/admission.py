@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from wicore.config import Settings
+from wicore.config import ModelSettings, Settings
 from wicore.errors import InvalidRequest, UnknownModel
 from wicore.grammar import grammar_of, parts_of
 from wicore.grammar.check import check_grammar
 from wicore.model import Model
 from wicore.request import JobBody
+from wicore.text.images import ImageLimits
 from wicore.text.prompt import Prompt, prepare
 from wicore.webhooks.message import check_webhook
 
@@ -26,7 +27,28 @@ def admit(body: JobBody, model: Model, settings: Settings) -> Prompt:
         )
     _check_form(body)
     check_webhook(body.webhook_url, settings.webhooks)
-    return prepare(body, model.tokenizer, model.checkpoint.config, model.context)
+    check_images(body, model)
+    limits = image_limits(settings.model)
+    return prepare(body, model.tokenizer, model.checkpoint.config, model.context, limits)
+
+
+def check_images(body: JobBody, model: Model) -> None:
+    """Raises InvalidRequest, naming the first image, if the model takes none and there is one."""
+    if model.checkpoint.config.vision is not None:
+        return
+    for at, message in enumerate(body.messages or ()):
+        for part, _ in message.images():
+            raise text_alone(f"messages.{at}.content.{part}.type")
+
+
+def text_alone(field: str) -> InvalidRequest:
+    """What is said of an image, whose type is at `field`, where none can be seen."""
+    what = "this model is served for text alone; send parts of type 'text' (got 'image_url')"
+    return InvalidRequest(f"{field}: {what}", param=field)
+
+
+def image_limits(settings: ModelSettings) -> ImageLimits:
+    return ImageLimits(settings.max_images, settings.max_image_bytes, settings.max_image_pixels)
 
 
 def _check_form(body: JobBody) -> None:

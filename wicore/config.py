@@ -101,6 +101,8 @@ class QueueSettings(_Section):
     """Share of pops that look at the lowest level first, so that it is not starved."""
     stall_s: float = Field(120.0, ge=1)
     """A worker whose engine has been in one step for this many seconds gives up its jobs' leases."""
+    image_stall_s: float = Field(600.0, ge=1)
+    """The same of a worker that has been at one image for this many seconds."""
     drain_s: float = Field(20.0, ge=0)
     """A stopping worker finishes for this many seconds, then hands back what is left."""
 
@@ -126,6 +128,14 @@ class ModelSettings(_Section):
     """What clients call it; unset: the folder's name."""
     max_context: int | None = Field(None, ge=16)
     """Tokens; unset: what the checkpoint allows."""
+    max_images: int = Field(16, ge=0, le=256)
+    """Images that a request may have; 0: none."""
+    max_image_bytes: int = Field(10 * 2**20, ge=1)
+    """Largest image, as the file that it is."""
+    max_image_pixels: int = Field(50_000_000, ge=1)
+    """Largest image, in pixels: it is unpacked in memory, with some bytes for each."""
+    image_cache_bytes: int = Field(256 * 2**20, ge=0)
+    """What a worker may keep of images encoded lately, so that the next turn of a chat need not again."""
 
 
 class EngineSettings(_Section):

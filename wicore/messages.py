@@ -6,7 +6,8 @@ and which call a result answers, the chat template checks (`wicore.text.template
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast
 
@@ -16,13 +17,24 @@ from pydantic.config import JsonDict, JsonValue
 from wicore.fields import JsonSchema, Strict, Text
 
 MAX_TOOLS = 128
+_DATA_URL = r"^data:image/[A-Za-z0-9.+-]{1,64};base64,"
+"""How the URL of an image begins: it holds the image."""
 
 FunctionName = Annotated[Text, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
 
 def _served_part(value: Any) -> Any:
-    if value in ("image_url", "input_audio", "file"):
-        raise ValueError("this model is served for text alone; send parts of type 'text'")
+    if value in ("input_audio", "file"):
+        raise ValueError("not served; send parts of type 'text' or 'image_url'")
+    return value
+
+
+def _data_url(value: str) -> str:
+    """Its form alone: what the bytes are is found out where they are used (`wicore.text.images`)."""
+    if re.match("https?:", value, re.IGNORECASE):
+        raise ValueError("nothing is fetched from other hosts; send the image's bytes as a data: URL")
+    if not (value.isascii() and re.match(_DATA_URL, value)):
+        raise ValueError("must be a data: URL of an image in base64, as data:image/png;base64,iVBORw0...")
     return value
 
 
@@ -37,40 +49,58 @@ FunctionType = Annotated[Literal["function"], BeforeValidator(_function_alone)]
 
 _NULL: JsonDict = {"type": "null"}
 _EMPTY: JsonDict = {"enum": [None, ""]}
-_ONE_TEXT: JsonDict = {
-    "oneOf": [
-        {
-            "properties": {"type": {"const": "text"}, "text": {"type": "string"}, "refusal": _NULL},
-            "required": ["text"],
-        },
-        {
-            "properties": {"type": {"const": "refusal"}, "refusal": {"type": "string"}, "text": _NULL},
-            "required": ["refusal"],
-        },
-    ]
-}
-"""What `ContentPart._one_text` checks, as JSON Schema says it."""
+_PARTS = {"text": "string", "refusal": "string", "image_url": "object"}
+
+
+def _alone(kind: str) -> JsonDict:
+    properties: JsonDict = dict.fromkeys(_PARTS, _NULL)
+    properties |= {"type": {"const": kind}, kind: {"type": _PARTS[kind]}}
+    return {"properties": properties, "required": [kind]}
+
+
+_ONE_KIND: JsonDict = {"oneOf": [_alone(kind) for kind in _PARTS]}
+"""What `ContentPart._of_its_type` checks, as JSON Schema says it."""
+
+
+DataURL = Annotated[
+    str,
+    AfterValidator(_data_url),
+    Field(json_schema_extra={"pattern": f"{_DATA_URL}[A-Za-z0-9+/]+={{0,2}}$"}),
+]
+Detail = Literal["auto", "low", "high"]
+
+
+class ImageURL(Strict):
+    """An image, which the URL holds."""
+
+    url: DataURL
+    """data:image/TYPE;base64,...: a PNG, JPEG, WebP, GIF (its first frame) or BMP."""
+    detail: Detail = "auto"
+    """high: crops of a long or wide image are shown beside the whole; auto and low: the whole alone."""
 
 
 class ContentPart(Strict):
-    """A piece of a message's content; assistants also have refusals."""
+    """A piece of a message's content; users also have images, assistants refusals."""
 
-    model_config = ConfigDict(json_schema_extra=_ONE_TEXT)
+    model_config = ConfigDict(json_schema_extra=_ONE_KIND)
 
-    type: Annotated[Literal["text", "refusal"], BeforeValidator(_served_part)]
+    type: Annotated[Literal["text", "refusal", "image_url"], BeforeValidator(_served_part)]
     text: Text | None = None
     refusal: Text | None = None
+    image_url: ImageURL | None = None
 
     @model_validator(mode="after")
-    def _one_text(self) -> ContentPart:
+    def _of_its_type(self) -> ContentPart:
         if getattr(self, self.type) is None:
             raise ValueError(f"{self.type}: required in a part of type {self.type!r}")
-        if self.text is not None and self.refusal is not None:
-            raise ValueError("refusal: not allowed beside text")
+        for other in _PARTS:
+            if other != self.type and getattr(self, other) is not None:
+                raise ValueError(f"{other}: not allowed in a part of type {self.type!r}")
         return self
 
-    def said(self) -> str:
-        return (self.text if self.type == "text" else self.refusal) or ""
+    def said(self) -> str | ImageURL:
+        said = self.image_url or self.text or self.refusal
+        return "" if said is None else said
 
 
 class CalledFunction(Strict):
@@ -170,19 +200,26 @@ class Message(Strict):
             raise ValueError("tool_calls: two calls have the same id; ids must be unique")
         if self.role != "assistant" and any(part.type == "refusal" for part in self._parts()):
             raise ValueError("content: only assistants have parts of type 'refusal'")
+        if self.role != "user" and any(part.type == "image_url" for part in self._parts()):
+            raise ValueError("content: only users have parts of type 'image_url'")
         return self
 
     def _parts(self) -> Sequence[ContentPart]:
         return self.content if isinstance(self.content, list) else ()
 
-    def texts(self) -> list[str]:
-        """What is said, part by part; a refusal stands where the content would."""
+    def said(self) -> list[str | ImageURL]:
+        """Texts and images, part by part; a refusal stands where the content would."""
         if isinstance(self.content, str):
             return [self.content]
         return [part.said() for part in self._parts()] or [self.refusal or ""]
 
     def text(self) -> str:
-        return "".join(self.texts())
+        """What is said in words."""
+        return "".join(said for said in self.said() if isinstance(said, str))
+
+    def images(self) -> Iterator[tuple[int, ImageURL]]:
+        """Its images, each with the number of its part."""
+        return ((at, part.image_url) for at, part in enumerate(self._parts()) if part.image_url is not None)
 
 
 # --- tools --------------------------------------------------------------------------------------

@@ -93,6 +93,8 @@ class Account:
             kind="consumer",
             error=outcome if outcome in ("failed", "lost") else None,
         )
+        if times.seeing is not None:
+            self._span(tracer, "images", attempt, times.seeing, times.seen or end)
         if times.scheduled is not None:
             self._span(tracer, "prefill", attempt, times.scheduled, times.first_token or end)
         if times.first_token is not None:

@@ -15,7 +15,7 @@ import sys
 import threading
 
 from wicore.config import Settings, load_settings
-from wicore.engine.factory import create_engine
+from wicore.engine.factory import create_engine, create_vision
 from wicore.errors import ConfigError, EngineError, WicoreError
 from wicore.exit_codes import ExitCode, exit_code
 from wicore.model import load_model
@@ -88,6 +88,7 @@ def _build(settings: Settings) -> Worker:
     model = load_model(settings)
     redis = connect(settings.redis.url)
     engine = create_engine(settings, model)
+    encoder = create_vision(settings, model, engine)
     owner = new_owner()
     info = engine.info
     log.info(
@@ -100,7 +101,7 @@ def _build(settings: Settings) -> Worker:
         settings.scheduler.max_batch,
         model.context,
     )
-    return Worker(settings, model, engine, redis, owner)
+    return Worker(settings, model, engine, redis, owner, encoder)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ class Job:
     """Monotonic time at which it expires."""
     times: Times
     keys: dict[int, int] = field(default_factory=dict)
-    """Choice index by sequence key, of the choices still running."""
+    """Choice index by sequence key, of the choices that have not ended."""
+    seeing: bool = False
+    """Its images are being encoded: the scheduler has nothing of it yet."""
     ending: tuple[TerminalType, WicoreError | None] | None = None
 
     def told_of(self, key: int, waits: Callable[[int], bool]) -> dict[str, object] | None:
@@ -41,6 +43,6 @@ class Job:
             "prompt_tokens": len(generation.prompt.token_ids),
             "tokens": generation.generated(index),
             "max_tokens": generation.prompt.max_tokens,
-            "waits": waits(key),
+            "waits": self.seeing or waits(key),
             "started_ms": delivery.popped_ms,
         }

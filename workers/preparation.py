@@ -9,7 +9,7 @@ from functools import partial
 
 from redis import Redis
 
-from wicore.admission import admit
+from wicore.admission import admit, text_alone
 from wicore.config import Settings
 from wicore.generation import Generation
 from wicore.grammar import grammar_of
@@ -29,9 +29,17 @@ class Preparation:
     """Checks, tokenises and numbers jobs, compiles their grammars, and reads what earlier attempts wrote."""
 
     def __init__(
-        self, settings: Settings, model: Model, vocab_size: int, cache: CacheManager, redis: Redis
+        self,
+        settings: Settings,
+        model: Model,
+        vocab_size: int,
+        cache: CacheManager,
+        redis: Redis,
+        *,
+        sees: bool,
     ) -> None:
-        """`vocab_size` is the engine's: how many logits a row has."""
+        """`vocab_size` is the engine's: how many logits a row has. `sees`: images can be encoded."""
+        self._sees = sees
         self._settings, self._model, self._cache, self._redis = settings, model, cache, redis
         self._grammars = Compiler(model.tokenizer, vocab_size)
         self._next_key = 0
@@ -40,6 +48,8 @@ class Preparation:
         """Raises the error that the job is to fail with, or Unavailable."""
         body = delivery.body
         prompt = admit(body, self._model, self._settings)
+        if prompt.images and not self._sees:
+            raise text_alone(f"{prompt.images[0].field.removesuffix('.image_url.url')}.type")
         events = (
             read_log(self._redis, delivery.job_id, prefix=self._settings.redis.prefix) if delivery.seq else []
         )

@@ -19,17 +19,25 @@ _LOOK_S = 1.0
 
 
 def watch(worker: Worker, settings: QueueSettings) -> None:
-    """Start a thread that ends this process with `ExitCode.STALLED` when one step lasts too long.
+    """Start a thread that ends this process with `ExitCode.STALLED` when one step or image lasts too long.
 
-    Too long is `stall_s`, at which the leases are given up, and two leases more, in which others take the
-    jobs over. The stacks of all threads go to standard error first.
+    Too long is `stall_s` or `image_stall_s`, at which the leases are given up, and two leases more, in which
+    others take the jobs over. The stacks of all threads go to standard error first.
     """
-    limit_s = settings.stall_s + 2 * settings.lease_s
+    step_s = settings.stall_s + 2 * settings.lease_s
+    image_s = settings.image_stall_s + 2 * settings.lease_s
+
+    def hang() -> str | None:
+        if worker.step_lasts_s() >= step_s:
+            return f"the engine has been in one step for {step_s:.0f} s"
+        if worker.image_lasts_s() >= image_s:
+            return f"the encoder has been at one image for {image_s:.0f} s"
+        return None
 
     def run() -> None:
-        while worker.step_lasts_s() < limit_s:
+        while (what := hang()) is None:
             time.sleep(_LOOK_S)
-        log.critical("the engine has been in one step for %.0f s; this process ends", limit_s)
+        log.critical("%s; this process ends", what)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         os._exit(ExitCode.STALLED)
 

@@ -6,6 +6,7 @@ Threads
                engine thread.
     keeper     renews leases, reaps those of dead workers, hears of cancels (LeaseKeeper).
     publisher  writes events and results (Publisher).
+    vision     encodes the images of jobs, if the model takes images (Vision).
     look-ahead has the cached prefixes of waiting jobs brought nearer (LookAhead).
     tier-*     copy KV blocks between tiers (TierMover).
     heartbeat  tells the registry that this worker lives.
@@ -25,6 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from redis import Redis
@@ -32,7 +34,7 @@ from redis import Redis
 from wicore import __version__
 from wicore.admission import admit
 from wicore.config import Settings
-from wicore.engine.base import Engine, PendingStep, StepPlan
+from wicore.engine.base import Engine, ImageRows, PendingStep, StepPlan, VisionEncoder
 from wicore.errors import Cancelled, EngineError, Expired, Unavailable, WicoreError
 from wicore.model import Model
 from wicore.queue.consumer import Delivery, LeaseConsumer, LeaseKeeper
@@ -50,6 +52,7 @@ from workers.job import Job
 from workers.lookahead import LookAhead
 from workers.panel import Panel
 from workers.preparation import Preparation
+from workers.vision import Vision
 
 log = logging.getLogger("wicore.worker")
 
@@ -80,14 +83,36 @@ class _Mean:
 class Worker:
     """One engine and the queue it serves. `run` blocks until `stop` and the drain after it."""
 
-    def __init__(self, settings: Settings, model: Model, engine: Engine, redis: Redis, owner: str) -> None:
-        """`owner` names this process in leases and must never be used again by another."""
+    def __init__(
+        self,
+        settings: Settings,
+        model: Model,
+        engine: Engine,
+        redis: Redis,
+        owner: str,
+        encoder: VisionEncoder | None = None,
+    ) -> None:
+        """`owner` names this process in leases and must never be used again by another. Engine and `encoder`,
+        None where images are not served, are closed at the end of `run`."""
         self._settings, self._model, self._engine, self._redis = settings, model, engine, redis
         self._owner = owner
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._cache = TieredCache(settings, engine, self._wake)
-        self._preparation = Preparation(settings, model, engine.info.vocab_size, self._cache.manager, redis)
-        limits = Limits(settings.scheduler.max_batch, settings.scheduler.token_budget)
+        self._vision = self._eyes(encoder)
+        self._preparation = Preparation(
+            settings,
+            model,
+            engine.info.vocab_size,
+            self._cache.manager,
+            redis,
+            sees=self._vision is not None,
+        )
+        eyes = model.checkpoint.config.vision if self._vision is not None else None
+        limits = Limits(
+            settings.scheduler.max_batch,
+            settings.scheduler.token_budget,
+            image_tokens=0 if eyes is None else eyes.tokens,
+        )
         self._scheduler = Scheduler(limits, self._cache.manager)
         self._jobs: dict[str, Job] = {}
         """By delivery tag."""
@@ -154,6 +179,20 @@ class Worker:
         panel = Panel(node, self, Producer(redis, prefix, leases), settings)
         self._celery = CeleryNode(settings.redis.url, node, panel)
 
+    def _eyes(self, encoder: VisionEncoder | None) -> Vision | None:
+        shape = self._model.checkpoint.config.vision
+        if encoder is None or shape is None:
+            return None
+        return Vision(
+            encoder,
+            shape.image_size,
+            self._settings.model.image_cache_bytes,
+            wanted=lambda job: self._jobs.get(job.delivery.tag) is job,
+            seen=lambda job, rows: self._inbox.put(lambda: self._see(job, rows)),
+            refused=lambda job, err: self._inbox.put(lambda: self._refuse(job, err)),
+            failed=lambda err: self._inbox.put(lambda: self._raise(err)),
+        )
+
     def run(self) -> None:
         """Serve until `stop`, then drain for `queue.drain_s` and hand back what is left."""
         self._publisher.start()
@@ -161,6 +200,8 @@ class Worker:
         self._heartbeat.start()
         self._cancels.start()
         self._celery.start()
+        if self._vision is not None:
+            self._vision.start()
         self._intake.start()
         self._look_ahead.start()
         try:
@@ -175,6 +216,8 @@ class Worker:
             self.stop()
             self._intake.join()
             self._look_ahead.join()
+            if self._vision is not None:
+                self._vision.stop()
             self._leave(healthy=healthy)
 
     def stop(self) -> None:
@@ -206,6 +249,7 @@ class Worker:
             "between_ms": round(self._between.mean * 1e3, 3),
             "preemptions": self._scheduler.preemptions,
             "kv": self._cache.report(),
+            "images": None if self._vision is None else self._vision.report(),
             "jobs": self._accepted,
             "version": __version__,
             **self._account.stats.report(
@@ -228,6 +272,10 @@ class Worker:
         """How long the engine has been in the step under way; 0 between steps. For any thread."""
         started = self._step_started
         return 0.0 if started is None else time.monotonic() - started
+
+    def image_lasts_s(self) -> float:
+        """How long the image under way has been with the encoder; 0 between images. For any thread."""
+        return 0.0 if self._vision is None else self._vision.lasts_s()
 
     def jobs(self) -> tuple[list[Delivery], list[Delivery]]:
         """The jobs that the engine has, and those popped and not yet there. For any thread."""
@@ -368,19 +416,43 @@ class Worker:
             self._abandon(earlier)
         self._jobs[job.delivery.tag] = job
         self._untold[job] = None
-        try:
-            for index, request in job.requests:
-                self._scheduler.add(request)
-                job.keys[request.key] = index
-                self._by_key[request.key] = job
-        except WicoreError as err:
-            self._release(job, job.generation.body.sequences - len(job.keys))
-            self._end(job, "failed", err)
-            return
+        for index, request in job.requests:
+            job.keys[request.key] = index
+            self._by_key[request.key] = job
         # Choices that an earlier attempt finished need no slot; all of them, if it died before the end.
         self._release(job, job.generation.body.sequences - len(job.requests))
         if job.generation.finished:
             self._end(job, "done")
+        elif not job.generation.prompt.images:
+            self._schedule(job, ())
+        else:
+            assert self._vision is not None
+            job.seeing = True
+            job.times.seeing = time.monotonic()
+            if (rows := self._vision.look(job)) is not None:
+                self._see(job, rows)
+
+    def _see(self, job: Job, rows: Sequence[ImageRows]) -> None:
+        """The images of a job are encoded; it may have ended meanwhile."""
+        if self._jobs.get(job.delivery.tag) is job:
+            job.seeing = False
+            job.times.seen = time.monotonic()
+            self._schedule(job, rows)
+
+    def _refuse(self, job: Job, err: WicoreError) -> None:
+        if self._jobs.get(job.delivery.tag) is job:
+            self._end(job, "failed", err)
+
+    @staticmethod
+    def _raise(err: EngineError) -> None:
+        raise err
+
+    def _schedule(self, job: Job, images: Sequence[ImageRows]) -> None:
+        try:
+            for _, request in job.requests:
+                self._scheduler.add(replace(request, images=images) if images else request)
+        except WicoreError as err:
+            self._end(job, "failed", err)
 
     def _end_choice(self, job: Job, key: int) -> None:
         job.generation.found_cached(self._scheduler.cached(key))
@@ -444,7 +516,11 @@ class Worker:
         self._celery.stop()
         self._cancels.stop()
         if healthy:  # so that the slots of jobs popped amid the stop are accounted for
-            self._empty_inbox(None, block=False)
+            try:
+                self._empty_inbox(None, block=False)
+            except EngineError as err:  # amid the last image
+                log.error("the engine failed: %s", err.message)
+                healthy = False
             self._offer_room()
         self._tell()
         self._publisher.stop(_FLUSH_S)
@@ -466,13 +542,22 @@ class Worker:
         if healthy:
             self._cache.flush(_FLUSH_S, self._wait)
             self._cache.close()
-            self._engine.close()
+            if self._close_vision():
+                self._engine.close()
             return
         self._cache.abandon()
         try:
-            self._engine.close()
+            if self._close_vision():
+                self._engine.close()
         except EngineError as err:
             log.error("the engine did not close: %s", err.message)
+
+    def _close_vision(self) -> bool:
+        """False while an image is still being encoded: then the device is left to the end of the process."""
+        if self._vision is None or self._vision.close(_FLUSH_S):
+            return True
+        log.warning("an image is still being encoded")
+        return False
 
     def _wait(self, seconds: float) -> None:
         """Until the inbox rings, but no longer."""
@@ -510,8 +595,9 @@ class Worker:
         self._trial.end(delivery)
 
     def _progresses(self) -> bool:
-        """Whether the engine still makes progress; a hung one must lose its leases."""
-        return self.step_lasts_s() < self._settings.queue.stall_s
+        """Whether engine and encoder still make progress; a hung one must lose its leases."""
+        limits = self._settings.queue
+        return self.step_lasts_s() < limits.stall_s and self.image_lasts_s() < limits.image_stall_s
 
     def _accept(self, delivery: Delivery) -> None:
         """Turn a delivery into a job for the engine thread, or into its failure."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.browser.conftest import KEY, Service
+from tests.images import data_url, image_part, png
 
 pytestmark = [pytest.mark.browser, pytest.mark.valkey]
 
@@ -166,16 +167,82 @@ def test_tokens_are_coloured_and_their_alternatives_reached_by_keys(service: Ser
     assert not tip.is_visible()
 
 
+def see(page: Any, service: Service, **limits: int) -> Any:
+    """Have the page think that the model takes images; the button that attaches them."""
+    model = service.http.get("/v1/models").json()
+    model["data"][0] |= {"input_modalities": ["text", "image"], "image_limits": limits or None}
+    page.route("**/v1/models", lambda route: route.fulfill(json=model))
+    page.reload()
+    page.get_by_role("button", name="Chat", exact=True).click()
+    attach = page.get_by_role("button", name="Attach images")
+    attach.wait_for()
+    return attach
+
+
+def file(name: str, data: bytes, kind: str = "image/png") -> Any:
+    return {"name": name, "mimeType": kind, "buffer": data}
+
+
 def test_images_are_offered_only_for_a_model_that_takes_them(service: Service, open_page: Open) -> None:
     page = open_page(service.url)
     page.get_by_role("button", name="Chat", exact=True).click()
-    attach = page.get_by_role("button", name="Attach images")
-    assert attach.count() == 0
-    model = service.http.get("/v1/models").json()
-    model["data"][0]["input_modalities"] = ["text", "image"]
-    page.route("**/v1/models", lambda route: route.fulfill(json=model))
-    page.reload()
-    attach.wait_for()
+    assert page.get_by_role("button", name="Attach images").count() == 0
+    see(page, service)
+
+
+def test_images_are_shown_removed_and_sent_with_the_message(service: Service, page: Any) -> None:
+    see(page, service, images=3, bytes=5000)
+    chosen = page.locator("input[type=file]")
+    red, blue = png(seed=1), png(seed=2)
+    chosen.set_input_files([file("red.png", red), file("blue.png", blue)])
+    page.get_by_role("img", name="Image 2").wait_for()
+    page.get_by_role("button", name="Remove image 1").click()
+    page.get_by_role("img", name="Image 2").wait_for(state="detached")
+    page.get_by_label("Message", exact=True).fill("What is this?")
+    with page.expect_request("**/v1/jobs") as sent:
+        page.keyboard.press("Enter")
+    (message,) = sent.value.post_data_json["messages"]
+    assert message["content"] == [image_part(blue), {"type": "text", "text": "What is this?"}]
+    question = page.get_by_role("article", name="You")
+    assert question.get_by_role("img", name="Attached image").count() == 1
+    # The service itself is told the truth: its model takes none.
+    page.get_by_text("this model is served for text alone").first.wait_for()
+
+
+def test_what_cannot_be_attached_is_said(service: Service, page: Any) -> None:
+    see(page, service, images=2, bytes=5000)
+    chosen = page.locator("input[type=file]")
+    problem = page.locator(".composer [role=alert]")
+    chosen.set_input_files(
+        [file("large.png", png() + bytes(5000)), file("a.svg", b"<svg/>", "image/svg+xml")]
+    )
+    problem.wait_for()
+    assert "large.png has 5.1 KB; an image may have 5.0 KB." in problem.inner_text()
+    assert "a.svg is no PNG, JPEG, WebP, GIF or BMP." in problem.inner_text()
+    chosen.set_input_files([file(f"{i}.png", png()) for i in range(3)])
+    page.get_by_role("img", name="Image 2").wait_for()
+    assert problem.inner_text() == "A conversation may have 2 images."
+    page.get_by_role("button", name="Remove image 2").click()
+    assert not problem.is_visible()
+
+
+@pytest.mark.parametrize("way", ["drop", "paste"])
+def test_images_may_be_dropped_or_pasted(service: Service, page: Any, way: str) -> None:
+    see(page, service, images=2, bytes=5000)
+    page.evaluate(
+        """([way, data]) => {
+          const files = new DataTransfer();
+          const bytes = Uint8Array.from(atob(data), (character) => character.charCodeAt(0));
+          files.items.add(new File([bytes], "a.png", { type: "image/png" }));
+          const options = { bubbles: true, cancelable: true };
+          const event = way === "drop"
+            ? new DragEvent("drop", { ...options, dataTransfer: files })
+            : new ClipboardEvent("paste", { ...options, clipboardData: files });
+          document.querySelector("#chat-input").dispatchEvent(event);
+        }""",
+        [way, data_url(png()).partition(",")[2]],
+    )
+    assert page.get_by_role("img", name="Image 1").get_attribute("src") == data_url(png())
 
 
 def test_a_service_with_keys_asks_for_one_and_streams_with_it(locked: str, open_page: Open) -> None:

@@ -135,6 +135,24 @@ class Tour:
         )
         assert raw.parse().id == f"chatcmpl-{raw.headers['X-Job-Id']}"
 
+    # --- images -----------------------------------------------------------------------------------
+
+    def an_image(self) -> None:
+        (served,) = self.client.models.list().data
+        if "image" in served.input_modalities:
+            assert self.chat(IMAGE).choices
+            asked = [{"type": "input_image", "image_url": f"data:image/png;base64,{DOT}", "detail": "auto"}]
+            items: Any = [{"role": "user", "content": asked}]
+            assert self.client.responses.create(model=self.model, input=items, max_output_tokens=4).output
+            return
+        try:
+            self.chat(IMAGE)
+        except openai.BadRequestError as err:
+            assert err.param == "messages.0.content.0.type", err
+            assert "served for text alone" in err.message
+        else:
+            raise AssertionError("an image was accepted by a model that takes none")
+
     # --- output that has a form -------------------------------------------------------------------
 
     def json_mode(self) -> None:
@@ -234,7 +252,7 @@ class Tour:
             (openai.BadRequestError, "temperature", lambda: self.chat(temperature=3)),
             (openai.BadRequestError, "audio", lambda: self.chat(audio={"voice": "ash", "format": "wav"})),
             (openai.BadRequestError, "suffix", lambda: self.complete(suffix="end")),
-            (openai.BadRequestError, "messages.0.content.0.type", lambda: self.chat(IMAGE)),
+            (openai.BadRequestError, "messages.0.content.0.image_url.url", lambda: self.chat(ELSEWHERE)),
             (openai.NotFoundError, "model", lambda: self.client.models.retrieve("gpt-6")),
         ):
             try:
@@ -260,9 +278,13 @@ class Tour:
         asyncio.run(both())
 
 
-IMAGE: Any = [
-    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://a.example/b.png"}}]}
-]
+def shown(url: str) -> Any:
+    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+
+
+ELSEWHERE = shown("https://a.example/b.png")
+DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
+IMAGE = shown(f"data:image/png;base64,{DOT}")
 
 
 def check_arguments(function: Any) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
 from wicore.client import Client
 from wicore.client.wire import failure_of
+from wicore.commands.images import image_part, question
 from wicore.commands.options import Function, service_url, url_option
 from wicore.exit_codes import ExitCode
 from wicore.request import TERMINAL_TYPES, Event, Priority
@@ -49,12 +51,27 @@ def given(fields: dict[str, Any]) -> dict[str, Any]:
 @click.argument("prompt")
 @click.option("--chat", is_flag=True, help="Send PROMPT as a chat message, not as text to continue.")
 @click.option("--system", help="Instructions before the chat message; implies --chat.")
+@click.option(
+    "--image",
+    "images",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    multiple=True,
+    help="Show this file before the chat message; may be repeated; implies --chat.",
+)
 @sampling_options
 @click.option("--priority", type=click.Choice(PRIORITIES), help="Which jobs it goes before.")
 @click.option("--timeout", "timeout_s", type=float, help="Seconds until the job expires.")
 @click.option("--wait/--no-wait", default=False, help="Stream the text until the job ends.")
 @url_option
-def submit(prompt: str, chat: bool, system: str | None, wait: bool, url: str | None, **fields: Any) -> None:
+def submit(
+    prompt: str,
+    chat: bool,
+    system: str | None,
+    images: Sequence[Path],
+    wait: bool,
+    url: str | None,
+    **fields: Any,
+) -> None:
     """Put a job on the queue and print its id. PROMPT - is read from standard input.
 
     \b
@@ -62,12 +79,13 @@ def submit(prompt: str, chat: bool, system: str | None, wait: bool, url: str | N
       wicore submit "Once upon a time in a small village," --max-tokens 64
       wicore submit --wait --temperature 0.7 --top-p 0.9 "The sea was calm"
       wicore submit --chat --priority batch - < question.txt
+      wicore submit --wait --image cat.jpg "What is this?"
     """
     text = sys.stdin.read() if prompt == "-" else prompt
     body = given(fields)
-    if chat or system is not None:
+    if chat or images or system is not None:
         messages = [{"role": "system", "content": system}] if system is not None else []
-        body |= {"kind": "chat", "messages": [*messages, {"role": "user", "content": text}]}
+        body |= {"kind": "chat", "messages": [*messages, question(text, map(image_part, images))]}
     else:
         body |= {"kind": "completion", "prompt": text}
     with Client(service_url(url)) as client:

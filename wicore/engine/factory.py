@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from wicore.config import Settings
-from wicore.engine.base import Engine
+from wicore.engine.base import Engine, VisionEncoder
 from wicore.engine.null import NullEngine
 from wicore.engine.sizing import kv_format, kv_layout, tier_sizes, weight_format
 from wicore.model import Model
@@ -48,3 +48,8 @@ def create_engine(settings: Settings, model: Model) -> Engine:
         window_blocks=blocks["window"],
         max_context=model.context,
     )
+
+
+def create_vision(settings: Settings, model: Model, engine: Engine) -> VisionEncoder | None:
+    """What encodes the model's images beside `engine`; None: none has a tower, and images are refused."""
+    return None

@@ -62,6 +62,9 @@ class Times:
     attempt: int = 1
     resumes: bool = False
     """An earlier attempt left events, so that this one's first token is not the job's."""
+    seeing: float | None = None
+    """When its images were asked for, if it has any; `seen` when all were there."""
+    seen: float | None = None
     scheduled: float | None = None
     """When the first step that computed something of it began."""
     first_token: float | None = None

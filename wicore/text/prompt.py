@@ -9,7 +9,8 @@ from wicore.errors import InvalidRequest, TooLarge
 from wicore.gemma3.config import Gemma3Config
 from wicore.request import JobBody
 from wicore.text.calls import preamble
-from wicore.text.template import chat_turns, render
+from wicore.text.images import ImageLimits, shown_images
+from wicore.text.template import PromptImage, chat_turns, render
 from wicore.text.tokenizer import Tokenizer
 
 COMPLETION_MAX_TOKENS = 16
@@ -21,22 +22,32 @@ class Prompt:
     """A job, ready to run."""
 
     token_ids: list[int]
+    """Those of images are negative: they name content (`wicore.vision.identity`)."""
     max_tokens: int
     """Tokens to generate at most; prompt and these fit the context together."""
     stop_ids: frozenset[int]
     """Tokens that end the text and are not part of it; empty when the job ignores them."""
+    images: tuple[PromptImage, ...] = ()
+    """By position."""
 
 
-def prepare(body: JobBody, tokenizer: Tokenizer, config: Gemma3Config, context: int | None = None) -> Prompt:
+def prepare(
+    body: JobBody,
+    tokenizer: Tokenizer,
+    config: Gemma3Config,
+    context: int | None = None,
+    limits: ImageLimits | None = None,
+) -> Prompt:
     """Tokenise and bound a job. Pure.
 
-    `context` is the longest sequence served, in tokens; None: the model's. Raises InvalidRequest for a
-    token id outside of the vocabulary or a chat whose roles do not alternate, TooLarge when the
-    prompt, or prompt and max_tokens, exceed the context.
+    `context` is the longest sequence served, in tokens; None: the model's. A body with images needs a model
+    that takes them. Raises InvalidRequest for a token id outside of the vocabulary, a chat whose roles do not
+    alternate or what is no image, TooLarge when images exceed `limits`, or the prompt, or prompt and
+    max_tokens, the context.
     """
     limit = config.max_context if context is None else min(context, config.max_context)
     _check_ids(body.logit_bias, config.vocab_size, "logit_bias")
-    token_ids = prompt_ids(body, tokenizer, limit)
+    token_ids, images = prompt_ids(body, tokenizer, config, limit, limits)
     room = limit - len(token_ids)
     if room < 1:
         field = _field(body)
@@ -55,26 +66,34 @@ def prepare(body: JobBody, tokenizer: Tokenizer, config: Gemma3Config, context: 
             param="max_tokens",
         )
     stop_ids = frozenset() if body.ignore_eos else _stop_ids(body, tokenizer, config)
-    return Prompt(token_ids, max_tokens, stop_ids)
+    return Prompt(token_ids, max_tokens, stop_ids, tuple(images))
 
 
-def prompt_ids(body: JobBody, tokenizer: Tokenizer, limit: int) -> list[int]:
-    """Token ids of a body's prompt or chat; they may be somewhat more than `limit`. Pure.
+def prompt_ids(
+    body: JobBody,
+    tokenizer: Tokenizer,
+    config: Gemma3Config,
+    limit: int,
+    limits: ImageLimits | None = None,
+) -> tuple[list[int], list[PromptImage]]:
+    """Token ids of a body's prompt or chat, somewhat more than `limit` perhaps, and its pictures. Pure.
 
     A body may hold megabytes: what is sure to exceed `limit` raises TooLarge, without the seconds of
     tokenising it. Raises InvalidRequest as `prepare` does.
     """
     if body.kind == "chat":
         use = body.tool_use()
-        turns = chat_turns(body.messages or [], "" if use is None else preamble(use))
+        messages = body.messages or []
+        images = shown_images(messages, limits or ImageLimits())
+        turns = chat_turns(messages, "" if use is None else preamble(use), images)
         _check_length(body, sum(len(turn.text) for turn in turns), tokenizer, limit)
-        return render(turns, tokenizer)
+        return render(turns, tokenizer, config.vision)
     if isinstance(body.prompt, str):
         _check_length(body, len(body.prompt), tokenizer, limit)
-        return tokenizer.encode(body.prompt, bos=True)
+        return tokenizer.encode(body.prompt, bos=True), []
     token_ids = list(body.prompt or [])
     _check_ids(token_ids, tokenizer.vocab_size, "prompt")
-    return token_ids
+    return token_ids, []
 
 
 def prompt_text(body: JobBody, tokenizer: Tokenizer) -> str:

@@ -28,9 +28,13 @@ export class Chat {
       placeholder: "Message",
       "aria-label": "Message",
       enterkeyhint: "send",
-      on: { input: () => this.#grow(), keydown: (event) => this.#key(event) },
+      on: {
+        input: () => this.#grow(),
+        keydown: (event) => this.#key(event),
+        paste: (event) => this.images.takeFrom(event),
+      },
     });
-    this.images = new Images();
+    this.images = new Images(() => host.state.messages.flatMap((message) => message.images ?? []).length);
     this.send = h("button", {
       type: "button",
       class: "primary round",
@@ -39,17 +43,33 @@ export class Chat {
     this.scroller = h("div", { class: "scroller", tabindex: -1 }, this.empty, this.turns);
     this.element = h(
       "div",
-      { class: "pane" },
+      {
+        class: "pane",
+        on: {
+          // Else the browser would open what is dropped.
+          dragover: (event) => event.dataTransfer.types.includes("Files") && event.preventDefault(),
+          drop: (event) => event.dataTransfer.files.length > 0 && this.#drop(event),
+        },
+      },
       this.scroller,
       h(
         "div",
         { class: "composer" },
+        this.images.problem,
         this.images.element,
-        h("div", { class: "composer-line" }, this.images.button, this.input, this.send),
+        h(
+          "div",
+          { class: "composer-line" },
+          this.images.button,
+          this.images.input,
+          this.input,
+          this.send,
+        ),
       ),
     );
   }
 
+  /** `images`: the limits of images, or null if the model takes none. */
   setModel({ talks, images }) {
     this.#talks = talks;
     this.images.allow(images);
@@ -190,6 +210,12 @@ export class Chat {
     return true;
   }
 
+  #drop(event) {
+    event.preventDefault();
+    this.images.takeFrom(event);
+    this.focusInput();
+  }
+
   #key(event) {
     if (!isSend(event)) return;
     event.preventDefault();
@@ -243,5 +269,5 @@ function asSent({ role, text, images, answer }) {
   if (role === "assistant") return { role, content: answer.text };
   if (images === undefined) return { role, content: text };
   const parts = images.map((url) => ({ type: "image_url", image_url: { url } }));
-  return { role, content: [...parts, { type: "text", text }] };
+  return { role, content: text.trim() === "" ? parts : [...parts, { type: "text", text }] };
 }

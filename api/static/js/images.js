@@ -1,17 +1,24 @@
-/** Images for the next message; offered only if the model takes them. */
+/** Images for the next message, chosen, dropped or pasted; offered only if the model takes them. */
 
-import { button, h } from "./dom.js";
+import { button, h, setText } from "./dom.js";
+import { bytes } from "./format.js";
+
+const TYPES = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp"];
 
 export class Images {
   urls = [];
+  #limits = null;
+  #said;
 
-  constructor() {
+  /** `said` tells how many images the conversation has already: each request holds them all. */
+  constructor(said) {
+    this.#said = said;
     this.input = h("input", {
       type: "file",
-      accept: "image/*",
+      accept: TYPES.join(),
       multiple: true,
       hidden: true,
-      on: { change: () => this.#add() },
+      on: { change: () => this.#choose() },
     });
     this.button = button("Attach images", {
       icon: "image",
@@ -20,11 +27,15 @@ export class Images {
       hidden: true,
       on: { click: () => this.input.click() },
     });
+    this.problem = h("p", { class: "problem", role: "alert", hidden: true });
     this.element = h("div", { class: "attached", hidden: true });
   }
 
-  allow(allowed) {
-    this.button.hidden = !allowed;
+  /** `limits` as `GET /v1/models` gives them; null: the model takes no images. */
+  allow(limits) {
+    this.#limits = limits;
+    this.button.hidden = limits === null;
+    if (limits?.bytes) this.button.title = `Attach images, up to ${bytes(limits.bytes)} each`;
   }
 
   /** The images as data URLs; they are no longer attached then. */
@@ -35,13 +46,44 @@ export class Images {
     return taken;
   }
 
-  async #add() {
-    this.urls.push(...(await Promise.all([...this.input.files].map(asDataUrl))));
-    this.input.value = "";
-    this.#draw();
+  /** Attach those of the files that are images within the limits, and say what is wrong with the others. */
+  async add(files) {
+    if (this.#limits === null) return;
+    const problems = new Set();
+    for (const file of files) {
+      const problem = this.#problemOf(file);
+      if (problem !== null) problems.add(problem);
+      else this.urls.push(await asDataUrl(file));
+    }
+    this.#draw([...problems].join(" "));
   }
 
-  #draw() {
+  /** Attach the files of a drop or paste; whether it had any. */
+  takeFrom(event) {
+    const files = (event.dataTransfer ?? event.clipboardData)?.files ?? [];
+    if (this.#limits === null || files.length === 0) return false;
+    event.preventDefault();
+    this.add([...files]);
+    return true;
+  }
+
+  async #choose() {
+    const files = [...this.input.files];
+    this.input.value = "";
+    await this.add(files);
+  }
+
+  #problemOf({ name, type, size }) {
+    const { images = Infinity, bytes: most = Infinity } = this.#limits;
+    if (this.#said() + this.urls.length >= images) return `A conversation may have ${images} images.`;
+    if (!TYPES.includes(type)) return `${name} is no PNG, JPEG, WebP, GIF or BMP.`;
+    if (size > most) return `${name} has ${bytes(size)}; an image may have ${bytes(most)}.`;
+    return null;
+  }
+
+  #draw(problem = "") {
+    this.problem.hidden = problem === "";
+    setText(this.problem, problem);
     this.element.hidden = this.urls.length === 0;
     this.element.replaceChildren(
       ...this.urls.map((url, i) => {

@@ -40,7 +40,8 @@ export class Playground {
   setModel(model) {
     const talks = TALKS.test(model.id);
     if (this.#session.state.mode === null) this.#show(talks ? "chat" : "completion");
-    this.#panes.chat.setModel({ talks, images: (model.input_modalities ?? []).includes("image") });
+    const sees = (model.input_modalities ?? []).includes("image");
+    this.#panes.chat.setModel({ talks, images: sees ? (model.image_limits ?? {}) : null });
   }
 
   /** The API key has changed. */

@@ -2,7 +2,8 @@
  * One job, from its submit to its terminal event, through reloads, lost networks and restarted servers.
  *
  * All that is known of it is in a plain object, an answer, which the session stores:
- *   body, key     what to submit, under which Idempotency-Key, so that a repeat makes no second job
+ *   body, key     what to submit, under which Idempotency-Key, so that a repeat makes no second job; no body
+ *                 once it is accepted, as the tab's storage is small and a chat's images are in every body
  *   job, next     its id once accepted, and the number of the first event not in `text`
  *   status        sending, queued, running, then done, failed, cancelled or expired
  *   text, tokens  the text; with logprobs also [text, entry] of each event
@@ -78,6 +79,7 @@ export class Run {
           status: "queued",
           error: null,
         });
+        delete answer.body;
         break;
       } catch (error) {
         if (!error.transient) return this.#fail(error);

@@ -1,7 +1,7 @@
 """Conversation items of OpenAI's Responses API: what is taken as input, and the chat messages they mean.
 
 Forms after OpenAI's API reference, "Responses", input items. An item travels as JSON: as it came, with an
-id of its own. Items that ask for what is not here (images, files, reasoning, hosted tools) are refused.
+id of its own. Items that ask for what is not here (files, reasoning, hosted tools) are refused.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from wicore.messages import DataURL, Detail
 from wicore.request import Text
 
 Item = dict[str, Any]
@@ -43,7 +44,30 @@ class Refusal(_Form):
     refusal: Text
 
 
-Part = Annotated[InputText | OutputText | Refusal, Discriminator("type")]
+class InputImage(_Form):
+    """An image of a user; uploaded files are for batches."""
+
+    type: Literal["input_image"]
+    image_url: DataURL
+    detail: Detail | None = None
+    file_id: None = None
+
+
+def _part_tag(part: Any) -> Any:
+    return f"{part.get('type') if isinstance(part, dict) else getattr(part, 'type', None)} part"
+
+
+Part = Annotated[
+    Annotated[InputText, Tag("input_text part")]
+    | Annotated[InputImage, Tag("input_image part")]
+    | Annotated[OutputText, Tag("output_text part")]
+    | Annotated[Refusal, Tag("refusal part")],
+    Discriminator(
+        _part_tag,
+        custom_error_type="unsupported_part",
+        custom_error_message="type: must be input_text, input_image, output_text or refusal",
+    ),
+]
 Output = Annotated[list[InputText], Field(fail_fast=True)]
 
 
@@ -54,6 +78,12 @@ class MessageItem(_Form):
     id: ItemId | None = None
     status: ItemStatus | None = None
     phase: None = None
+
+    @model_validator(mode="after")
+    def _images_of_users(self) -> MessageItem:
+        if self.role != "user" and any(isinstance(part, InputImage) for part in self.content):
+            raise ValueError("content: only users have parts of type 'input_image'")
+        return self
 
 
 class FunctionCallItem(_Form):
@@ -144,7 +174,7 @@ def _turns(items: Sequence[Item]) -> Iterator[dict[str, Any]]:
         elif item["role"] == "assistant":
             turn = {"role": "assistant", "content": _text(item)}
         else:
-            yield {"role": item["role"], "content": _text(item)}
+            yield {"role": item["role"], "content": _content(item)}
     if turn is not None:
         yield turn
 
@@ -158,5 +188,24 @@ def _output(output: Any) -> str:
     return output if isinstance(output, str) else "".join(part["text"] for part in output)
 
 
+def _content(item: Item) -> str | list[dict[str, Any]]:
+    """Text, or the parts if there is an image."""
+    if all(part["type"] != "input_image" for part in item["content"]):
+        return _text(item)
+    return [_part(part) for part in item["content"]]
+
+
+def _part(part: dict[str, Any]) -> dict[str, Any]:
+    if part["type"] != "input_image":
+        return {"type": "text", "text": _said(part)}
+    detail = {"detail": part["detail"]} if "detail" in part else {}
+    return {"type": "image_url", "image_url": {"url": part["image_url"], **detail}}
+
+
 def _text(item: Item) -> str:
-    return "".join(part["refusal" if part["type"] == "refusal" else "text"] for part in item["content"])
+    return "".join(map(_said, item["content"]))
+
+
+def _said(part: dict[str, Any]) -> str:
+    said: str = part["refusal" if part["type"] == "refusal" else "text"]
+    return said

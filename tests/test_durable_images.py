@@ -1,0 +1,86 @@
+"""Chats with images on the CPU engine: what is cached of them, and that their text survives the worker."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import pytest
+
+from tests.images import asked, png
+from tests.seeing import PatchEncoder, seeing_model
+from tests.services import follow, running_worker, settings_for, worker_process
+from wicore.config import Settings
+from wicore.queue.producer import Producer
+from wicore.request import Priority, parse_job
+
+pytestmark = pytest.mark.valkey
+
+RED, BLUE = png(seed=1), png(seed=2)
+WORDS = "Look at this picture and say what there is to be seen in it."
+
+
+def submit(redis_client: Any, image: bytes, job_id: str | None = None, **fields: Any) -> str:
+    asked_for = {"temperature": 0.0, "max_tokens": 40, "ignore_eos": True, **fields}
+    body = parse_job({"messages": asked(WORDS, image, WORDS), **asked_for})
+    return Producer(redis_client).submit(body, Priority.NORMAL, job_id=job_id).id
+
+
+def answer(redis_client: Any, image: bytes) -> tuple[str, int]:
+    """The text, and how many tokens of the prompt were cached."""
+    events = list(follow(redis_client, submit(redis_client, image)))
+    assert events[-1]["type"] == "done"
+    text = "".join(event["text"] for event in events if event["type"] == "token")
+    return text, events[-1]["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+@pytest.fixture
+def settings(valkey_url: str) -> Settings:
+    return settings_for(valkey_url, hmt__block_tokens=16)
+
+
+def test_the_same_image_is_found_in_the_cache_and_another_one_is_not(
+    redis_client: Any, settings: Settings
+) -> None:
+    model = seeing_model(settings)
+    with running_worker(settings, model=model, encoder=PatchEncoder()):
+        first, nothing = answer(redis_client, RED)
+        other, before_it = answer(redis_client, BLUE)
+        again, all_of_it = answer(redis_client, RED)
+    assert nothing == 0
+    # What stands before the image is common to both.
+    assert 0 < before_it < all_of_it
+    assert other != first
+    assert again == first
+
+
+@pytest.mark.parametrize("fields", [{}, {"temperature": 0.9, "seed": 11, "repetition_penalty": 1.2, "n": 2}])
+def test_a_killed_worker_costs_no_token_of_an_answer_about_an_image(
+    redis_client: Any, valkey_url: str, fields: dict[str, Any]
+) -> None:
+    settings = settings_for(valkey_url, queue__lease_s=1.0)
+    fields = {"max_tokens": 300, **fields}
+    with running_worker(settings, model=seeing_model(settings), encoder=PatchEncoder()):
+        list(follow(redis_client, submit(redis_client, RED, "job", **fields)))
+    expected = Producer(redis_client).record("job").result
+    assert expected is not None
+    redis_client.flushall()
+
+    job = submit(redis_client, RED, "job", **fields)
+    first = worker_process(settings, "tests.seeing")
+    events = []
+    for event in follow(redis_client, job):
+        events.append(event)
+        if event["seq"] == 25:
+            first.kill()
+            first.wait()
+            second = worker_process(settings, "tests.seeing")
+    second.send_signal(signal.SIGTERM)
+    assert second.wait(30) == 0
+
+    assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
+    assert [e["type"] for e in events if e["type"] != "token"] == ["started", "resumed", "done"]
+    record = Producer(redis_client).record(job)
+    assert record.result is not None
+    assert record.result["choices"] == expected["choices"]
+    assert record.attempts == 2
