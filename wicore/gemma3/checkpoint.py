@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import mmap
 import os
@@ -25,6 +26,8 @@ from wicore.errors import CheckpointError
 from wicore.gemma3.config import Gemma3Config, published, read_json
 from wicore.gemma3.files import OpenFile, Place
 
+log = logging.getLogger("wicore.model")
+
 Bytes = NDArray[np.uint8]
 Float = NDArray[np.float32]
 
@@ -32,6 +35,7 @@ _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _DIGEST_BYTES = 64 * 2**20
 """What a digest reads before it gives the pages back."""
+_TOWER_PREFIXES = ("vision_tower.", "multi_modal_projector.")
 _SAMPLES = 16
 _SAMPLE_BYTES = 256
 
@@ -66,8 +70,8 @@ class StoredTensor:
 class Checkpoint:
     """An opened Gemma 3 checkpoint; `open_checkpoint` makes one. Read-only and thread-safe.
 
-    Names are Hugging Face's for a text-only model (`model.layers.0.self_attn.q_proj.weight`),
-    whatever prefix the file uses. Norm weights are the w of (1 + w). Nothing is scaled or fused.
+    Names are Hugging Face's for a text-only model (`model.layers.0.self_attn.q_proj.weight`), and for a vision
+    tower those of `Gemma3Config.vision_shapes`, whatever prefixes the file uses. Norm weights are the w of (1 + w). Nothing is scaled or fused.
     """
 
     def __init__(
@@ -77,18 +81,18 @@ class Checkpoint:
         tensors: Mapping[str, StoredTensor],
         tokenizer: Callable[[], bytes],
     ) -> None:
-        """Raises CheckpointError when a tensor of the text model is missing or has another shape."""
+        """Raises CheckpointError when a tensor of the model is missing or has another shape."""
         self.path = path
         self.config = config
         self._tensors = tensors
         self._tokenizer = tokenizer
-        for name, shape in config.tensor_shapes().items():
+        for name, shape in (config.tensor_shapes() | config.vision_shapes()).items():
             found = self.stored(name).shape
             if found != shape:
                 raise CheckpointError(f"{path}: {name}: expected shape {list(shape)}, found {list(found)}")
 
     def names(self) -> list[str]:
-        """Every tensor of the file, sorted; those outside the text model keep the file's names."""
+        """Every tensor of the file, sorted; those outside the model keep the file's names."""
         return sorted(self._tensors)
 
     def read(self, name: str) -> Float:
@@ -241,10 +245,13 @@ def _view(raw: Bytes, kind: str) -> NDArray[np.generic]:
 
 
 def canonical_name(name: str) -> str:
-    """A tensor's name in a text-only checkpoint, from the prefix of any transformers layout."""
+    """A tensor's name as `Checkpoint` has it, from the prefixes of any transformers layout."""
     for prefix in ("language_model.model.", "model.language_model."):
         if name.startswith(prefix):
             return "model." + name.removeprefix(prefix)
+    tower = name.removeprefix("model.")
+    if tower.startswith(_TOWER_PREFIXES):
+        return tower.replace("vision_tower.vision_model.", "vision_tower.", 1)
     return name.removeprefix("language_model.")
 
 
@@ -258,6 +265,9 @@ def _open_folder(folder: Path) -> Checkpoint:
             if name in tensors:
                 raise CheckpointError(f"{file}: expected each tensor once, found {name} again")
             tensors[name] = tensor
+    if config.vision is not None and not any(name.startswith(_TOWER_PREFIXES) for name in tensors):
+        log.info("%s: config.json describes a vision tower, the files hold none: text alone is served", folder)
+        config = replace(config, vision=None)
     return Checkpoint(folder, config, tensors, lambda: _read_tokenizer(folder))
 
 

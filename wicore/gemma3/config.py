@@ -45,6 +45,37 @@ class VisionConfig:
     soft_token_id: int
     """What a prompt shows to people at an image's tokens."""
 
+    @property
+    def patches(self) -> int:
+        """Of an image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    def tensor_shapes(self, text_hidden: int) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the tower and of the projector to a text model of that hidden size, by canonical
+        name; [out, in] for matrices, but [in, out] for the projection."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        shapes: dict[str, tuple[int, ...]] = {
+            "vision_tower.embeddings.patch_embedding.weight": (hidden, 3, self.patch_size, self.patch_size),
+            "vision_tower.embeddings.patch_embedding.bias": (hidden,),
+            "vision_tower.embeddings.position_embedding.weight": (self.patches, hidden),
+            "vision_tower.post_layernorm.weight": (hidden,),
+            "vision_tower.post_layernorm.bias": (hidden,),
+            "multi_modal_projector.mm_soft_emb_norm.weight": (hidden,),
+            "multi_modal_projector.mm_input_projection_weight": (hidden, text_hidden),
+        }
+        weights: dict[str, tuple[int, ...]] = {
+            "layer_norm1": (hidden,),
+            "layer_norm2": (hidden,),
+            **{f"self_attn.{name}_proj": (hidden, hidden) for name in ("q", "k", "v", "out")},
+            "mlp.fc1": (inner, hidden),
+            "mlp.fc2": (hidden, inner),
+        }
+        for i in range(self.layers):
+            for name, shape in weights.items():
+                prefix = f"vision_tower.encoder.layers.{i}.{name}"
+                shapes |= {f"{prefix}.weight": shape, f"{prefix}.bias": shape[:1]}
+        return shapes
+
 
 @dataclass(frozen=True, slots=True)
 class Gemma3Config:
@@ -125,6 +156,10 @@ class Gemma3Config:
         shapes["model.norm.weight"] = (hidden,)
         return shapes
 
+    def vision_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the vision tower and its projector by canonical name; empty without a tower."""
+        return {} if self.vision is None else self.vision.tensor_shapes(self.hidden_size)
+
     @classmethod
     def from_hf(cls, folder: Path) -> Gemma3Config:
         """Read config.json and, where present, generation_config.json of a checkpoint folder.
@@ -200,8 +235,24 @@ def _published(
         query_pre_attn_scalar=query_scalar,
         rope_scale=8.0 if long else 1.0,
         stop_token_ids=(1, 106),
+        vision=PUBLISHED_VISION if long else None,
     )
 
+
+PUBLISHED_VISION = VisionConfig(
+    hidden_size=1152,
+    layers=27,
+    heads=16,
+    intermediate_size=4304,
+    image_size=896,
+    patch_size=14,
+    tokens=256,
+    layer_norm_eps=1e-6,
+    start_token_id=255_999,
+    end_token_id=256_000,
+    soft_token_id=262_144,
+)
+"""The tower that all published sizes with images have in common."""
 
 PUBLISHED: Mapping[str, Gemma3Config] = {
     "gemma-3-270m": _published(640, 18, 4, 1, 2048, long=False),
@@ -286,12 +337,41 @@ class _HfText(_Ends):
     tie_word_embeddings: Literal[True] = True
 
 
+class _HfVision(BaseModel):
+    """transformers' SiglipVisionConfig: the keys that matter here, with its defaults."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    hidden_size: _Count = 768
+    intermediate_size: _Count = 3072
+    num_hidden_layers: Annotated[int, Field(ge=1, le=1024)] = 12
+    num_attention_heads: _Count = 12
+    image_size: _Count = 224
+    patch_size: _Count = 16
+    layer_norm_eps: _Positive = 1e-6
+    # What no published Gemma 3 uses; another value would silently change what is seen.
+    num_channels: Literal[3] = 3
+    hidden_act: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
+
+
+class _HfImages(BaseModel):
+    """How a prompt holds images: keys of transformers' Gemma3Config beside its two parts."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    mm_tokens_per_image: _Count = 256
+    boi_token_index: _TokenId = 255_999
+    eoi_token_index: _TokenId = 256_000
+    image_token_index: _TokenId = 262_144
+
+
 def config_from_hf(
     data: Mapping[str, Any], generation: Mapping[str, Any], *, source: str = "config.json"
 ) -> Gemma3Config:
     """Gemma3Config from the parsed config.json and generation_config.json (may be empty).
 
-    Raises CheckpointError naming `source`, the key, what was expected and what was found.
+    A multimodal layout without `vision_config` is a text model. Raises CheckpointError naming `source`, the
+    key, what was expected and what was found.
     """
     kind = data.get("model_type")
     if kind == "gemma3":
@@ -328,6 +408,46 @@ def config_from_hf(
         bos_token_id=2 if text.bos_token_id is None else text.bos_token_id,
         eos_token_id=stop_ids[0],
         stop_token_ids=stop_ids,
+        vision=_vision(data, text, source) if kind == "gemma3" else None,
+    )
+
+
+def _vision(data: Mapping[str, Any], text: _HfText, source: str) -> VisionConfig | None:
+    found = data.get("vision_config")
+    if found is None:
+        return None
+    where = f"{source}: vision_config"
+    tower = _validated(_HfVision, _mapping(found, where), where)
+    images = _validated(_HfImages, data, source)
+    if tower.hidden_size % tower.num_attention_heads:
+        raise CheckpointError(
+            f"{where}: hidden_size: expected a multiple of num_attention_heads "
+            f"({tower.num_attention_heads}), found {tower.hidden_size}"
+        )
+    if tower.image_size % tower.patch_size:
+        raise CheckpointError(
+            f"{where}: image_size: expected a multiple of patch_size ({tower.patch_size}), "
+            f"found {tower.image_size}"
+        )
+    across, tokens = tower.image_size // tower.patch_size, images.mm_tokens_per_image
+    side = math.isqrt(tokens)
+    if side**2 != tokens or across % side or tokens > text.sliding_window:
+        raise CheckpointError(
+            f"{source}: mm_tokens_per_image: expected the square of a divisor of {across}, the patches across "
+            f"an image, and at most sliding_window ({text.sliding_window}), found {tokens}"
+        )
+    return VisionConfig(
+        hidden_size=tower.hidden_size,
+        layers=tower.num_hidden_layers,
+        heads=tower.num_attention_heads,
+        intermediate_size=tower.intermediate_size,
+        image_size=tower.image_size,
+        patch_size=tower.patch_size,
+        tokens=tokens,
+        layer_norm_eps=tower.layer_norm_eps,
+        start_token_id=images.boi_token_index,
+        end_token_id=images.eoi_token_index,
+        soft_token_id=images.image_token_index,
     )
 
 
