@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from tests.fixtures.gguf_files import write_gguf
 from wicore.errors import CheckpointError
@@ -27,6 +27,7 @@ from wicore.gemma3.convert import save_bfloat16, to_bfloat16
 
 FIXTURES = Path(__file__).parent / "fixtures"
 EMBEDDING = "model.embed_tokens.weight"
+PROJECTION = "multi_modal_projector.mm_input_projection_weight"
 NORM = "model.layers.3.self_attn.q_norm.weight"
 
 
@@ -34,6 +35,12 @@ NORM = "model.layers.3.self_attn.q_norm.weight"
 def folder(tiny_path: Path, tmp_path: Path) -> Path:
     """A copy of the tiny checkpoint that a test may spoil."""
     return Path(shutil.copytree(tiny_path, tmp_path / "model"))
+
+
+@pytest.fixture
+def sight(tmp_path: Path) -> Path:
+    """The weights of a copy of the tiny checkpoint with a vision tower."""
+    return Path(shutil.copytree(FIXTURES / "tiny-image", tmp_path / "model")) / "model.safetensors"
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], bytes]:
@@ -86,6 +93,52 @@ def test_float16_weights_of_a_multimodal_checkpoint_have_the_text_models_names()
     assert any("vision" in name for name in checkpoint.names())
     for name in checkpoint.config.tensor_shapes():
         np.testing.assert_array_equal(checkpoint.read(name), stored[theirs[name]].astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "vision_tower.",
+        "vision_tower.vision_model.",
+        "model.vision_tower.",
+        "model.vision_tower.vision_model.",
+    ],
+)
+def test_a_vision_tower_is_read_under_the_names_of_every_layout(sight: Path, prefix: str) -> None:
+    stored = load_file(sight)
+    outer = "model." if prefix.startswith("model.") else ""
+    renamed = {
+        name.replace("vision_tower.", prefix).replace("multi_modal", f"{outer}multi_modal"): array
+        for name, array in stored.items()
+    }
+    save_file(renamed, sight)
+    checkpoint = open_checkpoint(sight.parent)
+    assert checkpoint.config.vision is not None
+    for name in checkpoint.config.vision_shapes():
+        np.testing.assert_array_equal(checkpoint.read(name), stored[name].astype(np.float32))
+
+
+def test_a_multimodal_checkpoint_of_the_text_alone_is_served_as_text(sight: Path) -> None:
+    stored = load_file(sight)
+    save_file({n: a for n, a in stored.items() if n.startswith("language")}, sight)
+    assert open_checkpoint(sight.parent).config.vision is None
+
+
+@pytest.mark.parametrize("name", [PROJECTION, "vision_tower.encoder.layers.1.mlp.fc1.bias"])
+def test_a_tower_that_lacks_a_tensor_is_refused(sight: Path, name: str) -> None:
+    stored = load_file(sight)
+    del stored[name]
+    save_file(stored, sight)
+    with pytest.raises(CheckpointError, match=f"expected tensor {name}"):
+        open_checkpoint(sight.parent)
+
+
+def test_a_tower_of_another_shape_is_refused(sight: Path) -> None:
+    stored = load_file(sight)
+    stored[PROJECTION] = np.ascontiguousarray(stored[PROJECTION].T)
+    save_file(stored, sight)
+    with pytest.raises(CheckpointError, match=r"expected shape \[24, 64\], found \[64, 24\]"):
+        open_checkpoint(sight.parent)
 
 
 def test_shards_without_an_index_are_read_too(tmp_path: Path) -> None:

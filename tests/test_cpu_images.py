@@ -12,8 +12,6 @@ from tests.engines import FIXTURES, cpu_engine, rows
 from wicore.engine.base import ImageRows, StepPlan
 from wicore.engine.cpu import CpuEngine
 from wicore.engine.cpu import engine as cpu
-from wicore.errors import CheckpointError
-from wicore.gemma3.checkpoint import open_checkpoint
 from wicore.gemma3.config import VisionConfig
 
 TOWER = VisionConfig(24, 2, 2, 32, 56, 14, 64, 1e-6, 509, 510, 511)
@@ -68,13 +66,3 @@ def test_rows_of_another_width_are_refused(engine, shape) -> None:
     plan = StepPlan((replace(row.input([-1] * 4), images=images),))
     with pytest.raises(ValueError, match=r"rows of an image have shape .*, not \[tokens, 64\]"):
         engine.step(plan)
-
-
-def test_a_model_whose_images_are_larger_than_its_window_is_refused() -> None:
-    checkpoint = open_checkpoint(FIXTURES / "tiny")
-    text, sizes = checkpoint.config, {"block_tokens": 16, "global_blocks": 8, "window_blocks": 8}
-    checkpoint.config = replace(text, vision=TOWER)
-    CpuEngine(checkpoint, **sizes).close()
-    checkpoint.config = replace(text, vision=replace(TOWER, tokens=81))
-    with pytest.raises(CheckpointError, match="images of 81 tokens; the sliding window has 64"):
-        CpuEngine(checkpoint, **sizes)

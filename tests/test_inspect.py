@@ -73,6 +73,15 @@ def test_the_report_of_every_published_model_fits_a_terminal(name: str) -> None:
         assert label in text
 
 
+def test_the_tower_of_a_model_with_images_is_reported() -> None:
+    report = inspect("gemma-3-27b", PUBLISHED["gemma-3-27b"])
+    assert report.parameters + report.vision_parameters == 27_432_406_640  # what Hugging Face counts
+    text = render(report)
+    assert "27 layers of 1,152" in text
+    assert "896 x 896 pixels in 4,096 patches, 256 tokens" in text
+    assert "vision" not in render(inspect("gemma-3-1b", PUBLISHED["gemma-3-1b"]))
+
+
 def test_the_command_reports_a_checkpoint_and_how_it_is_stored(tiny_path: Path, tiny: Checkpoint) -> None:
     result = CliRunner().invoke(main, ["model", "inspect", str(tiny_path)])
     assert result.exit_code == ExitCode.OK

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,7 @@ def main() -> int:
     text = published(given.random) if given.random else open_checkpoint(FIXTURES / "tiny-image").config
     if text is None:
         parser.error(f"--random: {given.random} is no published model")
+    text = replace(text, sliding_window=max(text.sliding_window, TOKENS), vision=None)
     missed = False
     with tempfile.TemporaryDirectory() as folder:
         expected = made_up(text, Path(folder))

@@ -16,7 +16,6 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from wicore.engine.tensorrt.device import Device
 from wicore.engine.tensorrt.engine import TensorrtEngine
 from wicore.engine.tensorrt.weights import load_weights
 from wicore.gemma3.checkpoint import Checkpoint, open_checkpoint
-from wicore.gemma3.config import Gemma3Config, VisionConfig, published
+from wicore.gemma3.config import Gemma3Config, published
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 BLOCK, CHUNK = 32, 700
@@ -76,11 +75,6 @@ def reference(path: Path, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
     return found
 
 
-def of_tokens(count: int) -> VisionConfig:
-    """A tower of which only the tokens of an image matter."""
-    return VisionConfig(24, 1, 2, 32, 224, 14, count, 1e-6, 255_999, 256_000, 262_144)
-
-
 def ours(
     checkpoint: Checkpoint,
     tokens: NDArray[np.int32],
@@ -97,7 +91,7 @@ def ours(
     blocks = -(-len(tokens) // BLOCK) + 1
     engine = TensorrtEngine(
         load_weights(device, checkpoint, int8_kv=kv == "int8"),
-        replace(checkpoint.config, vision=of_tokens(len(images[0].rows))) if images else checkpoint.config,
+        checkpoint.config,
         device,
         block_tokens=BLOCK,
         global_blocks=blocks,

@@ -70,8 +70,9 @@ class StoredTensor:
 class Checkpoint:
     """An opened Gemma 3 checkpoint; `open_checkpoint` makes one. Read-only and thread-safe.
 
-    Names are Hugging Face's for a text-only model (`model.layers.0.self_attn.q_proj.weight`), and for a vision
-    tower those of `Gemma3Config.vision_shapes`, whatever prefixes the file uses. Norm weights are the w of (1 + w). Nothing is scaled or fused.
+    Names are Hugging Face's for a text-only model (`model.layers.0.self_attn.q_proj.weight`), and those of
+    `Gemma3Config.vision_shapes` for a vision tower, whatever prefixes the file uses. Norm weights of the text
+    model are the w of (1 + w). Nothing is scaled or fused.
     """
 
     def __init__(
@@ -266,7 +267,9 @@ def _open_folder(folder: Path) -> Checkpoint:
                 raise CheckpointError(f"{file}: expected each tensor once, found {name} again")
             tensors[name] = tensor
     if config.vision is not None and not any(name.startswith(_TOWER_PREFIXES) for name in tensors):
-        log.info("%s: config.json describes a vision tower, the files hold none: text alone is served", folder)
+        log.info(
+            "%s: config.json describes a vision tower, the files hold none: text alone is served", folder
+        )
         config = replace(config, vision=None)
     return Checkpoint(folder, config, tensors, lambda: _read_tokenizer(folder))
 

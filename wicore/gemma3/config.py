@@ -433,8 +433,8 @@ def _vision(data: Mapping[str, Any], text: _HfText, source: str) -> VisionConfig
     side = math.isqrt(tokens)
     if side**2 != tokens or across % side or tokens > text.sliding_window:
         raise CheckpointError(
-            f"{source}: mm_tokens_per_image: expected the square of a divisor of {across}, the patches across "
-            f"an image, and at most sliding_window ({text.sliding_window}), found {tokens}"
+            f"{source}: mm_tokens_per_image: expected the square of a divisor of {across}, the patches "
+            f"across an image, and at most sliding_window ({text.sliding_window}), found {tokens}"
         )
     return VisionConfig(
         hidden_size=tower.hidden_size,

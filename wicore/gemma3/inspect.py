@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -44,7 +45,9 @@ class Report:
     parameters: int
     embedding_parameters: int
     weights: Mapping[str, int]
-    """By format of WEIGHT_BITS; norms and the like count as if quantised too."""
+    """Of the text model, by format of WEIGHT_BITS; norms and the like count as if quantised too."""
+    vision_parameters: int
+    """Of the vision tower and its projector; 0 where the model takes text alone."""
     kv: tuple[KVMemory, ...]
 
 
@@ -61,6 +64,7 @@ def inspect(
         parameters=config.parameters,
         embedding_parameters=config.vocab_size * config.hidden_size,
         weights={dtype: round(config.parameters * bits / 8) for dtype, bits in WEIGHT_BITS.items()},
+        vision_parameters=sum(map(math.prod, config.vision_shapes().values())),
         kv=tuple(
             KVMemory(
                 context=context,
@@ -88,6 +92,10 @@ def render(report: Report) -> str:
         ("context", f"{c.max_context:,} tokens"),
         ("stop tokens", ", ".join(map(str, c.stop_token_ids))),
     ]
+    if (v := c.vision) is not None:
+        tower = f"{report.vision_parameters:,} parameters, {v.layers} layers of {v.hidden_size:,}"
+        size = f"{v.image_size} x {v.image_size} pixels in {v.patches:,} patches"
+        head += [("vision", tower), ("image", f"{size}, {v.tokens} tokens")]
     if report.stored_as is not None:
         head.append(("stored as", report.stored_as))
     if report.fingerprint is not None:

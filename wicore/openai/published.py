@@ -7,12 +7,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from wicore.openai.requests import MAX_PROMPTS, NEUTRAL, ChatForm, CompletionForm
+from wicore.openai.requests import MAX_PROMPTS, NEUTRAL, NO_PRIORITY, ChatForm, CompletionForm
 from wicore.openai.responses_api import NEUTRAL as RESPONSES_NEUTRAL
 
 Schema = dict[str, Any]
 
 _NULL: Schema = {"type": "null"}
+_NO_PRIORITY: Schema = {"properties": {"priority": _NULL}}
 
 
 def chat_schema(job: Schema) -> Schema:
@@ -22,6 +23,7 @@ def chat_schema(job: Schema) -> Schema:
     schema["allOf"] = [
         _unless("top_logprobs", {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]}),
         _unless("max_completion_tokens", {"properties": {"max_tokens": {"type": "null"}}}),
+        {"anyOf": [{"properties": {"service_tier": {"enum": [None, *NO_PRIORITY]}}}, _NO_PRIORITY]},
         _STREAM_OPTIONS,
     ]
     return schema

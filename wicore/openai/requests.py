@@ -55,6 +55,8 @@ _TIERS: Mapping[ServiceTier, tuple[Priority | None, str]] = {
     "priority": (Priority.INTERACTIVE, "priority"),
     "fast": (Priority.INTERACTIVE, "priority"),
 }
+NO_PRIORITY = tuple(tier for tier, (priority, _) in _TIERS.items() if priority is None)
+"""Tiers that may be sent beside a priority."""
 """The priority that a tier means, and what the response calls it, which is OpenAI's way, too."""
 
 

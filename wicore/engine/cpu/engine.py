@@ -44,7 +44,7 @@ from wicore.engine.cpu.rope import RopeTables
 from wicore.engine.cpu.weights import WeightFormat, embed, load_final_norm, load_head, load_layer
 from wicore.engine.plans import check_plan
 from wicore.engine.sizing import layout_of
-from wicore.errors import CheckpointError, EngineError
+from wicore.errors import EngineError
 from wicore.gemma3.checkpoint import Checkpoint
 from wicore.gemma3.config import Gemma3Config
 from wicore.sampling import SampledToken, sample
@@ -95,9 +95,8 @@ class CpuEngine:
     ) -> None:
         """Load the weights and allocate the pools.
 
-        `threads` 0 means one a core. Raises CheckpointError for a bad checkpoint, or one whose images are
-        larger than its window, and EngineError for a block size that does not divide 128, or a head that
-        int8 KV does not fit.
+        `threads` 0 means one a core. Raises CheckpointError for a bad checkpoint, and EngineError for a block
+        size that does not divide 128, or a head that int8 KV does not fit.
         """
         if _TILE % block_tokens:
             raise EngineError(
@@ -105,11 +104,6 @@ class CpuEngine:
                 param="hmt.block_tokens",
             )
         config = self._config = checkpoint.config
-        if config.vision is not None and config.vision.tokens > config.sliding_window:
-            raise CheckpointError(
-                f"{checkpoint.path}: images of {config.vision.tokens} tokens; the sliding window has"
-                f" {config.sliding_window}, and an image must fit in it"
-            )
         if kv == "int8" and config.head_dim % 4:
             raise EngineError(
                 f"engine.kv: int8 needs a head_dim that 4 divides, not {config.head_dim}; use float32",

@@ -74,35 +74,12 @@ def vision_weight_bytes(config: Gemma3Config) -> int:
     return _Layout(config).size if config.vision else 0
 
 
-def _shapes(config: Gemma3Config) -> dict[str, tuple[int, ...]]:
-    v = config.vision
-    if v is None:
-        return {}
-    h, i = v.hidden_size, v.intermediate_size
-    shapes: dict[str, tuple[int, ...]] = {
-        f"{_EMBEDDINGS}patch_embedding.weight": (h, 3, v.patch_size, v.patch_size),
-        f"{_EMBEDDINGS}patch_embedding.bias": (h,),
-        f"{_EMBEDDINGS}position_embedding.weight": ((v.image_size // v.patch_size) ** 2, h),
-        f"{_LAST_NORM}.weight": (h,),
-        f"{_LAST_NORM}.bias": (h,),
-        _PROJECTION: (h, config.hidden_size),
-        _SOFT_NORM: (h,),
-    }
-    parts = dict.fromkeys((*_QKV, _PARTS["out"]), (h, h)) | {_PARTS["fc1"]: (i, h), _PARTS["fc2"]: (h, i)}
-    for layer in map(_LAYER.format, range(v.layers)):
-        for norm in _NORMS.values():
-            shapes |= {f"{layer}{norm}.weight": (h,), f"{layer}{norm}.bias": (h,)}
-        for name, shape in parts.items():
-            shapes |= {f"{layer}{name}.weight": shape, f"{layer}{name}.bias": shape[:1]}
-    return shapes
-
-
 class _Layout(TensorLayout):
     def __init__(self, config: Gemma3Config) -> None:
         # A convolution over patches that do not overlap is a product with rows of patches.
         shapes = {
             name: (shape[0], math.prod(shape[1:])) if len(shape) > 2 else shape
-            for name, shape in _shapes(config).items()
+            for name, shape in config.vision_shapes().items()
         }
         super().__init__(shapes)
         self._layers = [_LAYER.format(i) for i in range(config.vision.layers if config.vision else 0)]
