@@ -140,3 +140,18 @@ def test_logits_with_images_are_those_of_the_text_model_written_down_once_more(c
         parts.append(engine.logits(StepPlan((row.input(tokens[row.start : row.start + size]),)))[row.key])
         row.start += size
     assert relative_error(np.concatenate(parts), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("chunks", [[120], [10, 4, 60, 46], [14, 6, 1, 99]], ids=str)
+def test_logits_of_a_prompt_with_images_are_those_of_transformers(chunks: list[int]) -> None:
+    reference = np.load(FIXTURES / "tiny-image" / "images.npz")
+    engine = cpu_engine(FIXTURES / "tiny-image")
+    [row] = rows(engine, 1, 120)
+    row.images = tuple(map(ImageRows, reference["starts"].tolist(), reference["rows"]))
+    parts = []
+    for size in chunks:
+        tokens = reference["tokens"][row.start : row.start + size]
+        parts.append(engine.logits(StepPlan((row.input(tokens),)))[row.key])
+        row.start += size
+    found = np.concatenate(parts)[reference["positions"]]
+    assert relative_error(found, reference["logits"]) <= TOLERANCE

@@ -8,7 +8,7 @@ import pytest
 
 from tests.gpu_engines import engine_on
 from tests.test_gpu_image_steps import *  # noqa: F403  all of it, on the engines below
-from tests.test_gpu_image_steps import _plans_are_sound, checkpoint  # noqa: F401  a fixture of theirs
+from tests.test_gpu_image_steps import checkpoint
 from wicore.engine.tensorrt.cuda import CudaDevice
 from wicore.engine.tensorrt.engine import TensorrtEngine
 

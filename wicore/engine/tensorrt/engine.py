@@ -234,7 +234,8 @@ class TensorrtEngine:
             self._device.close()
 
     def _check(self, sequences: Sequence[SequenceInput]) -> None:
-        check_plan(StepPlan(tuple(sequences)), self._info, self._copies.slots("global"))
+        slots, width = self._copies.slots("global"), self._config.hidden_size
+        check_plan(StepPlan(tuple(sequences)), self._info, slots, width)
 
     def _prepare(self) -> None:
         self._matmuls.prepare(self._most_rows, self._config)
