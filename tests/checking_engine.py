@@ -170,6 +170,8 @@ class CheckingEngine:
         assert s.window_first <= max(0, s.start - window + 1) // size, "the window table starts in time"
         assert s.window_first + len(s.window_table) >= blocks, "the window table covers the new positions"
         self._assert_images_are_whole(s)
+        for ticket in s.arriving:
+            ticket.wait()
 
         blocks_read = self.pools["global"][s.global_table[s.streamed :]]
         if s.streamed:

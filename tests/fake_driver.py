@@ -109,6 +109,14 @@ class FakeDriver:
         ctypes.memmove(dst, src, size)
         return ()
 
+    def _cuMemcpyBatchAsync(  # noqa: N802
+        self, dsts: Any, srcs: Any, sizes: Any, count: int, attrs: Any, firsts: Any, kinds: int, stream: Any
+    ) -> tuple[()]:
+        assert (len(attrs), firsts, kinds) == (1, [0], 1)
+        for dst, src, size in zip(dsts[:count], srcs[:count], sizes[:count], strict=True):
+            ctypes.memmove(int(dst), int(src), size)
+        return ()
+
     def _cuMemsetD8Async(self, dst: int, byte: int, size: int, stream: Any) -> tuple[()]:  # noqa: N802
         ctypes.memset(dst, byte, size)
         return ()

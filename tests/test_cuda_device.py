@@ -190,6 +190,23 @@ def test_a_full_card_is_told_with_what_fills_it(device: CudaDevice, driver: Fake
             allocate()
 
 
+@pytest.mark.parametrize(("version", "batches"), [(13000, 1), (12080, 0)])
+def test_many_copies_are_one_call_where_the_driver_has_it(
+    driver: FakeDriver, version: int, batches: int
+) -> None:
+    driver.version = version
+    device = CudaDevice()
+    host, memory, stream = device.allocate_host(64), device.allocate(64, "x"), device.stream()
+    host.array[:] = np.arange(64)
+    targets = np.uint64(memory.address) + np.array([0, 32, 16], np.uint64)
+    sources = np.uint64(host.address) + np.array([8, 40, 24], np.uint64)
+    device.copy_many(targets, sources, 8, stream)
+    found = bytes(driver.memory[memory.address])
+    assert [found[at] for at in (0, 7, 32, 39, 16, 23)] == [8, 15, 40, 47, 24, 31]
+    assert len(driver.called("cuMemcpyBatchAsync")) == batches
+    assert len(driver.called("cuMemcpyAsync")) == 3 * (not batches)
+
+
 def test_pinned_memory_is_seen_by_host_and_device(device: CudaDevice, driver: FakeDriver) -> None:
     host, memory, stream = device.allocate_host(64), device.allocate(64, "x"), device.stream()
     host.array[:] = np.arange(64)

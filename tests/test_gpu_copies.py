@@ -120,3 +120,48 @@ def test_after_a_device_error_nothing_is_copied_and_nothing_under_way_is_trusted
         with pytest.raises(EngineError, match="the device failed: an illegal address was met"):
             ticket.wait()
     copies.close()
+
+
+# --- layer by layer ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def layered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wicore.engine.tensorrt.copies._LAYERED_BYTES", 2 * SIZE)
+
+
+@pytest.mark.usefixtures("layered")
+def test_a_large_copy_in_is_made_in_the_order_of_the_layers(copies, device, monkeypatch) -> None:
+    memory = copies.host_memory("global", 10)
+    memory[:] = random_rows(10)
+    made, copy_many = [], device.copy_many
+
+    def noted(targets, sources, size, stream) -> None:
+        made.append((len(targets), size))
+        copy_many(targets, sources, size, stream)
+
+    monkeypatch.setattr(device, "copy_many", noted)
+    ticket = copies.start("global", [7, 4, 5, 1], [memory[5], *memory[2:4], memory[9]], inwards=True)
+    assert made == [(4, SIZE // 2)] * LAYOUT.global_layers
+    assert len(ticket.layers) == LAYOUT.global_layers
+    back = np.zeros((4, SIZE), np.uint8)
+    copies.start("global", [7, 4, 5, 1], back, inwards=False).wait()
+    assert np.array_equal(back, memory[[5, 2, 3, 9]])
+
+
+@pytest.mark.usefixtures("layered")
+def test_small_copies_and_copies_out_are_made_at_once(copies) -> None:
+    memory = copies.host_memory("global", 10)
+    assert copies.start("global", [3], memory[:1], inwards=True).layers == []
+    assert copies.start("global", range(8), memory[:8], inwards=False).layers == []
+
+
+@pytest.mark.usefixtures("layered")
+def test_a_copy_in_that_fails_takes_the_device_with_it(copies, device, health) -> None:
+    """A step may have followed it, and read what is not there."""
+    memory = copies.host_memory("global", 10)
+    device.broken = True
+    ticket = copies.start("global", range(4), memory[:4], inwards=True)
+    with pytest.raises(EngineError, match="an illegal address was met"):
+        ticket.wait()
+    assert health.error == "an illegal address was met"

@@ -175,9 +175,10 @@ def test_a_closed_tower_gives_its_memory_back_and_says_so() -> None:
 # --- in an engine -----------------------------------------------------------------------------------
 
 
-def engine(memory_bytes: int = 64 << 20, **options: Any):
+def engine(memory_bytes: int = 64 << 20, *, open_vision: Any = None, **given: Any):
+    options = {"open_vision": open_vision} if open_vision else {}
     return build_engine(
-        settings(),
+        settings(**given),
         config(),
         EmulatedDevice(memory_bytes=memory_bytes),
         RandomWeights(config()),
@@ -206,8 +207,16 @@ def test_a_tower_that_does_not_fit_is_told_before_weights_are_read(monkeypatch) 
     monkeypatch.setattr("wicore.engine.tensorrt.build.load_weights", None)
     large = replace(VISION, hidden_size=2400, heads=4, intermediate_size=9600)
     monkeypatch.setattr("tests.test_gpu_vision.VISION", large)
-    with pytest.raises(EngineError, match=r"GPU memory: .* needed \(weights .*"):
+    says = r"GPU memory: .* needed \(weights .*; .*model.max_images: 0 leaves out the vision tower \(.* MB\)"
+    with pytest.raises(EngineError, match=says):
         engine(open_vision=segments)
+
+
+def test_where_no_images_are_served_the_tower_is_left_out() -> None:
+    found = engine(open_vision=segments, model__max_images=0)
+    assert found.vision is None
+    assert not any("vision" in name for name in found.info.memory)
+    found.close()
 
 
 def test_encoding_between_steps_leaves_their_results_alone() -> None:

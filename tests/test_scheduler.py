@@ -16,6 +16,7 @@ from tests.memory_tiers import MemoryMover
 from wicore.engine.base import ImageRows, KVLayout, StepResult
 from wicore.errors import ConfigError, EngineError, TooLarge
 from wicore.hmt import CacheManager, TierSizes
+from wicore.hmt.moves import Outcome
 from wicore.hmt.policy import POLICIES
 from wicore.request import Priority, SamplingParams
 from wicore.sampling import SamplingState
@@ -48,6 +49,7 @@ class Service:
         seed=0,
         patience=0,
         fault_rate=0.0,
+        by_layer=False,
         policy="lru",
         checkpoint_tokens=0,
         image_tokens=0,
@@ -55,7 +57,9 @@ class Service:
         window_blocks = window_blocks or blocks
         self.engine = CheckingEngine(layout(window), blocks, window_blocks)
         sizes = TierSizes({"global": blocks, "window": window_blocks}, host, nvme)
-        self.mover = MemoryMover(self.engine, sizes, seed=seed, patience=patience, fault_rate=fault_rate)
+        self.mover = MemoryMover(
+            self.engine, sizes, seed=seed, patience=patience, fault_rate=fault_rate, by_layer=by_layer
+        )
         self.cache = CacheManager(
             layout(window),
             sizes,
@@ -532,6 +536,69 @@ def test_what_was_prepared_while_a_step_ran_is_what_would_be_planned_after_it():
 def _facts(sequence):
     tables = sequence.global_table.tolist(), sequence.window_table.tolist(), sequence.window_first
     return sequence.key, sequence.tokens.tolist(), sequence.start, tables, sequence.sampling is not None
+
+
+# --- blocks on their way ----------------------------------------------------------------------------
+
+
+def restored(**options) -> Service:
+    """A service whose sequence 2 has its prefix, 8 blocks of which 3 are in the window, in host memory."""
+    service = Service(blocks=24, host={"global": 24, "window": 24}, by_layer=True, patience=10**9, **options)
+    prompt = words(1, 8 * BLOCK + 1)
+    service.add(1, prompt, max_tokens=1)
+    while not service.scheduler.idle or service.cache.saving:
+        service.step()
+        service.scheduler.catch_up()
+        service.cache.take_in()
+        service.cache.start_moves()
+        service.mover.hurry()
+    for pool in service.cache.traffic.pools["device"].values():
+        for hash in service.cache.chain(prompt).hashes:
+            pool.discard(hash)
+    service.add(2, prompt, max_tokens=4)
+    return service
+
+
+def test_a_sequence_alone_begins_while_its_blocks_still_come():
+    service = restored()
+    assert service.start_step()
+    [sequence] = service.plan.sequences
+    assert sequence.start == 8 * BLOCK
+    assert [move.pool for move in service.mover.moves] == ["window", "global"]
+    assert len(sequence.arriving) == 2
+    service.end_step()
+    assert service.start_step()
+    assert not service.plan.sequences[0].arriving
+    service.end_step()
+    service.mover.patience = 0
+    service.drain()
+
+
+def test_beside_others_it_waits_where_copying_may_take_longer_than_computing():
+    service = restored()
+    service.add(3, words(90, 5), max_tokens=8)
+    service.step()
+    for _ in range(3):
+        assert service.start_step()
+        assert [sequence.key for sequence in service.plan.sequences] == [3]
+        service.end_step()
+    service.mover.patience = 0
+    service.drain()
+
+
+def test_beside_others_it_begins_where_copying_is_known_to_be_faster():
+    service = restored()
+    service.add(3, words(90, 5), max_tokens=8)
+    service.step()
+    [bring_up] = {move.source: move for move in service.mover.moves if move.target == "device"}.values()
+    rates = service.cache.traffic.rates
+    rates.observe_move(Outcome(bring_up, 0.001), 10**9)
+    rates.observe_prefill(16, 10.0)
+    assert service.start_step()
+    assert sorted(sequence.key for sequence in service.plan.sequences) == [2, 3]
+    service.end_step()
+    service.mover.patience = 0
+    service.drain()
 
 
 def test_misuse_is_named():

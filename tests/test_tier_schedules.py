@@ -40,12 +40,15 @@ class Schedule:
             seed=seed,
             patience=r.randint(0, 4),
             fault_rate=r.choice([0, 0, 0.1, 0.4]),
+            by_layer=r.random() < 0.5,
             policy=r.choice(sorted(POLICIES)),
             checkpoint_tokens=r.choice([0, 4, 12]),
         )
         self.key = 0
         self.streamed: set[int] = set()
         """Sequences of which a step has read blocks in host memory."""
+        self.followed = 0
+        """Sequences whose first step read blocks that were still on their way."""
         self.cancelled = 0
 
     def run(self) -> None:
@@ -88,6 +91,7 @@ class Schedule:
         if not service.start_step():
             return service.cache.busy or not service.scheduler.idle
         self.streamed.update(sequence.key for sequence in service.plan.sequences if sequence.streamed)
+        self.followed += sum(bool(sequence.arriving) for sequence in service.plan.sequences)
         service.scheduler.check()
         # Now and then blocks move, and somebody leaves, while the step runs.
         if r.random() < 0.5:
@@ -132,6 +136,7 @@ def test_every_output_of_any_schedule_over_tiers_is_the_undisturbed_one(chunk: i
             finished=len(service.finished),
             cancelled=schedule.cancelled,
             streamed=len(schedule.streamed),
+            followed=schedule.followed,
             preempted=service.scheduler.preemptions,
             raised=("host", "device") in moved,
             loaded=("nvme", "host") in moved,

@@ -9,15 +9,18 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from errno import EIO, ENOSPC
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.checking_engine import VOCABULARY, CheckingEngine, checking_layout
 from tests.waiting import until
 from tests.workload import Job, Server, folder_settings, mixed_jobs, settings_of
+from wicore.engine.base import Completed, SequenceInput, StepPlan
 from wicore.engine.sizing import tier_sizes
 from wicore.hmt.moves import Fault, Move, Outcome
 from wicore.tiers.block_file import BlockFile
@@ -204,6 +207,15 @@ def test_what_is_slower_to_raise_than_to_compute_is_computed(few, tmp_path: Path
     service.cache.manager.observe_prefill(1000, 1.0)
     assert run(service, FEW) == few
     assert misses(service)["slower"] > 0
+
+
+def test_a_step_that_waited_for_blocks_says_nothing_of_how_fast_prompts_are_computed(tmp_path: Path) -> None:
+    cache, table = small(tmp_path).cache, np.arange(2, dtype=np.int32)
+    share = SequenceInput(1, np.arange(32, dtype=np.int32), 0, table, table, 0, None)
+    cache.observe(StepPlan((replace(share, arriving=(Completed(),)),)), 100.0)
+    assert cache.manager.traffic.rates.prefill is None
+    cache.observe(StepPlan((share,)), 0.5)
+    assert cache.manager.traffic.rates.prefill == 64
 
 
 def test_two_workers_never_share_a_file(few, tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ class ModelSettings(_Section):
     max_context: int | None = Field(None, ge=16)
     """Tokens; unset: what the checkpoint allows."""
     max_images: int = Field(16, ge=0, le=256)
-    """Images that a request may have; 0: none."""
+    """Images that a request may have; 0: none, and a vision tower is not loaded."""
     max_image_bytes: int = Field(10 * 2**20, ge=1)
     """Largest image, as the file that it is."""
     max_image_pixels: int = Field(50_000_000, ge=1)

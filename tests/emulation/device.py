@@ -302,6 +302,12 @@ class EmulatedDevice:
         self._inside(src, size)
         stream.submit(partial(_move, dst, src, size))
 
+    def copy_many(
+        self, targets: NDArray[np.uint64], sources: NDArray[np.uint64], size: int, stream: EmulatedStream
+    ) -> None:
+        for target, source in zip(targets.tolist(), sources.tolist(), strict=True):
+            self.copy(target, source, size, stream)
+
     def fill(self, dst: int, byte: int, size: int, stream: EmulatedStream) -> None:
         self._inside(dst, size)
         stream.submit(partial(_set, dst, byte, size))

@@ -194,6 +194,8 @@ class ImmediateMover:
         self._moves: list[Move] = []
         self.blocks = 0
 
+    by_layer = False
+
     def start(self, move: Move) -> None:
         self._moves.append(move)
         self.blocks += len(move.contents)

@@ -72,6 +72,8 @@ class EngineInfo:
     """Changes whenever KV computed before can no longer be used (weights, dtype, layout, RoPE)."""
     memory: Mapping[str, int] = field(default_factory=dict)
     """Bytes of device memory by what they are for; empty where the device is main memory."""
+    copies_by_layer: bool = False
+    """Whether a step may read blocks of copies in that are still under way (`SequenceInput.arriving`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,9 @@ class SequenceInput:
     that the step writes."""
     images: Sequence[ImageRows] = ()
     """Those that have any of the new positions, by position. Each ends at or before the last of these."""
+    arriving: Sequence[Ticket] = ()
+    """Copies in, begun before the step, of blocks in these tables that need not be complete: each layer waits
+    for its own part of them. Only for an engine whose `info.copies_by_layer` says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +245,7 @@ class Engine(Protocol):
 
     def copy_in(self, pool: Pool, rows: Sequence[NDArray[np.uint8]], blocks: Sequence[int]) -> Ticket:
         """Copy rows (as `copy_out` filled them) into blocks that no step reads; not readable before the
-        ticket is done, as the rows must not change before."""
+        ticket is done, but for steps that name it as `arriving`, as the rows must not change before."""
 
     def close(self) -> None:
         """Release the device; the result of a step under way is lost. Idempotent."""

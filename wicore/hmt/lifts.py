@@ -1,7 +1,9 @@
 """The way up: blocks brought from the tier where they lie to the device, or to host memory to stay there.
 
 A restore is the lifts that one sequence waits for. What fails on its way is forgotten where it lay, and the
-sequence then matches anew, without it.
+sequence then matches anew, without it. Where steps may read what is on its way to the device, a restore's
+last stage is one move of each pool, the windows' first, which are small: the layers of a move arrive in the
+order in which they are computed.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from wicore.engine.base import Pool
+from wicore.engine.base import Pool, Ticket
 from wicore.hmt.match import Place
 from wicore.hmt.moves import Outcome
 from wicore.hmt.rates import Route
@@ -26,6 +28,10 @@ class Restore:
     failed: bool = False
     cancelled: bool = False
     """Nobody waits any more; what is not under way is not begun."""
+    ahead: int = 0
+    """Lifts, of those left, that steps may read already, if they name `arriving`."""
+    ahead_bytes: int = 0
+    arriving: list[Ticket] = field(default_factory=list)
     slots: dict[bytes, int] = field(default_factory=dict)
     """Host slots, by content, of lifts that end in host memory; held for the sequence."""
 
@@ -41,6 +47,7 @@ class _Lift:
     device_block: int | None
     restore: Restore | None
     """None: nobody waits for it."""
+    ahead: bool = False
 
     @property
     def cancelled(self) -> bool:
@@ -119,12 +126,14 @@ class Lifts:
         ended: Callable[[list[_Lift], Outcome], None],
     ) -> None:
         """Make moves of what waits in the queue, each of one pool, until the route is full."""
-        while queue and self._traffic.may_start(route):
-            pool = queue[0].pool
+        full = False
+        while queue and not full and self._traffic.may_start(route):
+            first = queue[0]
             lifts: list[_Lift] = []
             transfers: list[Transfer] = []
-            while queue and queue[0].pool == pool and len(lifts) < self._traffic.batch(route, pool):
-                if route[1] == "host" and self._must_wait(queue[0], transfers):
+            while queue and self._joins(route, queue[0], first, len(lifts)):
+                full = route[1] == "host" and self._must_wait(queue[0], transfers)
+                if full:
                     break
                 lift = queue.popleft()
                 transfer = prepare(lift)
@@ -132,9 +141,26 @@ class Lifts:
                     lifts.append(lift)
                     transfers.append(transfer)
             if transfers:
-                self._traffic.start(route, pool, transfers, partial(ended, lifts))
-            elif queue and queue[0].pool == pool:
-                return
+                full = False
+                ticket = self._traffic.start(route, first.pool, transfers, partial(ended, lifts))
+                if ticket is not None and first.restore is not None:
+                    self._go_ahead(first.restore, lifts, ticket)
+
+    def _joins(self, route: Route, lift: _Lift, first: _Lift, before: int) -> bool:
+        """Whether a lift goes in the move that begins with `first` and has so many others."""
+        if lift.pool != first.pool:
+            return False
+        if route[1] == "device" and self._traffic.by_layer:
+            return lift.restore is first.restore
+        return before < self._traffic.batch(route, lift.pool)
+
+    def _go_ahead(self, restore: Restore, lifts: list[_Lift], ticket: Ticket) -> None:
+        """Steps may read what these lifts bring."""
+        for lift in lifts:
+            lift.ahead = True
+        restore.ahead += len(lifts)
+        restore.ahead_bytes += len(lifts) * self._traffic.block_bytes(lifts[0].pool)
+        restore.arriving.append(ticket)
 
     def _must_wait(self, lift: _Lift, before: list[Transfer]) -> bool:
         """Whether host memory is full, and a move under way may change that."""
@@ -216,6 +242,9 @@ class Lifts:
             self._prefetching.discard((lift.pool, lift.hash))
         else:
             restore.left -= 1
+            if lift.ahead:
+                restore.ahead -= 1
+                restore.ahead_bytes -= self._traffic.block_bytes(lift.pool)
         for_host = restore is not None and lift.device_block is None and lift.place.tier == "host"
         if restore is not None and for_host and not (restore.cancelled or restore.failed):
             restore.slots[lift.hash] = lift.place.block

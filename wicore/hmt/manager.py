@@ -19,11 +19,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from wicore.engine.base import KVLayout, Pool
+from wicore.engine.base import KVLayout, Pool, Ticket
 from wicore.errors import EngineError, TooLarge
 from wicore.hmt.chain import Grow, TokenChain
 from wicore.hmt.checkpoints import Checkpoints
-from wicore.hmt.lifts import Lifts
+from wicore.hmt.lifts import Lifts, Restore
 from wicore.hmt.match import Place, PrefixMatch
 from wicore.hmt.moves import Mover, Tier
 from wicore.hmt.policy import LRU
@@ -218,11 +218,24 @@ class CacheManager:
         self._account(chain, match)
         self._settle(sequence)
 
-    def restoring(self, key: int) -> bool:
-        """Whether blocks of the sequence are still on their way to where a step may read them."""
+    def restoring(self, key: int, *, alone: bool = False, budget: int = 0) -> bool:
+        """Whether blocks of the sequence are still on their way to where a step may read them.
+
+        Where steps may read what is still `arriving`, it does not wait for that if it is `alone`, with no
+        other sequence to wait in its steps, or if copying is known to take no longer than its first step, of
+        `budget` tokens at most: the copies are then ahead of the layers.
+        """
         sequence = self._open[key]
         self._settle(sequence)
-        return bool(sequence.restore.left)
+        restore = sequence.restore
+        if restore.left > restore.ahead or restore.failed or sequence.long:
+            return bool(restore.left)
+        tokens = min(budget, len(sequence.chain) - sequence.computed)
+        return bool(restore.left) and not alone and not self._is_ahead(restore, tokens)
+
+    def arriving(self, key: int) -> list[Ticket]:
+        """The copies that a step of this sequence, which is not `restoring`, must name."""
+        return [ticket for ticket in self._open[key].restore.arriving if not ticket.done()]
 
     def computed(self, key: int) -> int | None:
         """Positions that need not be computed (any more); None when restoring failed: close the sequence
@@ -414,9 +427,11 @@ class CacheManager:
         """Hold the blocks of a match, and have those below the device lifted."""
         chain, lifts, restore = sequence.chain, self._lifts, sequence.restore
         resident: list[tuple[Pool, int, Place]] = [
+            ("window", i, place) for i, place in enumerate(match.window_places, match.window_first)
+        ]
+        resident += [
             ("global", i, place) for i, place in enumerate(match.global_places) if i >= match.streamed
         ]
-        resident += [("window", i, place) for i, place in enumerate(match.window_places, match.window_first)]
         # What is there first, lest taking a block for what is not should evict it.
         for name, _, place in resident:
             if place.tier == "device":
@@ -431,6 +446,11 @@ class CacheManager:
             (sequence.global_table if name == "global" else sequence.window_table).append(block)
             self._touch_copies(name, chain.hashes[index])
         self._checkpoints.keep(chain, match.blocks)
+
+    def _is_ahead(self, restore: Restore, tokens: int) -> bool:
+        """Whether what is on its way arrives in the time that so many prompt tokens take."""
+        speed, prefill = self.traffic.rates.bytes_per_second(("host", "device")), self.traffic.rates.prefill
+        return speed is not None and prefill is not None and restore.ahead_bytes / speed <= tokens / prefill
 
     def _settle(self, sequence: OpenSequence) -> None:
         """Take over what the restore has left in host memory, once it is complete."""

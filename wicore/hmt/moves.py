@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal, Protocol
 
-from wicore.engine.base import Pool
+from wicore.engine.base import Pool, Ticket
 
 Tier = Literal["device", "host", "nvme"]
 TIERS: tuple[Tier, ...] = ("device", "host", "nvme")
@@ -60,8 +60,16 @@ class Outcome:
 class Mover(Protocol):
     """Carries moves out. Calls come from the engine thread and never wait for a copy."""
 
-    def start(self, move: Move) -> None:
-        """Begin a move; `finished` gives its outcome later, exactly once. A failed copy is an outcome too."""
+    @property
+    def by_layer(self) -> bool:
+        """Whether steps may read what is still on its way to the device, layer by layer."""
+
+    def start(self, move: Move) -> Ticket | None:
+        """Begin a move; `finished` gives its outcome later, exactly once. A failed copy is an outcome too.
+
+        Of a move to the device, where `by_layer`, the ticket that steps name as `arriving`: it fails only
+        with the device.
+        """
 
     def finished(self) -> Sequence[Outcome]:
         """The outcomes since the last call."""

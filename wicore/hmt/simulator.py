@@ -89,6 +89,8 @@ class _ModelledMover:
         self._moves: list[tuple[float, int, Outcome]] = []
         self._count = 0
 
+    by_layer = False
+
     def start(self, move: Move) -> None:
         route = (move.source, move.target)
         size = len(move.contents) * self._layout.block_bytes(move.pool)

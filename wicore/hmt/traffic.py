@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from wicore.engine.base import KVLayout, Pool
+from wicore.engine.base import KVLayout, Pool, Ticket
 from wicore.hmt.histogram import Histogram
 from wicore.hmt.match import Place
 from wicore.hmt.moves import TIERS, Move, Mover, Outcome, Tier
@@ -81,6 +81,14 @@ class Traffic:
         rate = self.rates.bytes_per_second(route)
         return rate is not None and self._flying_bytes[route] < rate * _AHEAD_S
 
+    @property
+    def by_layer(self) -> bool:
+        """Whether steps may read what is on its way to the device (`Mover.by_layer`)."""
+        return self._mover is not None and self._mover.by_layer
+
+    def block_bytes(self, pool: Pool) -> int:
+        return self._size[pool]
+
     def batch(self, route: Route, pool: Pool) -> int:
         """Blocks of one move, at most."""
         size = _BUS_BATCH_BYTES if "device" in route else _BATCH_BYTES
@@ -131,8 +139,8 @@ class Traffic:
 
     def start(
         self, route: Route, pool: Pool, transfers: Sequence[Transfer], ended: Callable[[Outcome], None]
-    ) -> None:
-        """Copy blocks of one pool; `ended` is called by a later `advance`."""
+    ) -> Ticket | None:
+        """Copy blocks of one pool; `ended` is called by a later `advance`. What `Mover.start` gives."""
         assert self._mover is not None
         move = Move(
             pool,
@@ -145,7 +153,7 @@ class Traffic:
         self._under_way[move] = ended
         self._flying[route] += 1
         self._flying_bytes[route] += len(move.contents) * self._size[pool]
-        self._mover.start(move)
+        return self._mover.start(move)
 
     def advance(self) -> None:
         """Take in the moves that have ended. Never waits."""

@@ -20,7 +20,11 @@ def share(sequence: ScheduledSequence, cache: CacheManager) -> SequenceInput:
         return prepared
     start = sequence.computed
     tokens = sequence.chain.tokens(start, start + sequence.chunk)
-    return _input(sequence, cache, tokens, start, sequence.samples)
+    given = _input(sequence, cache, tokens, start, sequence.samples)
+    if sequence.arriving:
+        # The first step that reads the blocks waits for all of them.
+        given.arriving, sequence.arriving = cache.arriving(sequence.key), False
+    return given
 
 
 def prepare(sequence: ScheduledSequence, cache: CacheManager) -> None:

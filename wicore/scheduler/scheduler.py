@@ -17,7 +17,8 @@ its blocks are raised, it computes what was in no full block, and goes on at the
 SamplingState.
 
 A sequence admitted with blocks that lie below the device is restoring: it has its slot and its blocks, and
-joins the steps when they have arrived. When one does not arrive it waits again, and matches what is left.
+joins the steps when they have arrived, or, where the engine can wait for them layer by layer, when that holds
+nobody up. When one does not arrive it waits again, and matches what is left.
 
 Why nothing starves. Take S, first in rank of all sequences present; later arrivals never rank before it.
     Running, S is never preempted: room is made at the cost of those ranked after it, levels below it give
@@ -184,7 +185,8 @@ class Scheduler:
         self._moves_wait = True
         if not planned:
             self.catch_up()
-            return None
+            # Copies that it began may be followed at once.
+            return self.plan() if self._settle() else None
         self._in_flight = self._unprepared = planned
         return StepPlan(tuple([share(sequence, self._cache) for sequence in planned]))
 
@@ -306,10 +308,15 @@ class Scheduler:
             or any(sequence.restoring for sequence in self._running)
         )
 
-    def _settle(self) -> None:
-        """Let sequences whose blocks have arrived join the steps, and those whose have not match anew."""
+    def _settle(self) -> bool:
+        """Let sequences whose blocks have arrived join the steps, and those whose have not match anew.
+
+        Returns whether any joined.
+        """
+        joined = False
         for sequence in [other for other in self._running if other.restoring]:
-            if self._cache.restoring(sequence.key):
+            alone = all(other.restoring for other in self._running)
+            if self._cache.restoring(sequence.key, alone=alone, budget=self._limits.prompt_budget):
                 continue
             computed = self._cache.computed(sequence.key)
             if computed is None:
@@ -318,7 +325,10 @@ class Scheduler:
                 self._wait_again(sequence)
             else:
                 sequence.restoring = False
+                sequence.arriving = bool(self._cache.arriving(sequence.key))
                 self._begin_at(sequence, computed)
+                joined = True
+        return joined
 
     # --- admission --------------------------------------------------------------------------------
 

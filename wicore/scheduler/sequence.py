@@ -106,6 +106,7 @@ class ScheduledSequence:
 
     __slots__ = (
         "arrival",
+        "arriving",
         "at_once",
         "cached",
         "chain",
@@ -144,7 +145,9 @@ class ScheduledSequence:
         self.running = False
         """Admitted: it has a slot and blocks."""
         self.restoring = False
-        """Admitted, with blocks still on their way."""
+        """Admitted, with blocks still on their way to where a step may read them."""
+        self.arriving = False
+        """Its next step reads blocks that may still be on their way."""
         self.chunk = 0
         """New tokens in the step being planned or in flight."""
         self.prepared: SequenceInput | None = None

@@ -90,7 +90,10 @@ class TieredCache:
         return {**self.manager.report(), "direct_io": direct}
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
-        """A step took so long: what raising blocks is weighed against, when the step was mostly prefill."""
+        """A step took so long: what raising blocks is weighed against, when the step was mostly prefill, and
+        waited for no blocks."""
+        if any(sequence.arriving for sequence in plan.sequences):
+            return
         prompt = sum(len(sequence.tokens) for sequence in plan.sequences if len(sequence.tokens) > 1)
         if prompt >= 8 * len(plan.sequences):
             self.manager.observe_prefill(prompt, seconds)

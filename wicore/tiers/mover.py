@@ -57,7 +57,11 @@ class TierMover:
         for thread in self._threads:
             thread.start()
 
-    def start(self, move: Move) -> None:
+    @property
+    def by_layer(self) -> bool:
+        return self._engine.info.copies_by_layer
+
+    def start(self, move: Move) -> Ticket | None:
         route = (move.source, move.target)
         if route == ("device", "host"):
             rows = self._rows(move.pool, move.targets)
@@ -67,12 +71,14 @@ class TierMover:
             rows = self._rows(move.pool, move.sources)
             ticket = self._engine.copy_in(move.pool, rows, move.targets)
             self._give("copies", move, partial(_await, ticket, move))
+            return ticket if self.by_layer else None
         elif route == ("host", "nvme"):
             self._give("writes", move, partial(self._write, move))
         elif route == ("nvme", "host"):
             self._give("reads", move, partial(self._read, move))
         else:
             raise ValueError(f"no way from {move.source} to {move.target}")
+        return None
 
     def _give(self, name: str, move: Move, run: Callable[[], Mapping[int, Fault]]) -> None:
         self._queues[name].put(_Job(move, run, time.monotonic()))

@@ -154,9 +154,9 @@ def build_engine(
     budget = Budget.of(settings, device)
     workspace = Workspace(device, config, layout, limits, invariant=invariant)
     segments = None if invariant else open_segments(limits)
-    vision_segments = open_vision() if config.vision else None
-    vision_size = vision_bytes(config) if vision_segments else 0
-    budget.blocks(settings, layout, weight_bytes(config) + vision_size, context)
+    vision_segments = open_vision() if config.vision and settings.model.max_images else None
+    tower = vision_bytes(config) if vision_segments else 0
+    budget.blocks(settings, layout, weight_bytes(config) + tower, context, tower)
     with ThreadPoolExecutor(1, "digest") as other:
         digest = other.submit(content)
         loaded = load_weights(device, weights, int8_kv=kv == "int8", on_progress=WeightsProgress())
@@ -232,8 +232,11 @@ class Budget:
     def used(device: Device) -> int:
         return sum(device.report().values())
 
-    def blocks(self, settings: Settings, layout: KVLayout, weights: int, context: int) -> Mapping[Pool, int]:
-        """The KV pools that fit beside the weights and what is allocated now.
+    def blocks(
+        self, settings: Settings, layout: KVLayout, weights: int, context: int, tower: int = 0
+    ) -> Mapping[Pool, int]:
+        """The KV pools that fit beside the weights, `tower` bytes of them a vision tower's, and what is
+        allocated now.
 
         Raises EngineError where they are too small for a sequence of `context` tokens, or for
         `hmt.device_tokens`, saying what takes how much and which setting helps.
@@ -246,7 +249,7 @@ class Budget:
             blocks = device_blocks(settings, layout, -(-tokens // layout.block_tokens))
             if pool_bytes(layout, blocks) > room:
                 fit = largest["global"] * layout.block_tokens
-                help_ = f"set hmt.device_tokens to {fit} or less" if fit >= 256 else self._help(layout)
+                help_ = f"set hmt.device_tokens to {fit} or less" if fit >= 256 else self._help(layout, tower)
                 need = self._need(weights, work, pool_bytes(layout, blocks), f"KV of {tokens:,} tokens")
                 raise EngineError(f"{need}; {help_}", param="hmt.device_tokens")
             return blocks
@@ -255,9 +258,9 @@ class Budget:
             return largest
         one = pool_bytes(layout, device_blocks(settings, layout, -(-context // layout.block_tokens)))
         if longest >= 256:
-            help_ = f"set model.max_context to {longest} or less, or {self._help(layout)}"
+            help_ = f"set model.max_context to {longest} or less, or {self._help(layout, tower)}"
         else:
-            help_ = self._help(layout)
+            help_ = self._help(layout, tower)
         need = self._need(weights, work, one, f"KV of one sequence of {context:,} tokens")
         raise EngineError(f"{need}; {help_}", param="model.max_context")
 
@@ -268,10 +271,11 @@ class Budget:
             f"({self.source})"
         )
 
-    def _help(self, layout: KVLayout) -> str:
+    def _help(self, layout: KVLayout, tower: int) -> str:
         kv = "" if layout.dtype == "int8" else "engine.kv: int8 halves the KV, "
+        text = f"model.max_images: 0 leaves out the vision tower ({_gb(tower)}), " if tower else ""
         return (
-            f"{kv}a smaller scheduler.token_budget or scheduler.max_batch the working memory; or use a "
+            f"{kv}{text}a smaller scheduler.token_budget or scheduler.max_batch the working memory; or use a "
             "smaller model or a larger GPU"
         )
 

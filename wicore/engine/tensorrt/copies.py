@@ -2,7 +2,8 @@
 
 Rows of the engine's host memory are pinned: the device copies them by itself, neighbours in one go. Any other
 row goes through a pinned buffer, by a thread. A copy waits for earlier ones of the same blocks, and else for
-nothing: nobody writes blocks that are read, or reads blocks that are written (`wicore.engine.base`).
+nothing: nobody writes blocks that are read, or reads blocks that are written (`wicore.engine.base`), but for
+steps that follow a copy in, layer by layer: a large one is made in the order of the layers.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from numpy.typing import NDArray
 
 from wicore.engine.base import KVLayout, Pool
 from wicore.engine.copies import HostMemory
-from wicore.engine.tensorrt.device import Device, Event, HostBuffer
+from wicore.engine.tensorrt.device import Device, Event, HostBuffer, Stream
 from wicore.errors import EngineError
 
 Bytes = NDArray[np.uint8]
 
 _STAGING_BYTES = 16 * 2**20
+_LAYERED_BYTES = 8 * 2**20
+"""A smaller copy in is made at once: it is over before a step has begun."""
 
 
 class Health:
@@ -45,12 +48,14 @@ class PoolBlocks:
     count: int
 
 
-class _Copy:
+class KVCopy:
     """One call's copies; its `Ticket`."""
 
-    def __init__(self, health: Health, event: Event, blocks: frozenset[int]) -> None:
-        self.blocks = blocks
+    def __init__(self, health: Health, event: Event, pool: Pool, blocks: frozenset[int]) -> None:
+        self.pool, self.blocks = pool, blocks
         self.event = event
+        self.layers: list[Event] = []
+        """When each layer of the pool is there; empty: not before all are."""
         self._health = health
         self._given = threading.Event()
         """Set when all of it has been given to the device, or has failed."""
@@ -64,6 +69,14 @@ class _Copy:
     def give(self, error: Exception | None = None) -> None:
         self._error = error
         self._given.set()
+
+    def lead(self, stream: Stream, layer: int | None = None) -> None:
+        """What is enqueued on `stream` from now on comes after the copy, or its part of a layer of its pool.
+
+        Waits until the copy has been given to the device.
+        """
+        self._given.wait()
+        stream.wait(self.layers[layer] if layer is not None and self.layers else self.event)
 
     def done(self) -> bool:
         if self._complete or self._health.error is not None:
@@ -116,10 +129,10 @@ class KVCopies:
         self._host = HostMemory(layout, self._pinned)
         self._streams = {True: device.stream(), False: device.stream()}
         """By whether blocks come in: both directions of the bus are used at once."""
-        self._flying: dict[Pool, list[_Copy]] = {"global": [], "window": []}
+        self._flying: dict[Pool, list[KVCopy]] = {"global": [], "window": []}
         self._staging: HostBuffer | None = None
         self._thread = ThreadPoolExecutor(1, "kv-staging")
-        self._last_staged: _Copy | None = None
+        self._last_staged: KVCopy | None = None
 
     def host_memory(self, pool: Pool, slots: int) -> Bytes:
         self._asked = pool
@@ -133,11 +146,11 @@ class KVCopies:
         """Where kernels find the pool's host memory; 0 when it has none."""
         return self._buffers[pool].address if pool in self._buffers else 0
 
-    def start(self, pool: Pool, blocks: Sequence[int], rows: Sequence[Bytes], *, inwards: bool) -> _Copy:
+    def start(self, pool: Pool, blocks: Sequence[int], rows: Sequence[Bytes], *, inwards: bool) -> KVCopy:
         """Begin copying blocks to (`inwards`: from) as many rows. Raises ValueError for other numbers."""
         if len(blocks) != len(rows):
             raise ValueError(f"{len(blocks)} blocks and {len(rows)} rows: expected as many of both")
-        copy = _Copy(self._health, self._device.event(), frozenset(blocks))
+        copy = KVCopy(self._health, self._device.event(), pool, frozenset(blocks))
         flying = [other for other in self._flying[pool] if not other.done()]
         earlier = [other for other in flying if not copy.blocks.isdisjoint(other.blocks)]
         self._flying[pool] = [*flying, copy]
@@ -189,23 +202,46 @@ class KVCopies:
             spans.direct.append((target, source, size))
         return spans
 
-    def _run(self, copy: _Copy, spans: _Spans, earlier: Sequence[_Copy], inwards: bool) -> None:
+    def _run(self, copy: KVCopy, spans: _Spans, earlier: Sequence[KVCopy], inwards: bool) -> None:
         stream = self._streams[inwards]
         try:
             if self._health.error is not None:
                 raise EngineError(f"the device failed: {self._health.error}")
             for other in earlier:
                 stream.wait(other.event)
-            for device, host, size in spans.direct:
-                target, source = (device, host) if inwards else (host, device)
-                self._device.copy(target, source, size, stream)
+            if inwards and not spans.staged and sum(size for *_, size in spans.direct) >= _LAYERED_BYTES:
+                self._copy_by_layer(copy, spans.direct, stream)
+            else:
+                for device, host, size in spans.direct:
+                    target, source = (device, host) if inwards else (host, device)
+                    self._device.copy(target, source, size, stream)
             for part in _parts(spans.staged, _STAGING_BYTES):
                 self._stage(part, inwards)
             copy.event.record(stream)
         except Exception as err:  # the thread has nobody to raise to: whoever waits is told
+            if inwards and spans.direct:
+                self._health.failed(err)  # steps that follow this copy have read what is not there
             copy.give(err)
         else:
             copy.give()
+
+    def _copy_by_layer(self, copy: KVCopy, spans: Sequence[tuple[int, int, int]], stream: Stream) -> None:
+        """Make a copy in, all blocks of a layer before the next layer."""
+        layout = self._layout
+        layers = layout.global_layers if copy.pool == "global" else layout.window_layers
+        block = layout.block_bytes(copy.pool)
+        part = block // layers
+        starts = [np.arange(0, size, block, dtype=np.uint64) for *_, size in spans]
+        targets, sources = (
+            np.concatenate([np.uint64(span[end]) + start for span, start in zip(spans, starts, strict=True)])
+            for end in (0, 1)
+        )
+        for layer in range(layers):
+            offset = np.uint64(layer * part)
+            self._device.copy_many(targets + offset, sources + offset, part, stream)
+            event = self._device.event()
+            event.record(stream)
+            copy.layers.append(event)
 
     def _stage(self, part: Sequence[tuple[int, Bytes]], inwards: bool) -> None:
         """Copy rows that are not pinned, and wait until that is done: the buffer is used again."""

@@ -36,6 +36,8 @@ _FATAL = {214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 999}
 """CUresults after which the context cannot be used: uncorrectable memory, faults of kernels, unknown."""
 
 _DEPENDENT_FROM = 12030
+_BATCHES_FROM = 13000
+"""Drivers that take many copies in one call, in its present form."""
 """Programmatic dependent launches can be captured from this driver version (CUDA 12.3) on."""
 
 _MAX_CONFIGS = 4096
@@ -642,6 +644,20 @@ class CudaDevice:
 
     def copy(self, dst: int, src: int, size: int, stream: CudaStream) -> None:
         self.call("cuMemcpyAsync", dst, src, size, stream.native)
+
+    def copy_many(
+        self, targets: NDArray[np.uint64], sources: NDArray[np.uint64], size: int, stream: CudaStream
+    ) -> None:
+        count = len(targets)
+        if self.driver_version < _BATCHES_FROM:
+            for target, source in zip(targets.tolist(), sources.tolist(), strict=True):
+                self.copy(target, source, size, stream)
+            return
+        at = self.driver.CUdeviceptr
+        to, of = ([at(address) for address in addresses.tolist()] for addresses in (targets, sources))
+        attributes = self.driver.CUmemcpyAttributes()
+        attributes.srcAccessOrder = self.driver.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
+        self.call("cuMemcpyBatchAsync", to, of, [size] * count, count, [attributes], [0], 1, stream.native)
 
     def fill(self, dst: int, byte: int, size: int, stream: CudaStream) -> None:
         self.call("cuMemsetD8Async", dst, byte, size, stream.native)

@@ -170,6 +170,11 @@ class Device(Protocol):
         """Copy bytes between any two of device and host memory. Host memory that is not pinned must stay
         until the stream has passed the copy."""
 
+    def copy_many(
+        self, targets: NDArray[np.uint64], sources: NDArray[np.uint64], size: int, stream: Any
+    ) -> None:
+        """As many copies of `size` bytes each between device and pinned memory, in any order among them."""
+
     def fill(self, dst: int, byte: int, size: int, stream: Any) -> None: ...
     def tensor_map_2d(
         self,

@@ -152,6 +152,7 @@ class TensorrtEngine:
             max_context=context,
             fingerprint=hashlib.sha256(described.encode()).hexdigest(),
             memory=dict(device.report()),
+            copies_by_layer=True,
         )
         self._closed, self._unprepared = False, False
 

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from wicore.engine.tensorrt.attention import StepTables
 from wicore.engine.tensorrt.attention_settings import TILE_POSITIONS
 from wicore.engine.tensorrt.block_tables import BlockTables
 from wicore.engine.tensorrt.bodies import Body, KernelBody
+from wicore.engine.tensorrt.copies import KVCopy
 from wicore.engine.tensorrt.decode_arrays import Check, DecodeArrays
 from wicore.engine.tensorrt.device import Device, Graph
 from wicore.engine.tensorrt.limits import Limits
@@ -74,6 +76,10 @@ class Runner:
 
     def start(self, sequences: Sequence[SequenceInput], check: Check) -> Running:
         """Enqueue a step. Raises ValueError as `check` does, and for a step too large for the buffers."""
+        arriving = [ticket for sequence in sequences for ticket in sequence.arriving]
+        if arriving:
+            check(sequences)
+            return self._start_passes(sequences, cast(list[KVCopy], arriving))
         tables = self._arrays.follow(sequences, check)
         if tables is None:
             check(sequences)
@@ -84,8 +90,8 @@ class Runner:
         rows = self._single([s.sampling for s in sequences], tables)
         return self._started(sequences, tables, [sequences[row].key for row in rows], rows)
 
-    def _start_passes(self, sequences: Sequence[SequenceInput]) -> Running:
-        """Enqueue a step that is not one row a sequence."""
+    def _start_passes(self, sequences: Sequence[SequenceInput], arriving: Sequence[KVCopy] = ()) -> Running:
+        """Enqueue a step that is not one row a sequence, or that reads what these copies bring."""
         passes, tables = self._cut(sequences), self._arrays.tables_of(sequences)
         samples = [piece.sequence for work in passes for piece in work.pieces if piece.samples]
         if len(samples) > self._limits.samples:
@@ -93,10 +99,11 @@ class Runner:
                 f"plan: {len(samples)} sequences sample, and scheduler.max_batch is {self._limits.samples}"
             )
         if len(passes) == 1 and passes[0].decode:
+            self._let_pass(arriving)
             self._arrays.fill(passes[0], tables)
             rows = self._single(_states(passes[0]), tables)
         else:
-            self._several(passes, tables, [s.sampling for s in samples])
+            self._several(passes, tables, [s.sampling for s in samples], arriving)
             rows = list(range(len(samples)))
         return self._started(sequences, tables, [s.key for s in samples], rows)
 
@@ -221,7 +228,11 @@ class Runner:
         return rows
 
     def _several(
-        self, passes: Sequence[Pass], tables: BlockTables, states: Sequence[SamplingState | None]
+        self,
+        passes: Sequence[Pass],
+        tables: BlockTables,
+        states: Sequence[SamplingState | None],
+        arriving: Sequence[KVCopy],
     ) -> None:
         """Passes, then the head for all rows that sample, by these states."""
         self._clear_mass()
@@ -230,7 +241,7 @@ class Runner:
             self._parts.sampler.upload(self.stream)
         done = 0
         for work in passes:
-            done += self._run_pass(work, tables, done)
+            done += self._run_pass(work, tables, done, arriving)
         if states:
             self._head(done, self._buffers.gathered)
             self._draw(done)
@@ -240,17 +251,23 @@ class Runner:
         self._parts.sampler.upload_masks(self.stream)
         self._parts.sampler.launch(self.stream, rows, self._buffers.logits)
 
-    def _run_pass(self, work: Pass, tables: BlockTables, done: int) -> int:
+    def _let_pass(self, arriving: Sequence[KVCopy]) -> None:
+        """Have what comes next, a graph, come after these copies: it cannot wait within."""
+        for copy in arriving:
+            copy.lead(self.stream)
+
+    def _run_pass(self, work: Pass, tables: BlockTables, done: int, arriving: Sequence[KVCopy]) -> int:
         """Run a pass and put its normed rows that sample behind the `done` of passes before; how many."""
         count, normed, target = _samples(work), self._buffers.normed, self._gathered(done)
         size = 2 * self._config.hidden_size
         if work.decode:
+            self._let_pass(arriving)
             self._arrays.fill(work, tables)
             self._decode(tables, self._limits.bucket(work.rows), False)
             sampling, alone = self._arrays.sampling, False
         else:
             sent = self._send(work, tables)
-            sampling, alone = sent.sampling, self._prompt_launches(work, sent, count)
+            sampling, alone = sent.sampling, self._prompt_launches(work, sent, count, arriving)
         if alone and count:
             self._device.copy(target, normed, size * count, self.stream)
         elif count:
@@ -297,9 +314,12 @@ class Runner:
             self._head(rows, b.normed)
             self._parts.sampler.launch(self.stream, rows, b.logits)
 
-    def _prompt_launches(self, work: Pass, sent: _Sent, sampled: int | None) -> bool:
+    def _prompt_launches(
+        self, work: Pass, sent: _Sent, sampled: int | None, arriving: Sequence[KVCopy] = ()
+    ) -> bool:
         """`sampled`: how many rows are read after the last layer, which then goes on with them alone where it
-        can; None: all of them. Whether `normed` has those alone."""
+        can; None: all of them. Each layer comes after its part of the copies `arriving`. Whether `normed` has
+        those rows alone."""
         last = len(self._layers) - 1
         attention, b, step, rows = self._parts.attention, self._buffers, sent.tables, work.rows
         indices, listed = sent.listed
@@ -310,6 +330,9 @@ class Runner:
         attention.schedule(self.stream, listed, step, indices)
         body.first(self.stream, rows, step.ids, list(work.images()))
         for index, (pool, layer) in enumerate(self._layers):
+            for copy in arriving:
+                if copy.pool == pool:
+                    copy.lead(self.stream, layer)
             self._append(rows, index, step)
             # Chunks are listed for their mass, which window layers have none of.
             if pool == "global" or work.singles or work.by_row:
