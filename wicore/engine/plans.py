@@ -1,4 +1,4 @@
-"""Checks that every engine makes of a plan, and every vision encoder of an image, before it computes anything."""
+"""Checks that every engine makes of a plan, and a vision encoder of an image, before it computes anything."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
 """The vision tower on the CPU: SigLIP (Zhai et al., 2023, arXiv:2303.15343) and Gemma 3's projector.
 
-Three graphs on ONNX Runtime, built in code: `build_first` from pixels to the residual stream, `build_layer`, which
-runs once for each layer with that layer's weights as inputs, and `build_last` from the stream to rows. As inputs,
-weights are in memory once, in the form they are stored in; constants ONNX Runtime would widen and pack when a
-session is made.
+Three graphs on ONNX Runtime, built in code: `build_first` from pixels to the residual stream, `build_layer`,
+which runs once for each layer with that layer's weights as inputs, and `build_last` from the stream to rows.
+As inputs, weights are in memory once, in the form they are kept in; constants ONNX Runtime would widen and
+pack when a session is made.
 
 Layers' matrices are half, widened just before their products, or float32; all that is computed is float32.
 
-What is large never is whole. Attention, of every patch to all, is `MultiHeadAttention`, which goes tile by tile
-(FlashAttention, Dao et al., 2022, arXiv:2205.14135): the scores of a layer would take 1 GB at the published sizes.
-The MLP takes some rows at a time.
+What is large never is whole. Attention, of every patch to all, is `MultiHeadAttention`, which goes tile by
+tile (FlashAttention, Dao et al., 2022, arXiv:2205.14135): the scores of a layer would take 1 GB at the sizes
+that Google published. The MLP takes some rows at a time.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ _HALF_MAX = float(np.finfo(np.float16).max)
 class CpuVision:
     """`VisionEncoder` on ONNX Runtime; rows are the same to the bit whenever they are computed.
 
-    An image keeps every thread busy, so one is computed at a time, and other calls wait. At the sizes that Google
-    published the weights take 0.9 GB as half and 1.7 GB as float32, and an image 0.25 GB while it is encoded.
-    Half holds what checkpoints store as float16, and what they store as bfloat16 but for magnitudes under 2^-14.
+    An image keeps every thread busy, so one is computed at a time, and other calls wait. At the sizes that
+    Google published the weights take 0.9 GB as half and 1.7 GB as float32, and an image 0.25 GB while it is
+    encoded. Half holds all that checkpoints store as float16, and of bfloat16 all but magnitudes under 2^-14.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, weights: TowerFormat = "half", threads: int = 0) -> None:
         """Load a checkpoint's tower. `threads` 0 means one a core.
 
-        Raises ValueError for a model without a tower, CheckpointError for a bad checkpoint, and EngineError for a
-        weight that is beyond half's range.
+        Raises ValueError for a model without a tower, CheckpointError for a bad checkpoint, and EngineError
+        for a weight that is beyond half's range.
         """
         vision = checkpoint.config.vision
         if vision is None:
@@ -86,7 +86,9 @@ class CpuVision:
             for weights in self._weights:
                 [x] = self._layer.run_with_ort_values(["y"], {"x": x, **weights})
             [last] = self._last.run_with_ort_values(["rows"], {"x": x}, shrinking())
-        rows: Float = last.numpy()
+        rows: Float = (
+            last.numpy().copy()
+        )  # a view, and rows that are kept would keep the allocator's memory, too
         if not np.isfinite(rows).all():
             raise EngineError("the vision tower's rows are not finite numbers: the weights are not usable")
         return rows
@@ -124,8 +126,8 @@ def build_first(checkpoint: Checkpoint, vision: VisionConfig) -> Graph:
 def build_layer(vision: VisionConfig, form: TowerFormat, mlp_rows: int = _MLP_ROWS) -> Graph:
     """x float32 [1, patches, hidden] -> y, of the same shape: one layer.
 
-    Its weights are inputs, too, named and shaped as `_layer_shapes` says. `mlp_rows` changes nothing but time and
-    memory.
+    Its weights are inputs, too, named and shaped as `_layer_shapes` says. `mlp_rows` changes nothing but time
+    and memory.
     """
     g, eps, stream = Graph(), vision.layer_norm_eps, [1, vision.patches, vision.hidden_size]
     x = g.input("x", _F32, stream)
@@ -154,8 +156,8 @@ def build_layer(vision: VisionConfig, form: TowerFormat, mlp_rows: int = _MLP_RO
 
 
 def build_last(checkpoint: Checkpoint, vision: VisionConfig) -> Graph:
-    """x float32 [1, patches, hidden] -> rows float32 [tokens, width of the text model]: the last norm, for each
-    token the mean of a square of patches, and the projector."""
+    """x float32 [1, patches, hidden] -> rows float32 [tokens, width of the text model]: the last norm, for
+    each token the mean of a square of patches, and the projector."""
     g, eps, hidden = Graph(), vision.layer_norm_eps, vision.hidden_size
     x = g.input("x", _F32, [1, vision.patches, hidden])
     norm = [g.weight(checkpoint.read(_LAST_NORM + part)) for part in ("weight", "bias")]
