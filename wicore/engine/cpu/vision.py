@@ -86,9 +86,8 @@ class CpuVision:
             for weights in self._weights:
                 [x] = self._layer.run_with_ort_values(["y"], {"x": x, **weights})
             [last] = self._last.run_with_ort_values(["rows"], {"x": x}, shrinking())
-        rows: Float = (
-            last.numpy().copy()
-        )  # a view, and rows that are kept would keep the allocator's memory, too
+        # numpy() is a view: rows that are kept would keep a large piece of the allocator's memory.
+        rows: Float = last.numpy().copy()
         if not np.isfinite(rows).all():
             raise EngineError("the vision tower's rows are not finite numbers: the weights are not usable")
         return rows
