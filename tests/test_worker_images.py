@@ -282,9 +282,10 @@ def test_a_fault_of_ours_fails_the_job_and_the_next_image_is_encoded(
 
 @pytest.mark.parametrize("eyes", [False, True])
 def test_where_no_images_can_be_seen_the_job_is_refused(
-    redis_client: Any, settings: Settings, eyes: bool
+    redis_client: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch, eyes: bool
 ) -> None:
     """Neither by a model without a tower, nor where nothing encodes for one that has it."""
+    monkeypatch.setattr("tests.services.create_vision", lambda *_: None)
     with running_worker(settings, model=seeing_model(settings) if eyes else None):
         told = events(redis_client, submit(redis_client, "What?", RED))
     assert told[-1]["error"]["param"] == "messages.0.content.1.type"

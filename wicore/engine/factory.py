@@ -6,7 +6,7 @@ from typing import cast
 
 from wicore.config import Settings
 from wicore.engine.base import Engine, VisionEncoder
-from wicore.engine.null import NullEngine
+from wicore.engine.null import NullEngine, NullVision
 from wicore.engine.sizing import kv_format, kv_layout, tier_sizes, weight_format
 from wicore.model import Model
 
@@ -51,5 +51,24 @@ def create_engine(settings: Settings, model: Model) -> Engine:
 
 
 def create_vision(settings: Settings, model: Model, engine: Engine) -> VisionEncoder | None:
-    """What encodes the model's images beside `engine`; None: none has a tower, and images are refused."""
-    return None
+    """What encodes the model's images beside `engine`; None: the model has no tower, or `model.max_images` is
+    0, and images are refused.
+
+    With `engine.weights: int8` the CPU's tower is half: in 8 bits it is no faster, and its rows are 2 % off.
+    Raises EngineError when it cannot run here, CheckpointError for bad weights.
+    """
+    vision = model.checkpoint.config.vision
+    if vision is None or not settings.model.max_images:
+        return None
+    if settings.engine.kind == "tensorrt":
+        from wicore.engine.tensorrt.vision import create_tensorrt_vision
+
+        return create_tensorrt_vision(settings, model, engine)
+    if settings.engine.kind == "null":
+        return NullVision(vision, model.checkpoint.config.hidden_size)
+    from wicore.engine.cpu.vision import CpuVision
+
+    exact = weight_format(settings.engine) == "float32"
+    return CpuVision(
+        model.checkpoint, weights="float32" if exact else "half", threads=settings.engine.threads
+    )

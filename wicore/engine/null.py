@@ -26,7 +26,8 @@ from wicore.engine.base import (
     Ticket,
 )
 from wicore.engine.copies import Copier, HostMemory
-from wicore.engine.plans import check_plan
+from wicore.engine.plans import check_pixels, check_plan
+from wicore.gemma3.config import VisionConfig
 from wicore.sampling import Constraint, SampledToken, philox
 
 _OVERSLEEP_S = 0.0002
@@ -139,6 +140,21 @@ class NullEngine:
             if sequence.sampling is not None and sequence.sampling.constraint is not None:
                 ids[row] = _allowed(sequence.sampling.constraint, int(words[row]))
         return [_certain(token, sequence) for token, sequence in zip(ids, sequences, strict=True)]
+
+
+class NullVision:
+    """`VisionEncoder` whose rows are zeros: the null engine asks only how many there are."""
+
+    def __init__(self, vision: VisionConfig, hidden: int) -> None:
+        """`hidden` is the width of the text model."""
+        self._side, self._shape = vision.image_size, (vision.tokens, hidden)
+
+    def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        check_pixels(pixels, self._side)
+        return np.zeros(self._shape, np.float32)
+
+    def close(self) -> None:
+        return
 
 
 def _allowed(constraint: Constraint, word: int) -> int:

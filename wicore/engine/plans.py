@@ -1,4 +1,4 @@
-"""Checks that every engine makes of a plan before it computes anything."""
+"""Checks that every engine makes of a plan, and a vision encoder of an image, before it computes anything."""
 
 from __future__ import annotations
 
@@ -119,3 +119,9 @@ def _within(parts: list[NDArray[np.int32]], limit: int) -> bool:
     """Whether all ids are in 0 .. limit - 1."""
     ids = np.concatenate(parts)
     return not ids.size or bool(ids.min() >= 0 and ids.max() < limit)
+
+
+def check_pixels(pixels: NDArray[np.uint8], side: int) -> None:
+    """Raise ValueError unless they are uint8 [side, side, 3]."""
+    if pixels.shape != (side, side, 3) or pixels.dtype != np.uint8:
+        raise ValueError(f"pixels: expected uint8 {(side, side, 3)}, found {pixels.dtype} {pixels.shape}")

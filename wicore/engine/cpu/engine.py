@@ -12,7 +12,6 @@ whatever the chunking; padding adds exact zeros. tests/test_engine_contract.py h
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -39,6 +38,7 @@ from wicore.engine.base import (
 )
 from wicore.engine.copies import Copier, HostMemory
 from wicore.engine.cpu.graph import build_body, build_head
+from wicore.engine.cpu.memory import give_back_freed_memory, shrinking
 from wicore.engine.cpu.pool import KVFormat, KVPool, host_inputs, host_rows
 from wicore.engine.cpu.rope import RopeTables
 from wicore.engine.cpu.weights import WeightFormat, embed, load_final_norm, load_head, load_layer
@@ -139,13 +139,11 @@ class CpuEngine:
         self._body = build_body(config, layers, load_final_norm(checkpoint), kv).session("body", threads)
         del layers
         checkpoint.release_pages()
-        _give_back_freed_memory()
+        give_back_freed_memory()
         # Half of the sampling; numpy lets go of the interpreter while it reduces a row.
         self._second = ThreadPoolExecutor(1, "sampler") if threads > 1 else None
         self._logits = np.empty((0, config.vocab_size), np.float32)
         self._head_binding = self._head.io_binding()
-        self._shrinking = ort.RunOptions()
-        self._shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self._binding = self._body.io_binding()
         for name, rows in _layer_pools(config, self._pools):
             value = ort.OrtValue.ortvalue_from_numpy(rows)
@@ -276,7 +274,7 @@ class CpuEngine:
         self._bind_output("hidden", hidden, hidden.shape)
         self._bind_output("mass", mass, (batch, mass[0].size))
         # A chunk's working memory is large and of another shape each time: kept, it would only pile up.
-        self._body.run_with_iobinding(self._binding, self._shrinking if n > 1 else None)
+        self._body.run_with_iobinding(self._binding, shrinking() if n > 1 else None)
         if n > 1:
             # A prompt reads embeddings all over the table, and their pages would stay with us.
             self._checkpoint.release_pages()
@@ -366,13 +364,6 @@ class CpuEngine:
         logits = self._project(np.concatenate(rows))
         states = [s.sampling for s in samplers if s.sampling is not None]
         return {s.key: token for s, token in zip(samplers, sample(logits, states, self._second), strict=True)}
-
-
-def _give_back_freed_memory() -> None:
-    """What loading freed would else stay with the process (glibc only; elsewhere nothing happens)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _padding_limit(config: Gemma3Config) -> int:

@@ -89,9 +89,9 @@ class Graph:
         self.nodes = outside
         return branch
 
-    def split(self, x: str, sizes: Sequence[int]) -> list[str]:
+    def split(self, x: str, sizes: Sequence[int], *, axis: int = -1) -> list[str]:
         names = [self.name("part") for _ in sizes]
-        self.nodes.append(helper.make_node("Split", [x, self.ints(*sizes)], names, axis=-1))
+        self.nodes.append(helper.make_node("Split", [x, self.ints(*sizes)], names, axis=axis))
         return names
 
     def norm(self, x: str, weight: NDArray[np.float32], eps: float) -> str:
