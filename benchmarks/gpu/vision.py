@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from dataclasses import replace
 
 import numpy as np
 
@@ -37,22 +36,8 @@ from wicore.engine.tensorrt.vision import TensorrtVision, open_vision_segments
 from wicore.engine.tensorrt.vision_networks import VISION_KINDS, VisionKind, VisionShape, flops
 from wicore.engine.tensorrt.vision_weights import load_vision
 from wicore.engine.tensorrt.weights import RandomWeights
-from wicore.gemma3.config import VisionConfig, published
+from wicore.gemma3.config import published
 
-TOWER = VisionConfig(
-    hidden_size=1152,
-    layers=27,
-    heads=16,
-    intermediate_size=4304,
-    image_size=896,
-    patch_size=14,
-    tokens=256,
-    layer_norm_eps=1e-6,
-    start_token_id=255_999,
-    end_token_id=256_000,
-    soft_token_id=262_144,
-)
-"""That of every published model that has one."""
 LIMIT = 5e-3
 """Relative error of a network, by the Euclidean norm."""
 
@@ -78,10 +63,9 @@ def main() -> int:
     parser.add_argument("--unchecked", action="store_true", help="whole images alone")
     options = parser.parse_args()
     config = published(options.model)
-    if config is None:
-        parser.error(f"--model: {options.model} is no published model")
-    config = replace(config, vision=TOWER)
-    device, shape, layers = CudaDevice(), VisionShape.of(config), TOWER.layers
+    if config is None or config.vision is None:
+        parser.error(f"--model: {options.model} is no published model with images; gemma-3-27b is one")
+    device, shape, layers = CudaDevice(), VisionShape.of(config), config.vision.layers
     started = time.monotonic()
     segments = open_vision_segments(config, device)
     if segments is None:

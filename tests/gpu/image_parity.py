@@ -62,10 +62,12 @@ def made_up(text: Gemma3Config, folder: Path) -> Reference:
         eoi_token_index=soft - 1,
         image_token_index=soft,
     )
-    config._attn_implementation = "eager"
-    model = Gemma3ForConditionalGeneration(config).half()
-    model.save_pretrained(folder)
-    model = model.float().to(where).eval()
+    Gemma3ForConditionalGeneration(config).half().save_pretrained(folder)
+    # Read again: what is no weight, as the frequencies of RoPE are, was made half too.
+    model = Gemma3ForConditionalGeneration.from_pretrained(
+        folder, torch_dtype=torch.float32, attn_implementation="eager"
+    )
+    model = model.to(where).eval()
     rng = np.random.default_rng(0)
     pixels = rng.standard_normal((len(STARTS), 3, SIDE, SIDE), np.float32).clip(-1, 1)
     ids = rng.integers(5, soft - 5, POSITIONS)
