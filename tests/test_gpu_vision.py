@@ -56,9 +56,10 @@ def tower(device: Device) -> TensorrtVision:
     return TensorrtVision(device, config(), load_vision(device, RandomWeights(config(), seed=3)), segments())
 
 
-@pytest.fixture(scope="module")
-def vision() -> Iterator[TensorrtVision]:
-    device = EmulatedDevice()
+@pytest.fixture(scope="module", params=[(8, 0), (9, 0)], ids=["by networks", "by Hopper's kernel"])
+def vision(request: pytest.FixtureRequest) -> Iterator[TensorrtVision]:
+    """Its attention as on cards of two kinds."""
+    device = EmulatedDevice(capability=request.param)
     found = tower(device)
     yield found
     found.close()
@@ -129,7 +130,7 @@ def test_threads_may_encode_at_once(vision) -> None:
 
 
 def test_attention_of_more_patches_than_a_block_is_the_same(monkeypatch) -> None:
-    device = EmulatedDevice()
+    device = EmulatedDevice(capability=(8, 0))
     image = pixels(5)
     expected = tower(device).encode(image)
     monkeypatch.setattr("wicore.engine.tensorrt.vision_networks._BLOCK", 20)
@@ -164,7 +165,7 @@ def test_rows_that_are_no_numbers_are_an_error() -> None:
 def test_a_closed_tower_gives_its_memory_back_and_says_so() -> None:
     device = EmulatedDevice()
     found = tower(device)
-    assert sum(device.report().values()) == vision_bytes(config())
+    assert sum(device.report().values()) == vision_bytes(config(), device)
     found.close()
     found.close()
     assert not device.report()

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.vision [--model gemma-3-27b] [--images 20] [--unchecked]
 
-Builds the plans that are missing, checks every network on random inputs against float64 and times it alone,
+Builds the plans that are missing, checks every part on random inputs against float64 and times it alone,
 then times whole images, as the engine computes them. Times are medians of CUDA graph replays between events;
 `encode` adds the copies and the host's part. The bound is that of dense products of half at the card's top
 clock, by its data sheet (`wicore.engine.tensorrt.ceilings`).
@@ -24,6 +24,7 @@ import time
 
 import numpy as np
 
+from tests.device_arrays import download, upload
 from tests.gpu.segment_trial import SegmentTrial
 from tests.reference import relative_error
 from tests.vision_reference import network, random_inputs
@@ -33,13 +34,14 @@ from wicore.engine.tensorrt.segments import Segments
 from wicore.engine.tensorrt.timing import median_ms
 from wicore.engine.tensorrt.trt_api import installed_backends
 from wicore.engine.tensorrt.vision import TensorrtVision, open_vision_segments
-from wicore.engine.tensorrt.vision_networks import VISION_KINDS, VisionKind, VisionShape, flops
+from wicore.engine.tensorrt.vision_attention import TowerAttention, tower_attention
+from wicore.engine.tensorrt.vision_networks import VisionKind, VisionShape, flops
 from wicore.engine.tensorrt.vision_weights import load_vision
 from wicore.engine.tensorrt.weights import RandomWeights
 from wicore.gemma3.config import published
 
 LIMIT = 5e-3
-"""Relative error of a network, by the Euclidean norm."""
+"""Relative error of a part, by the Euclidean norm."""
 
 
 def check(
@@ -55,6 +57,22 @@ def check(
     return error, ms
 
 
+def check_attention(device: CudaDevice, attention: TowerAttention, shape: VisionShape) -> tuple[float, float]:
+    """(relative error of the last patches', ms of all patches')"""
+    given = random_inputs("vision_attention", shape)
+    qkv, attended = (
+        upload(device, given["qkv"]),
+        device.allocate(2 * shape.patches * shape.hidden, "attended"),
+    )
+    stream = device.stream()
+    ms = median_ms(device, stream, lambda: attention(stream, qkv.address, attended.address))
+    found = download(device, attended.address, np.float16, (shape.patches, shape.hidden))[-shape.block :]
+    error = relative_error(found, network("vision_attention", shape, given)["attended"])
+    qkv.free()
+    attended.free()
+    return error, ms
+
+
 def main() -> int:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
@@ -66,6 +84,7 @@ def main() -> int:
     if config is None or config.vision is None:
         parser.error(f"--model: {options.model} is no published model with images; gemma-3-27b is one")
     device, shape, layers = CudaDevice(), VisionShape.of(config), config.vision.layers
+    side = config.vision.image_size
     started = time.monotonic()
     segments = open_vision_segments(config, device)
     if segments is None:
@@ -75,22 +94,18 @@ def main() -> int:
     print(f"plans built or loaded in {time.monotonic() - started:.1f} s", flush=True)
     missed = False
     if not options.unchecked:
-        runs = {
-            "vision_first": 1,
-            "vision_attention": layers * shape.patches // shape.block,
-            "vision_middle": layers - 1,
-            "vision_last": 1,
-        }
-        print(f"{'network':<18}{'error':>10}{'ms':>9}{'runs':>6}{'ms in all':>11}")
-        for kind in VISION_KINDS:
-            error, ms = check(device, segments, kind, shape)
+        networks: dict[VisionKind, int] = {"vision_first": 1, "vision_middle": layers - 1, "vision_last": 1}
+        measured = [(kind, count, *check(device, segments, kind, shape)) for kind, count in networks.items()]
+        attention = tower_attention(device, config, shape, segments)
+        measured.append(("attention", layers, *check_attention(device, attention, shape)))
+        attention.free()
+        print(f"{'part':<18}{'error':>10}{'ms':>9}{'runs':>6}{'ms in all':>11}")
+        for part, count, error, ms in measured:
             missed |= not error < LIMIT
             note = "" if error < LIMIT else "  <- over the limit"
-            print(
-                f"{kind:<18}{error:>10.1e}{ms:>9.4f}{runs[kind]:>6}{ms * runs[kind]:>11.2f}{note}", flush=True
-            )
+            print(f"{part:<18}{error:>10.1e}{ms:>9.4f}{count:>6}{ms * count:>11.2f}{note}", flush=True)
     vision = TensorrtVision(device, config, load_vision(device, RandomWeights(config)), segments)
-    images = np.random.default_rng(0).integers(0, 256, (2, *vision.pixels_shape), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), np.uint8)
     first = [vision.encode(pixels) for pixels in images]
     again = [vision.encode(pixels) for pixels in images]
     same = all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))

@@ -84,7 +84,8 @@ def build_command(
         plans_folder,
         useful_buckets,
     )
-    from wicore.engine.tensorrt.vision_networks import VISION_KINDS, VisionShape
+    from wicore.engine.tensorrt.vision_attention import vision_kinds
+    from wicore.engine.tensorrt.vision_networks import VisionShape
 
     settings = read_settings(config)
     if rows is not None:
@@ -102,7 +103,10 @@ def build_command(
     half: HalfType = "bfloat16" if dtype == "bfloat16" else "float16"
     keys = plan_keys(chosen, capability, SegmentShape.of(model), buckets, half=half)
     if model.vision is not None:
-        keys += plan_keys(chosen, capability, VisionShape.of(model), (), half=half, kinds=VISION_KINDS)
+        major, minor = map(int, capability.split("."))
+        shape = VisionShape.of(model)
+        kinds = vision_kinds((major, minor), shape)
+        keys += plan_keys(chosen, capability, shape, (), half=half, kinds=kinds)
     cache = PlanCache(plans_folder())
     if rebuild:
         cache.remove(keys)

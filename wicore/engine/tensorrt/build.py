@@ -155,7 +155,7 @@ def build_engine(
     workspace = Workspace(device, config, layout, limits, invariant=invariant)
     segments = None if invariant else open_segments(limits)
     vision_segments = open_vision() if config.vision and settings.model.max_images else None
-    tower = vision_bytes(config) if vision_segments else 0
+    tower = vision_bytes(config, device) if vision_segments else 0
     budget.blocks(settings, layout, weight_bytes(config) + tower, context, tower)
     with ThreadPoolExecutor(1, "digest") as other:
         digest = other.submit(content)

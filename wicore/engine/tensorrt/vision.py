@@ -1,8 +1,8 @@
 """The vision tower on the GPU: TensorRT's plans, on a stream of their own beside the steps.
 
 An image is one CUDA graph, captured at the start: its patches are cut, then come the networks of
-vision_networks.py, one after the other. Two images at once would take twice the memory and gain nothing: a
-card is full with one, so calls wait for each other.
+vision_networks.py and, between them, attention (vision_attention.py). Two images at once would take twice the
+memory and gain nothing: a card is full with one, so calls wait for each other.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wicore.engine.base import Engine, VisionEncoder
+from wicore.engine.plans import check_pixels
 from wicore.engine.tensorrt.device import Device, Graph, Stream
-from wicore.engine.tensorrt.vision_networks import VISION_KINDS, VisionKind, VisionShape
+from wicore.engine.tensorrt.vision_attention import attention_bytes, tower_attention, vision_kinds
+from wicore.engine.tensorrt.vision_networks import VisionKind, VisionShape
 from wicore.engine.tensorrt.vision_weights import VisionWeights, vision_weight_bytes
 from wicore.errors import EngineError
 from wicore.gemma3.config import Gemma3Config
@@ -54,6 +56,7 @@ class TensorrtVision:
         self._device, self._weights, self._segments = device, weights, segments
         self._shape, self._side = VisionShape.of(config), config.vision.image_size
         self._patch_side = config.vision.patch_size
+        self._attend = tower_attention(device, config, self._shape, segments)
         self._cut = device.compile("vision.cu", {}).function("cut_patches")
         sizes = _places(self._shape, self._side)
         self._memory = device.allocate(sum(sizes.values()), _WORK)
@@ -70,17 +73,9 @@ class TensorrtVision:
         self.stream.synchronize()
         self._graph: Graph | None = device.capture(self.stream, self._launches)
 
-    @property
-    def pixels_shape(self) -> tuple[int, int, int]:
-        """Of what `encode` takes."""
-        return self._side, self._side, 3
-
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """The rows of one image; see `VisionEncoder`."""
-        if pixels.shape != self.pixels_shape or pixels.dtype != np.uint8:
-            raise ValueError(
-                f"pixels: expected uint8 {self.pixels_shape}, found {pixels.dtype} {pixels.shape}"
-            )
+        check_pixels(pixels, self._side)
         with self._lock:
             if self._graph is None:
                 raise EngineError("the vision tower was closed")
@@ -107,6 +102,7 @@ class TensorrtVision:
             self._graph.close()
             self._graph = None
             self._segments.close()
+            self._attend.free()
             self._memory.free()
             self._pixels.free()
             self._rows.free()
@@ -124,7 +120,7 @@ class TensorrtVision:
         results = {"qkv": at["qkv"], "residual_out": residuals[0]}
         self._segments.run(stream, kind, patches, {**given, **w.entries[0], **results})
         for here, entry in zip(w.layers, following, strict=True):
-            self._attend()
+            self._attend(stream, at["qkv"], at["attended"])
             given = {"attended": at["attended"], "residual": residuals[0], **here, **entry}
             kind, results = "vision_middle", {"qkv": at["qkv"], "residual_out": residuals[1]}
             if entry is w.projector:
@@ -132,25 +128,14 @@ class TensorrtVision:
             self._segments.run(stream, kind, patches, {**given, **results})
             residuals = residuals[1], residuals[0]
 
-    def _attend(self) -> None:
-        """Enqueue a layer's attention, block by block."""
-        at, shape = self._at, self._shape
-        for first in range(0, shape.patches, shape.block):
-            bound = {
-                "queries": at["qkv"] + 2 * first * 3 * shape.hidden,
-                "qkv": at["qkv"],
-                "attended": at["attended"] + 2 * first * shape.hidden,
-            }
-            self._segments.run(self.stream, "vision_attention", shape.block, bound)
 
-
-def vision_bytes(config: Gemma3Config) -> int:
+def vision_bytes(config: Gemma3Config, device: Device) -> int:
     """Bytes of device memory that a tower takes beside its plans' scratch memory; 0 where there is none."""
     if config.vision is None:
         return 0
-    return vision_weight_bytes(config) + sum(
-        _places(VisionShape.of(config), config.vision.image_size).values()
-    )
+    shape = VisionShape.of(config)
+    work = sum(_places(shape, config.vision.image_size).values())
+    return vision_weight_bytes(config) + work + attention_bytes(device, shape)
 
 
 def open_vision_segments(config: Gemma3Config, device: Device) -> Segments | None:
@@ -167,12 +152,13 @@ def open_vision_segments(config: Gemma3Config, device: Device) -> Segments | Non
         return None
     backend, shape, cache = backends[0], VisionShape.of(config), PlanCache(plans_folder())
     capability = "{}.{}".format(*device.capability)
-    keys = plan_keys(backend, capability, shape, (), kinds=VISION_KINDS)
+    kinds = vision_kinds(device.capability, shape)
+    keys = plan_keys(backend, capability, shape, (), kinds=kinds)
     missing = cache.missing(keys)
     if missing:
         log.info("building %d TensorRT plans for images on this card, once; this takes minutes", len(missing))
         build_missing(cache, missing)
-    return Segments(device, cache, shape, (), backend=backend, kinds=VISION_KINDS, scratch=SCRATCH)
+    return Segments(device, cache, shape, (), backend=backend, kinds=kinds, scratch=SCRATCH)
 
 
 def create_tensorrt_vision(settings: Settings, model: Model, engine: Engine) -> VisionEncoder | None:
