@@ -19,6 +19,13 @@ def png(width: int = 8, height: int = 8, seed: int = 0) -> bytes:
     return data.tobytes()
 
 
+def damaged_png() -> bytes:
+    """That it is one comes out where it is decoded: its header and its chunks are in order."""
+    data = bytearray(png(64, 64))
+    data[data.index(b"IDAT") + 4] ^= 0xFF
+    return bytes(data)
+
+
 def data_url(data: bytes, kind: str = "png") -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 

@@ -13,7 +13,7 @@ from flask.testing import FlaskClient
 
 from api.app import create_app
 from api.services import Services, build
-from tests.images import asked, data_url, png
+from tests.images import asked, damaged_png, data_url, png
 from tests.seeing import VISION, HeldEncoder, seeing_model
 from tests.services import running_worker, settings_for
 from wicore.batches.runner import Runner
@@ -87,7 +87,7 @@ def test_a_chat_with_an_image_is_answered_whole_and_streamed(
 
 
 def test_an_image_that_cannot_be_decoded_is_the_callers_fault(client: FlaskClient, worker: Any) -> None:
-    body = {"messages": asked("What?", png(64, 64)[:40] + bytes(20)), "max_tokens": 3}
+    body = {"messages": asked("What?", damaged_png()), "max_tokens": 3}
     answer = client.post(CHAT, json=body)
     assert error(answer) == (400, URL)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.images import asked, png
+from tests.images import asked, damaged_png, png
 from tests.seeing import HeldEncoder, seeing_model
 from tests.services import follow, running_worker, settings_for, worker_process
 from tests.waiting import until
@@ -251,15 +251,10 @@ def test_a_worker_that_drains_waits_for_the_image(
 # --- what cannot be encoded -----------------------------------------------------------------------
 
 
-def broken_png() -> bytes:
-    """Its header is in order."""
-    return png(64, 64)[:40] + bytes(20)
-
-
 def test_an_image_that_turns_out_to_be_none_fails_its_job_alone_naming_the_field(
     worker: Worker, redis_client: Any, encoder: HeldEncoder
 ) -> None:
-    told = events(redis_client, submit(redis_client, "What?", broken_png()))
+    told = events(redis_client, submit(redis_client, "What?", damaged_png()))
     assert kinds(told) == ["started", "failed"]
     error = told[-1]["error"]
     assert (error["code"], error["param"]) == ("invalid_request", "messages.0.content.1.image_url.url")

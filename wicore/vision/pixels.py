@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import cv2
-import imagesize  # type: ignore[import-untyped]
 import numpy as np
 from numpy.typing import NDArray
 
 from wicore.errors import InvalidRequest, TooLarge
+from wicore.vision import png
+from wicore.vision.header import read_header
+from wicore.vision.resize import to_square
 
-_SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF")
-_UNREADABLE = "not an image that can be read; send a PNG, JPEG, WebP, GIF or BMP"
+_COLOUR = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+_FLIPS = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}
+"""By EXIF's orientation, what is flipped once rows are rows, for cv2.flip: 1 columns, 0 rows, -1 both."""
 _MIN_CROP, _MAX_CROPS, _MIN_RATIO = 256, 4, 1.2
 """Gemma's pan-and-scan: least side of a crop in pixels, most crops, least ratio of the sides."""
 
@@ -45,36 +47,45 @@ class Picture:
 
 
 def size_of(data: bytes, max_pixels: int) -> tuple[int, int]:
-    """Width and height of an image file as it is shown, from its header alone.
+    """Width and height in pixels of an image file as it is shown (EXIF turns it), from its header alone.
 
-    Raises InvalidRequest for what is no image that is read here, TooLarge over `max_pixels`.
+    Raises InvalidRequest for what is no PNG, JPEG, WebP, GIF or BMP, TooLarge over `max_pixels`.
     """
-    if not data.startswith(_SIGNATURES):
-        raise InvalidRequest(_UNREADABLE)
-    try:
-        width, height = imagesize.get(io.BytesIO(data), exif_rotation=True)
-    except Exception:  # whatever a header that is none leads to
-        raise InvalidRequest(_UNREADABLE) from None
-    if width < 1 or height < 1:
-        raise InvalidRequest(_UNREADABLE)
+    width, height = read_header(data).size
     if width * height > max_pixels:
         raise TooLarge(f"{width} x {height} are {width * height} pixels, over the {max_pixels} allowed")
     return width, height
 
 
 def pixels(picture: Picture, side: int) -> NDArray[np.uint8]:
-    """RGB, uint8 [side, side, 3]. Raises InvalidRequest for data that cannot be decoded."""
-    try:
-        found = cv2.imdecode(np.frombuffer(picture.data, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error:
-        found = None
-    if found is None:
-        raise InvalidRequest(_UNREADABLE)
+    """RGB, uint8 [side, side, 3], as transformers' load_image and Gemma 3's image processor give them.
+
+    Of an animation the first frame; of 16 bits a channel the upper 8. Transparency is dropped, not blended:
+    what is under it shows (in a GIF, its background). An image of side x side keeps its levels.
+
+    Raises InvalidRequest for data that cannot be decoded: damaged or cut off, as far as a decoder can tell.
+    """
+    image = _upright(picture.data)
     if (crop := picture.crop) is not None:
-        found = found[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-    shrinks = min(found.shape[:2]) > side
-    resized = cv2.resize(found, (side, side), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    return np.ascontiguousarray(resized[..., ::-1], np.uint8)
+        image = image[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    return np.asarray(cv2.cvtColor(to_square(image, side), cv2.COLOR_BGR2RGB), np.uint8)
+
+
+def _upright(data: bytes) -> NDArray[np.uint8]:
+    """BGR, uint8 [height, width, 3], of the size that `size_of` says."""
+    header = read_header(data)
+    file = png.still(data) if data.startswith(png.SIGNATURE) else data
+    try:
+        image = cv2.imdecode(np.frombuffer(file, np.uint8), _COLOUR)
+    except cv2.error:
+        image = None
+    if image is None or image.shape != (header.height, header.width, 3):
+        raise InvalidRequest("an image that cannot be decoded: it is damaged or cut off; send the whole file")
+    if header.transposed:
+        image = cv2.transpose(image)
+    if (flip := _FLIPS.get(header.orientation)) is not None:
+        image = cv2.flip(image, flip)
+    return np.asarray(image, np.uint8)
 
 
 def crops(width: int, height: int) -> list[Crop]:
