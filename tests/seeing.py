@@ -1,42 +1,36 @@
-"""The tiny model with eyes, and encoders for it; `python -m tests.seeing`, the worker process with them."""
+"""The tiny model with eyes, and an encoder that tests hold."""
 
 from __future__ import annotations
 
-import copy
-import sys
 import threading
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from tests.engines import FIXTURES
 from wicore.config import Settings
+from wicore.gemma3.checkpoint import open_checkpoint
 from wicore.gemma3.config import VisionConfig
 from wicore.model import Model, load_model
-from workers import gpu
 
-VISION = VisionConfig(
-    hidden_size=24,
-    layers=2,
-    heads=2,
-    intermediate_size=40,
-    image_size=56,
-    patch_size=14,
-    tokens=4,
-    layer_norm_eps=1e-6,
-    start_token_id=509,
-    end_token_id=510,
-    soft_token_id=511,
-)
+SEEING = FIXTURES / "tiny-image"
+"""A checkpoint with a vision tower."""
 PATIENCE_S = 20.0
 
 
+def _vision() -> VisionConfig:
+    found = open_checkpoint(SEEING).config.vision
+    assert found is not None
+    return found
+
+
+VISION = _vision()
+
+
 def seeing_model(settings: Settings) -> Model:
-    """The model of these settings, as one that takes images."""
-    model = load_model(settings)
-    checkpoint = copy.copy(model.checkpoint)
-    checkpoint.config = replace(checkpoint.config, vision=VISION)
-    return replace(model, checkpoint=checkpoint)
+    """The model that takes images, under the name of that of these settings."""
+    named = settings.model.model_copy(update={"path": str(SEEING), "name": "tiny"})
+    return load_model(settings.model_copy(update={"model": named}))
 
 
 class HeldEncoder:
@@ -72,30 +66,3 @@ class HeldEncoder:
 
     def close(self) -> None:
         self.closed = True
-
-
-class PatchEncoder:
-    """Rows that depend on every part of an image, as a tower's do: means of its parts, spread at random."""
-
-    def __init__(self, hidden: int = 64) -> None:
-        spread = np.random.default_rng(5).normal(0, 1, (3, hidden))
-        self._spread = spread.astype(np.float32)
-
-    def encode(self, pixels: Any) -> Any:
-        half = VISION.image_size // 2
-        means = pixels.reshape(2, half, 2, half, 3).mean((1, 3)).reshape(VISION.tokens, 3)
-        return (means / 127.5 - 1).astype(np.float32) @ self._spread
-
-    def close(self) -> None:
-        return
-
-
-def serve() -> int:
-    """The worker process on the model with eyes."""
-    gpu.load_model = seeing_model
-    gpu.create_vision = lambda settings, model, engine: PatchEncoder()
-    return gpu.main()
-
-
-if __name__ == "__main__":
-    sys.exit(serve())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.images import asked, png
-from tests.seeing import PatchEncoder, seeing_model
+from tests.seeing import SEEING
 from tests.services import follow, running_worker, settings_for, worker_process
 from wicore.config import Settings
 from wicore.queue.producer import Producer
@@ -36,14 +36,13 @@ def answer(redis_client: Any, image: bytes) -> tuple[str, int]:
 
 @pytest.fixture
 def settings(valkey_url: str) -> Settings:
-    return settings_for(valkey_url, hmt__block_tokens=16)
+    return settings_for(valkey_url, hmt__block_tokens=16, model__path=str(SEEING))
 
 
 def test_the_same_image_is_found_in_the_cache_and_another_one_is_not(
     redis_client: Any, settings: Settings
 ) -> None:
-    model = seeing_model(settings)
-    with running_worker(settings, model=model, encoder=PatchEncoder()):
+    with running_worker(settings):
         first, nothing = answer(redis_client, RED)
         other, before_it = answer(redis_client, BLUE)
         again, all_of_it = answer(redis_client, RED)
@@ -58,23 +57,23 @@ def test_the_same_image_is_found_in_the_cache_and_another_one_is_not(
 def test_a_killed_worker_costs_no_token_of_an_answer_about_an_image(
     redis_client: Any, valkey_url: str, fields: dict[str, Any]
 ) -> None:
-    settings = settings_for(valkey_url, queue__lease_s=1.0)
+    settings = settings_for(valkey_url, queue__lease_s=1.0, model__path=str(SEEING))
     fields = {"max_tokens": 300, **fields}
-    with running_worker(settings, model=seeing_model(settings), encoder=PatchEncoder()):
+    with running_worker(settings):
         list(follow(redis_client, submit(redis_client, RED, "job", **fields)))
     expected = Producer(redis_client).record("job").result
     assert expected is not None
     redis_client.flushall()
 
     job = submit(redis_client, RED, "job", **fields)
-    first = worker_process(settings, "tests.seeing")
+    first = worker_process(settings)
     events = []
     for event in follow(redis_client, job):
         events.append(event)
         if event["seq"] == 25:
             first.kill()
             first.wait()
-            second = worker_process(settings, "tests.seeing")
+            second = worker_process(settings)
     second.send_signal(signal.SIGTERM)
     assert second.wait(30) == 0
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.official import serving
-from tests.seeing import PatchEncoder, seeing_model
+from tests.seeing import seeing_model
 from tests.services import running_worker, settings_for
 from tests.tour.__main__ import TOURS
 
@@ -31,7 +31,7 @@ def test_so_it_is_of_a_model_that_takes_images(redis_client: Any, valkey_url: st
     settings = settings_for(valkey_url, hmt__device_tokens=65_536)
     model = seeing_model(settings)
     with (
-        running_worker(settings, model=model, encoder=PatchEncoder()) as worker,
+        running_worker(settings, model=model) as worker,
         serving(settings, model) as url,
     ):
         take_the_tour(url)
