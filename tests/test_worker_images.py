@@ -193,6 +193,7 @@ def test_a_job_whose_lease_is_lost_while_its_image_is_encoded_is_dropped(
 ) -> None:
     job = submit(redis_client, RED)
     encoder.begun()
+    assert next(follow(redis_client, job))["type"] == "started"
     for tag in redis_client.zrange("wicore:leases", 0, -1):
         redis_client.zadd("wicore:leases", {tag: 1})
     Scripts(redis_client, Keys("wicore"), QueueSettings()).call("reap")
