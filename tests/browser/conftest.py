@@ -16,6 +16,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.seeing import SEEING
 from tests.services import settings_for, start_api, stop, worker_process
 from tests.waiting import free_port, until
 from wicore.config import Settings
@@ -33,7 +34,8 @@ DEAD = ("Once", "Twice")
 
 
 class Service:
-    """API and worker, each a process, on an engine that computes nothing, 100 tokens a second."""
+    """API and worker, each a process, of a model that takes images, on an engine that computes nothing, 100
+    tokens a second."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -94,6 +96,7 @@ def service(chromium: Any, valkey_url: str) -> Iterator[Service]:
         valkey_url,
         redis__prefix="browser",
         api__port=free_port(),
+        model__path=str(SEEING),
         engine__kind="null",
         engine__null_step_ms=10.0,
         hmt__device_tokens=65_536,

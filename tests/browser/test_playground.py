@@ -168,9 +168,10 @@ def test_tokens_are_coloured_and_their_alternatives_reached_by_keys(service: Ser
 
 
 def see(page: Any, service: Service, **limits: int) -> Any:
-    """Have the page think that the model takes images; the button that attaches them."""
+    """Have the page think that images are limited so; the button that attaches them."""
     model = service.http.get("/v1/models").json()
-    model["data"][0] |= {"input_modalities": ["text", "image"], "image_limits": limits or None}
+    assert model["data"][0]["input_modalities"] == ["text", "image"]
+    model["data"][0]["image_limits"] = limits or None
     page.route("**/v1/models", lambda route: route.fulfill(json=model))
     page.reload()
     page.get_by_role("button", name="Chat", exact=True).click()
@@ -185,9 +186,14 @@ def file(name: str, data: bytes, kind: str = "image/png") -> Any:
 
 def test_images_are_offered_only_for_a_model_that_takes_them(service: Service, open_page: Open) -> None:
     page = open_page(service.url)
+    see(page, service)
+    page.unroute("**/v1/models")
+    model = service.http.get("/v1/models").json()
+    model["data"][0] |= {"input_modalities": ["text"], "image_limits": None}
+    page.route("**/v1/models", lambda route: route.fulfill(json=model))
+    page.reload()
     page.get_by_role("button", name="Chat", exact=True).click()
     assert page.get_by_role("button", name="Attach images").count() == 0
-    see(page, service)
 
 
 def test_images_are_shown_removed_and_sent_with_the_message(service: Service, page: Any) -> None:
@@ -198,6 +204,7 @@ def test_images_are_shown_removed_and_sent_with_the_message(service: Service, pa
     page.get_by_role("img", name="Image 2").wait_for()
     page.get_by_role("button", name="Remove image 1").click()
     page.get_by_role("img", name="Image 2").wait_for(state="detached")
+    page.get_by_label("Max tokens").fill("5")
     page.get_by_label("Message", exact=True).fill("What is this?")
     with page.expect_request("**/v1/jobs") as sent:
         page.keyboard.press("Enter")
@@ -205,8 +212,10 @@ def test_images_are_shown_removed_and_sent_with_the_message(service: Service, pa
     assert message["content"] == [image_part(blue), {"type": "text", "text": "What is this?"}]
     question = page.get_by_role("article", name="You")
     assert question.get_by_role("img", name="Attached image").count() == 1
-    # The service itself is told the truth: its model takes none.
-    page.get_by_text("this model is served for text alone").first.wait_for()
+    job = wait_for_end(page)
+    assert text_of(page) == result(service, job)
+    # An image takes four tokens, between two, and blank lines.
+    assert service.record(job)["prompt_tokens"] > 20
 
 
 def test_what_cannot_be_attached_is_said(service: Service, page: Any) -> None:
