@@ -20,6 +20,8 @@ from wicore.vision.resize import to_square
 _COLOUR = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
 _FLIPS = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}
 """By EXIF's orientation, what is flipped once rows are rows, for cv2.flip: 1 columns, 0 rows, -1 both."""
+_REVISION = 1
+"""Of how files become pixels: another one makes other pictures of the same files, whose KV is never found."""
 _MIN_CROP, _MAX_CROPS, _MIN_RATIO = 256, 4, 1.2
 """Gemma's pan-and-scan: least side of a crop in pixels, most crops, least ratio of the sides."""
 
@@ -43,7 +45,7 @@ class Picture:
     @property
     def digest(self) -> bytes:
         """Of all that its pixels depend on."""
-        return hashlib.sha256(repr(self.crop).encode() + b"\n" + self.data).digest()
+        return hashlib.sha256(f"{_REVISION} {self.crop}\n".encode() + self.data).digest()
 
 
 def size_of(data: bytes, max_pixels: int) -> tuple[int, int]:
