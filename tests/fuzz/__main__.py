@@ -18,6 +18,7 @@ from pathlib import Path
 import httpx
 
 from tests.fuzz.hooks import FILE
+from tests.seeing import SEEING
 from tests.services import settings_for, start_api, stop, worker_process
 from tests.waiting import free_port, until
 from wicore.config import Settings
@@ -52,7 +53,12 @@ def run(url: str, seconds: int, seed: int | None, more: Sequence[str] = ()) -> i
     `more` goes to schemathesis.
     """
     settings = settings_for(
-        url, api__port=free_port(), model__max_context=CONTEXT, telemetry__access_log=False
+        url,
+        api__port=free_port(),
+        model__path=str(SEEING),
+        model__name="tiny",
+        model__max_context=CONTEXT,
+        telemetry__access_log=False,
     )
     worker = worker_process(settings)
     try:

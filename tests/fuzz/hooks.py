@@ -13,10 +13,13 @@ from typing import Any
 import schemathesis
 from schemathesis.generation import GenerationMode
 
+from tests.images import data_url, png
+
 VOCABULARY = 512
 """Of the tiny checkpoint."""
 FILE = "WICORE_FUZZ_FILE"
 """The variable that names a file of the service under test."""
+IMAGE = data_url(png())
 Body = dict[str, Any]
 
 
@@ -25,19 +28,28 @@ def _turns(messages: list[Body]) -> list[Body]:
     lead = next((i for i, one in enumerate(messages) if one["role"] not in ("system", "developer")), None)
     lead = max(0, len(messages) - 1) if lead is None else lead
     roles = ("user", "assistant")
-    said = [{"role": one["role"], "content": _content(one.get("content"))} for one in messages]
-    return said[:lead] + [one | {"role": roles[i % 2]} for i, one in enumerate(said[lead:])]
+    told = [one | {"role": roles[(i - lead) % 2]} if i >= lead else one for i, one in enumerate(messages)]
+    return [{"role": one["role"], "content": _content(one.get("content"), one["role"])} for one in told]
 
 
-def _content(content: Any) -> Any:
-    """Text alone: refusals, and the calls that stand for a content, are for some roles only."""
-    if isinstance(content, list) and all(part.get("text") is not None for part in content):
-        return [{"type": part["type"], "text": part["text"]} | _part(part) for part in content]
+def _content(content: Any, role: str) -> Any:
+    """Text, and images of a user: refusals, and calls that stand for a content, are for some roles only."""
+    if isinstance(content, list) and all(_told(part, role) for part in content):
+        return [_part(part) for part in content]
     return content if isinstance(content, str) else "Hello"
 
 
+def _told(part: Body, role: str) -> bool:
+    return part.get("text") is not None or ("image" in part["type"] and role == "user")
+
+
 def _part(part: Body) -> Body:
-    return {"type": part["type"] if part["type"].endswith("_text") else "text"}
+    """What is drawn as an image's file is none; its other fields stay."""
+    if part.get("text") is not None:
+        kind = part["type"] if part["type"].endswith("_text") else "text"
+        return {"type": kind, "text": part["text"]}
+    url = part["image_url"]
+    return part | {"image_url": url | {"url": IMAGE} if isinstance(url, dict) else IMAGE}
 
 
 def _ids(prompt: Any) -> Any:
