@@ -1,4 +1,5 @@
-"""`make tour`: the tours, each with a client freshly installed, against one service on the tiny checkpoint.
+"""`make tour`: the tours, each with a client freshly installed, against one service on a tiny checkpoint
+that takes images.
 
 Needs PyPI, and npm for Node's client; what is missing is said, and is a failure.
 """
@@ -11,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from tests.fixtures.service import running_service, service_settings
+from tests.seeing import SEEING
 from wicore.queue.embedded import EmbeddedValkey
 
 TOURS = Path(__file__).parent
@@ -29,7 +31,7 @@ def main() -> None:
         valkey = EmbeddedValkey(folder / "valkey")
         valkey.start()
         try:
-            settings = service_settings(valkey.url, "tour")
+            settings = service_settings(valkey.url, "tour", model__path=str(SEEING), model__name="tiny")
             with running_service(settings):
                 to = [f"http://127.0.0.1:{settings.api.port}/v1", "tiny"]
                 failed = [what for what in PYTHON if not python_tour(folder, what, to)]

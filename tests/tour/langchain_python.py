@@ -11,6 +11,8 @@ from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
 from pydantic import BaseModel
 
+DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
+
 
 class Weather(BaseModel):
     """The weather of a place."""
@@ -37,9 +39,16 @@ def main() -> None:
     assert "".join(c.content for c in chunks) == whole.content
     assert whole.usage_metadata["total_tokens"] > 0
 
+    print("an image")
+    parts: list[Any] = [
+        {"type": "image", "base64": DOT, "mime_type": "image/png"},
+        {"type": "text", "text": "What is it?"},
+    ]
+    assert chat.invoke([HumanMessage(parts)]).usage_metadata["input_tokens"] > 8
+
     print("a schema")
     for method in ("json_schema", "function_calling"):
-        answer = chat.with_structured_output(Weather, method=method).invoke(messages)
+        answer = chat.with_structured_output(Weather, method=method, strict=True).invoke(messages)
         assert isinstance(answer, Weather), method
 
     print("a call and its result, whole and streamed")
@@ -52,7 +61,8 @@ def main() -> None:
         gathered = chunk if gathered is None else gathered + chunk
     assert [c["args"] for c in gathered.tool_calls] == [call["args"]]
     answer = chat.bind_tools([get_weather]).invoke([*messages, message, result])
-    assert bool(answer.content) != bool(answer.tool_calls)
+    assert answer.usage_metadata["output_tokens"] > 0
+    assert not (answer.content and answer.tool_calls)
 
     print("logprobs, choices, seed")
     asked: Any = {"temperature": 1, "max_tokens": 4, "n": 2, "seed": 3, "logprobs": True, "top_logprobs": 2}

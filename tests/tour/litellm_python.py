@@ -16,6 +16,7 @@ ASK: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
 PLACE = {"type": "object", "properties": {"place": {"enum": ["Paris", "Rome"]}}, "required": ["place"]}
 STRICT = PLACE | {"additionalProperties": False}
 TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": STRICT, "strict": True}}]
+DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
 
 
 def main() -> None:
@@ -30,6 +31,15 @@ def main() -> None:
     text = "".join(c.choices[0].delta.content or "" for c in chat(stream=True))
     assert text == whole.choices[0].message.content
     assert whole.usage.total_tokens > 8
+
+    print("an image")
+    parts = [
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{DOT}"}},
+        {"type": "text", "text": "What is it?"},
+    ]
+    shown = chat(messages=[{"role": "user", "content": parts}])
+    assert shown.usage.prompt_tokens > 8
+    assert shown.choices[0].message.content
 
     print("choices, logprobs, stop")
     asked: Any = {"n": 2, "temperature": 1, "seed": 1, "logprobs": True, "top_logprobs": 2, "stop": ["###"]}

@@ -20,6 +20,8 @@ const parameters = {
 };
 const tools = [{ type: "function", function: { name: "get_weather", parameters, strict: true } }];
 
+const dot = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC";
+
 const chat = (asked = {}) =>
   client.chat.completions.create({ model, messages: ask, max_completion_tokens: 8, temperature: 0, ...asked });
 
@@ -40,6 +42,12 @@ const stops = {
     }
     assert.equal(text, whole.choices[0].message.content);
     assert.equal(usage.total_tokens, whole.usage.total_tokens);
+  },
+
+  async anImage() {
+    const content = [{ type: "image_url", image_url: { url: dot } }, { type: "text", text: "What is it?" }];
+    const shown = await chat({ messages: [{ role: "user", content }] });
+    assert.ok(shown.usage.prompt_tokens > 8);
   },
 
   async choicesLogprobsAndStop() {
