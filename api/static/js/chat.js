@@ -142,7 +142,12 @@ export class Chat {
     return h(
       "article",
       { class: "question", "aria-label": "You" },
-      (message.images ?? []).map((url) => h("img", { src: url, alt: "Attached image" })),
+      message.images?.length > 0 &&
+        h(
+          "div",
+          { class: "question-images" },
+          message.images.map((url) => h("img", { src: url, alt: "Attached image" })),
+        ),
       h("div", { class: "question-text" }, message.text),
       edit,
     );
