@@ -115,6 +115,11 @@ def post_request(worker: Any, req: Any, environ: dict[str, Any], response: Any) 
         req.force_close()
 
 
+def post_fork(server: Any, worker: Any) -> None:
+    """A new process must find the folder, should a cleaner of temporary files have taken it."""
+    os.makedirs(os.environ["PROMETHEUS_MULTIPROC_DIR"], exist_ok=True)
+
+
 def child_exit(server: Any, worker: Any) -> None:
     """Forget what a process that has ended had open; what it counted stays."""
     mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]

@@ -60,6 +60,8 @@ def exposition() -> bytes:
     """In Prometheus's text format, of all processes."""
     if FOLDER not in os.environ:
         return generate_latest(_OWN)
+    # A cleaner of temporary files may have taken it: what was counted in it is lost, but nothing fails.
+    os.makedirs(os.environ[FOLDER], exist_ok=True)
     registry = CollectorRegistry()
     MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     return generate_latest(registry)

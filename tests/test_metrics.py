@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import yaml
 from prometheus_client import Metric, generate_latest
@@ -205,6 +208,31 @@ def test_each_process_of_an_api_counts_for_all_of_them(redis_client: Any, valkey
             assert counted[("/v1/jobs/<job_id>", "404")] == 20
             count = samples(told["wicore_http_request_duration_seconds"], "route", suffix="_count")
             assert count[("/v1/jobs/<job_id>",)] == 20
+    finally:
+        stop(api)
+
+
+@pytest.mark.valkey
+def test_a_cleaner_of_temporary_files_costs_counts_and_nothing_else(
+    redis_client: Any, valkey_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    settings = settings_for(valkey_url, api__port=free_port(), telemetry__access_log=False)
+    url = f"http://127.0.0.1:{settings.api.port}"
+    api = start_api(settings)
+    try:
+        (folder,) = tmp_path.glob("wicore-counts-*")
+        shutil.rmtree(folder)
+        assert httpx.get(f"{url}/metrics").status_code == 200
+        shutil.rmtree(folder)
+        (old,) = psutil.Process(api.pid).children()
+        old.kill()  # a new process takes its place, and begins to count
+        until(lambda: [p.pid for p in psutil.Process(api.pid).children() if p.pid != old.pid])
+        transport = httpx.HTTPTransport(retries=5)
+        with httpx.Client(base_url=url, transport=transport, timeout=20) as client:
+            assert client.get("/v1/jobs/nobodys").status_code == 404
+            counted = families(client.get("/metrics").text)["wicore_http_requests"]
+        assert samples(counted, "status", suffix="_total")[("404",)] == 1
     finally:
         stop(api)
 
