@@ -14,7 +14,7 @@ from api.callers import caller
 from api.calls import Call
 from api.openapi import Schema, View
 from api.services import Services, current
-from wicore.admission import check_model, image_limits
+from wicore.admission import check_model, image_limits, takes_images
 from wicore.errors import (
     Cancelled,
     Conflict,
@@ -208,7 +208,7 @@ def model(name: str) -> Response:
 
 def _model(services: Services) -> dict[str, Any]:
     served, limits = services.model, image_limits(services.settings.model)
-    sees = served.checkpoint.config.vision is not None
+    sees = takes_images(served, services.settings.model)
     most = {"images": limits.count, "bytes": limits.bytes, "pixels": limits.pixels}
     return {
         "id": served.name,

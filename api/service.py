@@ -81,7 +81,7 @@ def tokenize() -> Response:
         body = JobBody(kind="completion", prompt=form.prompt)
     else:
         body = JobBody(kind="chat", messages=form.messages)
-    check_images(body, services.model)
+    check_images(body, services.model, services.settings.model)
     model, limits = services.model, image_limits(services.settings.model)
     config = model.checkpoint.config
     ids, _ = prompt_ids(body, model.tokenizer, config, model.context, limits)

@@ -121,6 +121,17 @@ def test_a_model_served_for_text_alone_says_so(blind: Services) -> None:
     assert (model["input_modalities"], model["image_limits"]) == (["text"], None)
 
 
+def test_where_no_images_are_allowed_the_model_is_one_for_text(services: Services) -> None:
+    settings = services.settings.model_copy(
+        update={"model": services.settings.model.model_copy(update={"max_images": 0})}
+    )
+    client = create_app(settings, replace(services, settings=settings)).test_client()
+    answer = client.post(CHAT, json={"messages": asked("What?", RED)})
+    assert error(answer) == (400, "messages.0.content.1.type")
+    (model,) = client.get("/v1/models").json["data"]
+    assert (model["input_modalities"], model["image_limits"]) == (["text"], None)
+
+
 def test_the_model_says_that_it_takes_images_and_which(client: FlaskClient) -> None:
     (model,) = client.get("/v1/models").json["data"]
     assert model["input_modalities"] == ["text", "image"]

@@ -27,14 +27,19 @@ def admit(body: JobBody, model: Model, settings: Settings) -> Prompt:
         )
     _check_form(body)
     check_webhook(body.webhook_url, settings.webhooks)
-    check_images(body, model)
+    check_images(body, model, settings.model)
     limits = image_limits(settings.model)
     return prepare(body, model.tokenizer, model.checkpoint.config, model.context, limits)
 
 
-def check_images(body: JobBody, model: Model) -> None:
-    """Raises InvalidRequest, naming the first image, if the model takes none and there is one."""
-    if model.checkpoint.config.vision is not None:
+def takes_images(model: Model, settings: ModelSettings) -> bool:
+    """Whether the model can see, and is to."""
+    return model.checkpoint.config.vision is not None and settings.max_images > 0
+
+
+def check_images(body: JobBody, model: Model, settings: ModelSettings) -> None:
+    """Raises InvalidRequest, naming the first image, if none is taken and there is one."""
+    if takes_images(model, settings):
         return
     for at, message in enumerate(body.messages or ()):
         for part, _ in message.images():
