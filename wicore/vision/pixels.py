@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import cv2
@@ -41,11 +41,13 @@ class Picture:
 
     data: bytes
     crop: Crop | None = None
+    digest: bytes = field(init=False)
+    """Of all that its pixels depend on. Reckoned here, once: files are large, and the engine thread asks."""
 
-    @property
-    def digest(self) -> bytes:
-        """Of all that its pixels depend on."""
-        return hashlib.sha256(f"{_REVISION} {self.crop}\n".encode() + self.data).digest()
+    def __post_init__(self) -> None:
+        digest = hashlib.sha256(f"{_REVISION} {self.crop}\n".encode())
+        digest.update(self.data)
+        object.__setattr__(self, "digest", digest.digest())
 
 
 def size_of(data: bytes, max_pixels: int) -> tuple[int, int]:
