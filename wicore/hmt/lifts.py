@@ -245,6 +245,8 @@ class Lifts:
             if lift.ahead:
                 restore.ahead -= 1
                 restore.ahead_bytes -= self._traffic.block_bytes(lift.pool)
+                if not restore.ahead:
+                    restore.arriving.clear()  # a ticket holds an event of the device for each layer
         for_host = restore is not None and lift.device_block is None and lift.place.tier == "host"
         if restore is not None and for_host and not (restore.cancelled or restore.failed):
             restore.slots[lift.hash] = lift.place.block
