@@ -123,9 +123,8 @@ def _webp(data: bytes) -> Header:
     match data[12:16]:
         case b"VP8 ":
             width, height = struct.unpack_from("<HH", data, 26)
-            return Header(
-                width & 0x3FFF, height & 0x3FFF
-            )  # the upper two bits are a scale, which none applies
+            # The upper two bits are a scale, which no decoder applies.
+            return Header(width & 0x3FFF, height & 0x3FFF)
         case b"VP8L":
             (bits,) = struct.unpack_from("<I", data, 21)
             return Header(1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF))
