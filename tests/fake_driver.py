@@ -29,6 +29,7 @@ class FakeDriver:
         self.parameters: list[int] = []
         """Sizes of every kernel's parameters."""
         self.memory: dict[int, Any] = {}
+        self.shares_addresses = True
         self.capturing = False
         self._next = 1
 
@@ -76,6 +77,7 @@ class FakeDriver:
                 kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: self.capability[0],
                 kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: self.capability[1],
                 kinds.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: 132,
+                kinds.CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM: int(self.shares_addresses),
                 kinds.CU_DEVICE_ATTRIBUTE_CLOCK_RATE: 1_980_000,
                 kinds.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: 232448,
             }[attribute],

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import mmap
+import queue
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.fake_driver import FakeDriver, Result, real
-from wicore.engine.tensorrt import cuda
+from wicore.engine.tensorrt import cuda, pinned
 from wicore.engine.tensorrt.cuda import CudaDevice
+from wicore.engine.tensorrt.pinned import available_memory
 from wicore.errors import EngineError
+
+MIB = 1 << 20
 
 
 @pytest.fixture
@@ -182,9 +187,10 @@ def test_a_full_card_is_told_with_what_fills_it(device: CudaDevice, driver: Fake
     words = r"KV blocks need 2\.0 GB, 1\.0 GB of Fake H200's 1\.0 GB are free \(weights .*end other programs"
     with pytest.raises(EngineError, match=words):
         device.allocate(2 * 10**9, "KV blocks")
-    driver.fails = {"cuMemHostAlloc": Result.CUDA_ERROR_OUT_OF_MEMORY}
-    with pytest.raises(EngineError, match=r"3\.0 GB of host memory cannot be locked; .*ulimit -l"):
-        device.allocate_host(3 * 10**9)
+    for size, function in ((10**6, "cuMemHostAlloc"), (10**7, "cuMemHostRegister")):
+        driver.fails = {function: Result.CUDA_ERROR_OUT_OF_MEMORY}
+        with pytest.raises(EngineError, match=rf"{size // 10**6}\.0 MB of host memory .*ulimit -l"):
+            device.allocate_host(size)
     for allocate in (lambda: device.allocate(0, "x"), lambda: device.allocate_host(0)):
         with pytest.raises(EngineError, match="expected a size above 0"):
             allocate()
@@ -220,6 +226,116 @@ def test_pinned_memory_is_seen_by_host_and_device(device: CudaDevice, driver: Fa
     host.free()
     host.free()
     assert list(driver.memory) == [memory.address]
+
+
+def test_much_pinned_memory_is_our_own_huge_pages(device: CudaDevice, driver: FakeDriver) -> None:
+    host = device.allocate_host(5 * MIB)
+    assert driver.called("cuMemHostRegister") == [(host.address, 5 * MIB, 1 | 2)]
+    assert host.pinned == len(host.array) == 5 * MIB
+    assert host.address == host.array.ctypes.data
+    assert host.address % (2 * MIB) == 0
+    assert not host.array[:: mmap.PAGESIZE].any()
+    host.free()
+    host.free()
+    assert driver.called("cuMemHostUnregister") == [(host.address,)]
+
+
+def test_a_device_with_addresses_of_its_own_gets_all_pinned_memory_from_the_driver(
+    driver: FakeDriver,
+) -> None:
+    driver.shares_addresses = False
+    device = CudaDevice()
+    assert device.allocate_host(5 * MIB, 4096).pinned == 5 * MIB
+    assert driver.called("cuMemHostAlloc")
+    device.close()
+
+
+def test_memory_is_pinned_in_the_background_in_pieces_of_whole_rows(
+    device: CudaDevice, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pinned, "_PIECE_BYTES", 4 * MIB)
+    turns, row = threading.Semaphore(0), 3 * 4096 + 512
+    pieces: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
+
+    def register(address: int, size: int, flags: int) -> tuple[Any]:
+        pieces.put((address, size))
+        assert turns.acquire(timeout=10)
+        return (Result.CUDA_SUCCESS,)
+
+    monkeypatch.setattr(driver, "cuMemHostRegister", register, raising=False)
+    host = device.allocate_host(9 * MIB, row)
+    assert pieces.get(timeout=10) == (host.address, host.piece)
+    assert (host.pinned, host.piece % row, host.piece % mmap.PAGESIZE) == (0, 0, 0)
+    turns.release()
+    assert pieces.get(timeout=10) == (host.address + host.piece, host.piece)
+    assert host.pinned == host.piece
+    turns.release(2)
+    host.wait()
+    assert host.pinned == 9 * MIB
+    assert pieces.get(timeout=10) == (host.address + 2 * host.piece, 9 * MIB - 2 * host.piece)
+    host.free()
+    assert [address for (address,) in driver.called("cuMemHostUnregister")] == [
+        host.address + turn * host.piece for turn in range(3)
+    ]
+
+
+def test_memory_that_cannot_all_be_pinned_says_so_once_and_to_who_waits(
+    device: CudaDevice, driver: FakeDriver, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver.fails["cuMemHostRegister"] = Result.CUDA_ERROR_OUT_OF_MEMORY
+    host = device.allocate_host(5 * MIB, 4096)
+    with pytest.raises(EngineError, match=r"5\.2 MB of host memory cannot be locked"):
+        host.wait()
+    assert host.pinned == 0
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "0.0 of 0.0 GB of host memory are pinned" in caplog.text
+
+
+def test_closing_a_device_ends_the_pinning_of_its_memory(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pinned, "_PIECE_BYTES", MIB)
+    begun, closing = threading.Event(), threading.Event()
+
+    def register(address: int, size: int, flags: int) -> tuple[Any]:
+        begun.set()
+        assert closing.wait(10)
+        return (Result.CUDA_SUCCESS,)
+
+    monkeypatch.setattr(driver, "cuMemHostRegister", register, raising=False)
+    device = CudaDevice()
+    host = device.allocate_host(64 * MIB, 4096)
+    assert begun.wait(10)
+    closer = threading.Thread(target=device.close)
+    closer.start()
+    closing.set()
+    closer.join(10)
+    assert not closer.is_alive()
+    assert host.pinned == 0
+    # What had been pinned by then, and no more, was given back.
+    assert 1 <= len(driver.called("cuMemHostUnregister")) <= 64
+
+
+def test_more_pinned_memory_than_there_is_is_refused_before_it_is_touched(
+    device: CudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "available_memory", lambda: 8 * MIB)
+    device.allocate_host(6 * MIB)
+    words = r"expected 9\.4 MB of host memory, found 8\.4 MB free; lower .*hmt\.host_bytes"
+    with pytest.raises(EngineError, match=words):
+        device.allocate_host(9 * MIB)
+
+
+def test_available_memory_minds_a_containers_limit(tmp_path: Path) -> None:
+    assert available_memory(tmp_path, tmp_path) is None
+    (tmp_path / "meminfo").write_text("MemTotal:  4096 kB\nMemAvailable:  1024 kB\n")
+    assert available_memory(tmp_path, tmp_path) == MIB
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_memory(tmp_path, tmp_path) == MIB
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("900000\n")
+    (tmp_path / "memory.stat").write_text("anon 500000\nfile 400000\nshmem 100000\n")
+    assert available_memory(tmp_path, tmp_path) == 400_000
 
 
 def test_arguments_are_packed_by_their_types(device: CudaDevice, driver: FakeDriver) -> None:

@@ -28,6 +28,10 @@ class CountingDevice(EmulatedDevice):
         self.gate.set()
         self.broken = False
 
+    def allocate_host(self, size, step=0):
+        self.host = super().allocate_host(size, step)
+        return self.host
+
     def copy(self, dst, src, size, stream) -> None:
         assert self.gate.wait(10)
         if self.broken:
@@ -68,6 +72,25 @@ def test_neighbours_in_pinned_memory_are_copied_in_one_go(copies, device) -> Non
     copies.start("global", [4, 5, 6, 7], memory[6:10], inwards=False).wait()
     assert device.sizes == [4 * SIZE]
     assert np.array_equal(memory[6:10], memory[2:6])
+
+
+def test_rows_that_are_not_pinned_yet_arrive_by_a_detour(copies, device) -> None:
+    memory = copies.host_memory("global", 10)
+    rows = memory[:] = random_rows(10)
+    device.host.pinned = 4 * SIZE
+    copies.start("global", range(6), memory[:6], inwards=True).wait()
+    assert device.sizes == [4 * SIZE, SIZE, SIZE]
+    memory[:] = 0
+    copies.start("global", range(6), memory[2:8], inwards=False).wait()
+    assert np.array_equal(memory[2:8], rows[:6])
+
+
+def test_no_copy_is_of_two_pieces_that_were_pinned_apart(copies, device) -> None:
+    memory = copies.host_memory("global", 10)
+    memory[:] = random_rows(10)
+    device.host.piece = 4 * SIZE
+    copies.start("global", range(10), memory, inwards=True).wait()
+    assert device.sizes == [4 * SIZE, 4 * SIZE, 2 * SIZE]
 
 
 def test_rows_of_any_memory_arrive(copies) -> None:

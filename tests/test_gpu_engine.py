@@ -6,12 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from tests.emulation import EmulatedDevice
+from tests.emulation.device import EmulatedBuffer
 from tests.engines import FIXTURES, TINY, generate, rows
 from tests.gpu_engines import emulated_engine, hopper_choices
 from tests.numpy_segments import NumpySegments
@@ -336,6 +338,20 @@ def built(memory_bytes: int, context: int = 1024, **options: Any) -> TensorrtEng
     return build_engine(
         settings(**options), config, device, weights, context=context, content=lambda: "random"
     )
+
+
+def test_a_step_that_streams_comes_after_the_pinning_of_host_memory() -> None:
+    engine = built(64 << 20)
+    memory = engine.host_memory("global", 4)
+    memory[:] = 0
+    [row] = rows(engine, 1, 60)
+    generate(engine, row, list(range(5, 45)), 1)
+    streaming = replace(row, global_blocks=np.concatenate([[2], row.blocks[1:]]).astype(np.int32), streamed=1)
+    with mock.patch.object(EmulatedBuffer, "wait", side_effect=EngineError("not pinned")) as waited:
+        engine.step(StepPlan((row.input([5]),)))
+        assert not waited.called
+        with pytest.raises(EngineError, match="not pinned"):
+            engine.step(StepPlan((streaming.input([5]),)))
 
 
 def test_pools_take_what_memory_is_left() -> None:

@@ -66,7 +66,11 @@ class EmulatedBuffer:
         self.array: NDArray[np.uint8] = view[pages - room : pages - room + size]
         self.address = start + pages - room
         self._mapping = (start, pages + page)
+        self.pinned = self.piece = size
         _protect(start + pages, page)
+
+    def wait(self) -> None:
+        """It is pinned."""
 
     def check(self) -> None:
         """Raise if something was written behind the end."""
@@ -284,7 +288,7 @@ class EmulatedDevice:
         self._buffers[buffer.address] = buffer
         return buffer
 
-    def allocate_host(self, size: int) -> EmulatedBuffer:
+    def allocate_host(self, size: int, step: int = 0) -> EmulatedBuffer:
         self._not_captured("allocate_host")
         buffer = EmulatedBuffer(self, size, "")
         self._buffers[buffer.address] = buffer

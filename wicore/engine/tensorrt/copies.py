@@ -1,9 +1,10 @@
 """KV blocks between the device pools and host memory, on streams of their own, while steps run.
 
-Rows of the engine's host memory are pinned: the device copies them by itself, neighbours in one go. Any other
-row goes through a pinned buffer, by a thread. A copy waits for earlier ones of the same blocks, and else for
-nothing: nobody writes blocks that are read, or reads blocks that are written (`wicore.engine.base`), but for
-steps that follow a copy in, layer by layer: a large one is made in the order of the layers.
+Rows of the engine's host memory are pinned, or will be, in the background: then the device copies them by
+itself, neighbours in one go. Any other row goes through a pinned buffer, by a thread. A copy waits for
+earlier ones of the same blocks, and else for nothing: nobody writes blocks that are read, or reads blocks
+that are written (`wicore.engine.base`), but for steps that follow a copy in, layer by layer: a large one is
+made in the order of the layers.
 """
 
 from __future__ import annotations
@@ -167,6 +168,11 @@ class KVCopies:
             self._run(copy, spans, earlier, inwards)
         return copy
 
+    def wait_for_memory(self) -> None:
+        """Block until all host memory of the global pool is pinned. Raises EngineError where that failed."""
+        if "global" in self._buffers:
+            self._buffers["global"].wait()
+
     def close(self) -> None:
         """Finish what has been started, and end the thread. Idempotent."""
         self._thread.shutdown()
@@ -175,15 +181,17 @@ class KVCopies:
                 stream.synchronize()
 
     def _pinned(self, size: int) -> Bytes:
-        buffer = self._buffers[self._asked] = self._device.allocate_host(size)
+        pool = self._asked
+        buffer = self._buffers[pool] = self._device.allocate_host(size, self._layout.block_bytes(pool))
         return buffer.array
 
     def _spans(self, pool: Pool, blocks: Sequence[int], rows: Sequence[Bytes]) -> _Spans:
         size, memory = self._layout.block_bytes(pool), self._pools[pool]
-        begin = end = 0
+        begin, end, piece = 0, 0, 1
         if pool in self._buffers:
-            begin = self._buffers[pool].array.ctypes.data
-            end = begin + self._buffers[pool].array.nbytes
+            buffer = self._buffers[pool]
+            begin, piece = buffer.array.ctypes.data, buffer.piece
+            end = begin + buffer.pinned
         spans = _Spans()
         for block, row in sorted(zip(blocks, rows, strict=True), key=lambda pair: pair[0]):
             if not 0 <= block < memory.count:
@@ -196,7 +204,8 @@ class KVCopies:
                 continue
             if spans.direct:
                 device, host, length = spans.direct[-1]
-                if (device + length, host + length) == (target, source):
+                adjoin = (device + length, host + length) == (target, source)
+                if adjoin and (source - begin) % piece:
                     spans.direct[-1] = device, host, length + size
                     continue
             spans.direct.append((target, source, size))

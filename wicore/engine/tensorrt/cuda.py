@@ -27,6 +27,7 @@ from wicore.engine.tensorrt.device import (
     TensorMap,
     dimensions,
 )
+from wicore.engine.tensorrt.pinned import HUGE_PAGE, DriverMemory, HugePages, available_memory
 from wicore.errors import EngineError
 
 _OUT_OF_MEMORY = 2
@@ -36,9 +37,10 @@ _FATAL = {214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 999}
 """CUresults after which the context cannot be used: uncorrectable memory, faults of kernels, unknown."""
 
 _DEPENDENT_FROM = 12030
+"""Programmatic dependent launches can be captured from this driver version (CUDA 12.3) on."""
+
 _BATCHES_FROM = 13000
 """Drivers that take many copies in one call, in its present form."""
-"""Programmatic dependent launches can be captured from this driver version (CUDA 12.3) on."""
 
 _MAX_CONFIGS = 4096
 """Prepared launches of a function that are kept; prompts of all lengths make ever new ones."""
@@ -66,19 +68,6 @@ class CudaBuffer:
 
     def free(self) -> None:
         self._device.release(self)
-
-
-class CudaHostBuffer:
-    """Pinned host memory, mapped into the device's address space, from `skipped` bytes behind `host` on."""
-
-    def __init__(self, device: CudaDevice, host: int, address: int, size: int, skipped: int) -> None:
-        self._device = device
-        self.host, self.address, self.size = host, address + skipped, size
-        memory = (ctypes.c_uint8 * size).from_address(host + skipped)
-        self.array: NDArray[np.uint8] = np.ctypeslib.as_array(memory)
-
-    def free(self) -> None:
-        self._device.release_host(self)
 
 
 class CudaStream:
@@ -366,7 +355,7 @@ class CudaDevice:
         self._context: Any = None
         self._lock = threading.Lock()
         self._buffers: dict[int, CudaBuffer] = {}
-        self._host_buffers: dict[int, CudaHostBuffer] = {}
+        self._host_buffers: set[DriverMemory | HugePages] = set()
         self._modules: dict[tuple[Any, ...], CudaModule] = {}
         self._budget = memory_bytes
         self._reserved = 0
@@ -389,6 +378,10 @@ class CudaDevice:
         self.clock_hz = 1e3 * self._attribute(attributes.CU_DEVICE_ATTRIBUTE_CLOCK_RATE)
         self.max_shared = self._attribute(attributes.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
         self.dependent_launches = self.capability >= (9, 0) and self.driver_version >= _DEPENDENT_FROM
+        self.shares_addresses = bool(
+            self._attribute(attributes.CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM)
+        )
+        """Whether pinned memory has the same address for host and device."""
         self.trace: _Trace | None = None
         self.overlapping = True
         """Whether launches that may are taken as dependent now."""
@@ -589,35 +582,63 @@ class CudaDevice:
         if self._lost is None:
             self.call("cuMemFree", buffer.address)
 
-    def allocate_host(self, size: int) -> CudaHostBuffer:
+    def allocate_host(self, size: int, step: int = 0) -> DriverMemory | HugePages:
         if size <= 0:
             raise EngineError(f"pinned memory: expected a size above 0; found {size} bytes")
         self.enter()
-        driver = self.driver
-        flags = driver.CU_MEMHOSTALLOC_PORTABLE | driver.CU_MEMHOSTALLOC_DEVICEMAP
+        buffer: DriverMemory | HugePages
+        if size >= HUGE_PAGE and self.shares_addresses:
+            self._check_host_memory(size)
+            buffer = HugePages(self, size, step)
+        else:
+            buffer = self._driver_memory(size)
+        with self._lock:
+            self._host_buffers.add(buffer)
+        return buffer
+
+    def _check_host_memory(self, size: int) -> None:
+        """Raise where the system has too little memory: touching it would end a process, maybe this one."""
+        available = available_memory()
+        if available is None:
+            return
+        with self._lock:
+            left = available - sum(buffer.size - buffer.pinned for buffer in self._host_buffers)
+        if size > left:
+            raise EngineError(
+                f"pinned memory: expected {_gb(size)} of host memory, found {_gb(max(0, left))} free; lower"
+                " what is kept in host memory (hmt.host_bytes), or raise a container's limit"
+            )
+
+    def _driver_memory(self, size: int) -> DriverMemory:
+        flags = self.driver.CU_MEMHOSTALLOC_PORTABLE | self.driver.CU_MEMHOSTALLOC_DEVICEMAP
         # The driver cuts small ones out of larger pages.
-        answer = driver.cuMemHostAlloc(size + mmap.PAGESIZE, flags)
+        host = int(self._locked(size, "cuMemHostAlloc", size + mmap.PAGESIZE, flags))
+        address = int(self.call("cuMemHostGetDevicePointer", host, 0))
+        return DriverMemory(self, host, address, size, -host % mmap.PAGESIZE)
+
+    def pin(self, address: int, size: int) -> None:
+        """Pin memory of the host's, whose address is then the device's too (`shares_addresses`)."""
+        flags = self.driver.CU_MEMHOSTREGISTER_PORTABLE | self.driver.CU_MEMHOSTREGISTER_DEVICEMAP
+        self._locked(size, "cuMemHostRegister", address, size, flags)
+
+    def _locked(self, size: int, function: str, *args: Any) -> Any:
+        """The value of a driver function that locks memory."""
+        self.enter()
+        answer = getattr(self.driver, function)(*args)
         if int(answer[0]) == _OUT_OF_MEMORY:
             raise EngineError(
                 f"pinned memory: {_gb(size)} of host memory cannot be locked; lower what is kept in host "
                 "memory, or raise its limit (ulimit -l, a container's memory)"
             )
         self.check(answer, f"locking {_gb(size)} of host memory")
-        host = int(answer[1])
-        address = int(self.call("cuMemHostGetDevicePointer", host, 0))
-        buffer = CudaHostBuffer(self, host, address, size, -host % mmap.PAGESIZE)
-        with self._lock:
-            self._host_buffers[host] = buffer
-        return buffer
+        return answer[1] if len(answer) > 1 else None
 
-    def release_host(self, buffer: CudaHostBuffer) -> None:
+    def release_host(self, buffer: DriverMemory | HugePages) -> None:
         with self._lock:
-            if self._host_buffers.get(buffer.host) is not buffer:
+            if buffer not in self._host_buffers:
                 return
-            del self._host_buffers[buffer.host]
-        del buffer.array
-        if self._lost is None:
-            self.call("cuMemFreeHost", buffer.host)
+            self._host_buffers.remove(buffer)
+        buffer.release()
 
     def report(self) -> Mapping[str, int]:
         counts: Counter[str] = Counter()
@@ -701,8 +722,8 @@ class CudaDevice:
             self.discard("cuCtxSynchronize")
         for buffer in list(self._buffers.values()):
             self.discard("cuMemFree", buffer.address)
-        for host in list(self._host_buffers.values()):
-            self.discard("cuMemFreeHost", host.host)
+        for host in list(self._host_buffers):
+            host.release()
         for module in self._modules.values():
             self.discard("cuModuleUnload", module._native)
         self._buffers.clear()

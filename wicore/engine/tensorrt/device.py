@@ -60,6 +60,17 @@ class HostBuffer(Protocol):
     def address(self) -> int: ...
     @property
     def size(self) -> int: ...
+    @property
+    def pinned(self) -> int:
+        """So many first bytes are pinned by now; the device may not be given an address of the others."""
+
+    @property
+    def piece(self) -> int:
+        """Pieces of so many bytes are pinned apart: a copy may not be of two."""
+
+    def wait(self) -> None:
+        """Block until all is pinned. Raises EngineError where that failed."""
+
     def free(self) -> None:
         """Give the memory back; the second call does nothing. `array` must not be used afterwards."""
 
@@ -161,8 +172,9 @@ class Device(Protocol):
         """Device memory, aligned to 256 bytes; EngineError names `what`, the bytes needed and free, and the
         fix. Not during a capture."""
 
-    def allocate_host(self, size: int) -> HostBuffer:
-        """Pinned host memory that begins at a page."""
+    def allocate_host(self, size: int, step: int = 0) -> HostBuffer:
+        """Pinned host memory that begins at a page. With a `step` it may be pinned in the background, in
+        pieces of a multiple of so many bytes."""
 
     def stream(self) -> Stream: ...
     def event(self, timing: bool = False) -> Event: ...

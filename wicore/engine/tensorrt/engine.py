@@ -237,6 +237,8 @@ class TensorrtEngine:
     def _check(self, sequences: Sequence[SequenceInput]) -> None:
         slots, width = self._copies.slots("global"), self._config.hidden_size
         check_plan(StepPlan(tuple(sequences)), self._info, slots, width)
+        if any(sequence.streamed for sequence in sequences):
+            self._copies.wait_for_memory()
 
     def _prepare(self) -> None:
         self._matmuls.prepare(self._most_rows, self._config)

@@ -1,0 +1,151 @@
+"""Pinned host memory of a card.
+
+The driver's own allocator touches small pages one after the other: 1.6 GB/s on an H100's machine, 40 seconds
+for a host tier of 64 GiB. Huge pages come at 6 GB/s, and those that are there already are pinned at 50. So
+little memory is the driver's (`DriverMemory`) and much of it huge pages of ours (`HugePages`), pinned at once
+or, piece by piece, in the background.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import math
+import mmap
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wicore.errors import EngineError
+
+if TYPE_CHECKING:
+    from wicore.engine.tensorrt.cuda import CudaDevice
+
+log = logging.getLogger("wicore.engine")
+
+HUGE_PAGE = 2 << 20
+_PIECE_BYTES = 256 << 20
+"""Pinned in one go in the background: other calls of the driver wait meanwhile, some 5 ms."""
+
+
+class DriverMemory:
+    """Memory that the driver allocates, from `skipped` bytes behind `host` on."""
+
+    def __init__(self, device: CudaDevice, host: int, address: int, size: int, skipped: int) -> None:
+        self._device = device
+        self.host, self.address, self.size = host, address + skipped, size
+        self.pinned = self.piece = size
+        memory = (ctypes.c_uint8 * size).from_address(host + skipped)
+        self.array: NDArray[np.uint8] = np.ctypeslib.as_array(memory)
+
+    def wait(self) -> None:
+        """Nothing is left to be done."""
+
+    def release(self) -> None:
+        del self.array
+        self._device.discard("cuMemFreeHost", self.host)
+
+    def free(self) -> None:
+        self._device.release_host(self)
+
+
+class HugePages:
+    """Memory of ours, whose address is the same for the device.
+
+    step: 0: all of it is pinned when the constructor returns; else that is begun, and goes on in a thread, in
+    pieces of a multiple of `step` bytes.
+    """
+
+    def __init__(self, device: CudaDevice, size: int, step: int = 0) -> None:
+        self._device, self.size = device, size
+        self._memory = mmap.mmap(-1, size + HUGE_PAGE)
+        # A child's copy of a pinned page would be of no use; where there are no huge pages, small ones do.
+        for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK):
+            with contextlib.suppress(OSError):
+                self._memory.madvise(advice)
+        whole = np.frombuffer(self._memory, np.uint8)
+        start = -whole.ctypes.data % HUGE_PAGE
+        self.array: NDArray[np.uint8] = whole[start : start + size]
+        self.address = self.array.ctypes.data
+        self.pinned, self.piece = 0, _piece(size, step)
+        self._error: EngineError | None = None
+        self._wanted = True
+        self._thread: threading.Thread | None = None
+        if step:
+            self._thread = threading.Thread(target=self._pin_in_thread, name="pinning", daemon=True)
+            self._thread.start()
+        else:
+            self._pin()
+
+    def wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def release(self) -> None:
+        self._wanted = False
+        if self._thread is not None:
+            self._thread.join()
+        for start in range(0, self.pinned, self.piece):
+            self._device.discard("cuMemHostUnregister", self.address + start)
+        self.pinned = 0
+        del self.array, self._memory
+
+    def free(self) -> None:
+        self._device.release_host(self)
+
+    def _pin(self) -> None:
+        for start in range(0, self.size, self.piece):
+            if not self._wanted:
+                return
+            end = min(start + self.piece, self.size)
+            self.array[start : end : mmap.PAGESIZE] = 0  # lets go of the interpreter
+            self._device.pin(self.address + start, end - start)
+            self.pinned = end
+
+    def _pin_in_thread(self) -> None:
+        try:
+            self._pin()
+        except EngineError as err:
+            self._error = err
+            log.warning(
+                "%.1f of %.1f GB of host memory are pinned (%s); copies of the rest take a detour",
+                *(self.pinned / 1e9, self.size / 1e9, err),
+            )
+
+
+def _piece(size: int, step: int) -> int:
+    """Bytes of a piece: whole pages, and a whole number of steps."""
+    if not step:
+        return size
+    unit = math.lcm(step, mmap.PAGESIZE)
+    return max(1, _PIECE_BYTES // unit) * unit
+
+
+def available_memory(proc: Path = Path("/proc"), group: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes of memory that this process can still have; None: the system does not tell.
+
+    `group`: a container's limit, as cgroup v2 shows it inside. Caches of files count as free.
+    """
+    found: list[int] = []
+    with contextlib.suppress(OSError, ValueError):
+        found.append(1024 * _field(proc / "meminfo", "MemAvailable:"))
+    with contextlib.suppress(OSError, ValueError):
+        most, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        cached = _field(group / "memory.stat", "file") - _field(group / "memory.stat", "shmem")
+        found.append(max(0, most - used + cached))
+    return min(found, default=None)
+
+
+def _field(path: Path, name: str) -> int:
+    """The number behind `name` in a file of names and numbers. Raises ValueError where there is none."""
+    for line in path.read_text().splitlines():
+        key, value, *_ = (*line.split(), "")
+        if key == name:
+            return int(value)
+    raise ValueError(f"{path}: has no {name}")
