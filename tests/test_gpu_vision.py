@@ -21,7 +21,13 @@ from tests.vision_reference import network
 from wicore.engine.base import StepPlan
 from wicore.engine.tensorrt.build import build_engine
 from wicore.engine.tensorrt.device import Device
-from wicore.engine.tensorrt.vision import TensorrtVision, create_tensorrt_vision, vision_bytes
+from wicore.engine.tensorrt.vision import (
+    TensorrtVision,
+    TowerNetworks,
+    create_tensorrt_vision,
+    open_vision_networks,
+    vision_bytes,
+)
 from wicore.engine.tensorrt.vision_networks import VISION_KINDS, VisionShape, bindings
 from wicore.engine.tensorrt.vision_weights import VisionWeights, load_vision, vision_weight_bytes
 from wicore.engine.tensorrt.weights import RandomWeights
@@ -52,15 +58,17 @@ def segments() -> NumpySegments:
     return NumpySegments(VisionShape.of(config()), (), kinds=VISION_KINDS)
 
 
-def tower(device: Device) -> TensorrtVision:
-    return TensorrtVision(device, config(), load_vision(device, RandomWeights(config(), seed=3)), segments())
+def tower(device: Device, networks: TowerNetworks | None = None) -> TensorrtVision:
+    weights = load_vision(device, RandomWeights(config(), seed=3))
+    return TensorrtVision(device, config(), weights, networks or segments())
 
 
-@pytest.fixture(scope="module", params=[(8, 0), (9, 0)], ids=["by networks", "by Hopper's kernel"])
+@pytest.fixture(scope="module", params=["networks", "networks and attention's kernel", "kernels"])
 def vision(request: pytest.FixtureRequest) -> Iterator[TensorrtVision]:
-    """Its attention as on cards of two kinds."""
-    device = EmulatedDevice(capability=request.param)
-    found = tower(device)
+    """By TensorRT alone, with Hopper's kernel for attention, and by our kernels alone."""
+    device = EmulatedDevice(capability=(8, 0) if request.param == "networks" else (9, 0))
+    networks = open_vision_networks(config(), device) if request.param == "kernels" else None
+    found = tower(device, networks)
     yield found
     found.close()
     device.close()
@@ -137,7 +145,7 @@ def test_attention_of_more_patches_than_a_block_is_the_same(monkeypatch) -> None
     assert VisionShape.of(config()).block == 16
     cut = tower(device)
     assert relative_error(cut.encode(image), expected) < 1e-3
-    assert [kind for kind, _ in cut._segments.runs].count("vision_attention") == 2 * 3 * 4
+    assert [kind for kind, _ in cut._networks.runs].count("vision_attention") == 2 * 3 * 4
 
 
 # --- its edges --------------------------------------------------------------------------------------

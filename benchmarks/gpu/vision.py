@@ -1,9 +1,11 @@
 """Time of an image in the vision tower on this machine's card, with random weights in a published shape.
 
-    python -m benchmarks.gpu.vision [--model gemma-3-27b] [--images 20] [--unchecked]
+    python -m benchmarks.gpu.vision [--model gemma-3-27b] [--images 20] [--unchecked] [--plans] [--peer]
 
-Builds the plans that are missing, checks every part on random inputs against float64 and times it alone,
-then times whole images, as the engine computes them. Times are medians of CUDA graph replays between events;
+Checks every part on random inputs against float64 and times it alone, then times whole images, as the engine
+computes them: by our kernels where the card has them, else (`--plans`: everywhere) by TensorRT's plans, which
+are built when they are missing. `--peer` times the same tower by transformers and PyTorch (half, its fused
+attention, a CUDA graph too), without the projector. Times are medians of CUDA graph replays between events;
 `encode` adds the copies and the host's part. The bound is that of dense products of half at the card's top
 clock, by its data sheet (`wicore.engine.tensorrt.ceilings`).
 
@@ -30,29 +32,34 @@ from tests.reference import relative_error
 from tests.vision_reference import network, random_inputs
 from wicore.engine.tensorrt.ceilings import ceilings
 from wicore.engine.tensorrt.cuda import CudaDevice
-from wicore.engine.tensorrt.segments import Segments
 from wicore.engine.tensorrt.timing import median_ms
 from wicore.engine.tensorrt.trt_api import installed_backends
-from wicore.engine.tensorrt.vision import TensorrtVision, open_vision_segments
+from wicore.engine.tensorrt.vision import (
+    TensorrtVision,
+    TowerNetworks,
+    open_vision_networks,
+    open_vision_plans,
+)
 from wicore.engine.tensorrt.vision_attention import TowerAttention, tower_attention
+from wicore.engine.tensorrt.vision_kernels import VisionKernels
 from wicore.engine.tensorrt.vision_networks import VisionKind, VisionShape, flops
 from wicore.engine.tensorrt.vision_weights import load_vision
 from wicore.engine.tensorrt.weights import RandomWeights
-from wicore.gemma3.config import published
+from wicore.gemma3.config import VisionConfig, published
 
 LIMIT = 5e-3
 """Relative error of a part, by the Euclidean norm."""
 
 
 def check(
-    device: CudaDevice, segments: Segments, kind: VisionKind, shape: VisionShape
+    device: CudaDevice, networks: TowerNetworks, kind: VisionKind, shape: VisionShape
 ) -> tuple[float, float]:
     """(largest relative error of an output, ms of a run)"""
     given = random_inputs(kind, shape)
     trial = SegmentTrial(device, kind, shape, given)
-    expected, found = network(kind, shape, given), trial.run(segments, shape.rows(kind))
+    expected, found = network(kind, shape, given), trial.run(networks, shape.rows(kind))
     error = max(relative_error(found[name], values) for name, values in expected.items())
-    ms, _ = trial.milliseconds(segments, shape.rows(kind))
+    ms, _ = trial.milliseconds(networks, shape.rows(kind))
     trial.close()
     return error, ms
 
@@ -73,12 +80,48 @@ def check_attention(device: CudaDevice, attention: TowerAttention, shape: Vision
     return error, ms
 
 
+def peer_ms(config: VisionConfig, images: int) -> float:
+    """Median of an image through transformers' tower on this card, replayed as a graph."""
+    import torch
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    shape = SiglipVisionConfig(
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        intermediate_size=config.intermediate_size,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        vision_use_head=False,
+    )
+    with torch.device("cuda"):
+        model = SiglipVisionModel._from_config(shape, attn_implementation="sdpa").half().eval()
+        pixels = torch.randn(1, 3, config.image_size, config.image_size, dtype=torch.float16)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.inference_mode(), torch.cuda.stream(stream):
+        for _ in range(3):
+            model(pixels)
+        with torch.cuda.graph(graph, stream=stream):
+            model(pixels)
+        times = []
+        for _ in range(images):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+    return float(statistics.median(times))
+
+
 def main() -> int:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--model", default="gemma-3-27b", help="whose width rows have")
     parser.add_argument("--images", type=int, default=20)
     parser.add_argument("--unchecked", action="store_true", help="whole images alone")
+    parser.add_argument("--plans", action="store_true", help="by TensorRT, whatever else there is")
+    parser.add_argument("--peer", action="store_true", help="transformers and PyTorch on the same card, too")
     options = parser.parse_args()
     config = published(options.model)
     if config is None or config.vision is None:
@@ -86,17 +129,19 @@ def main() -> int:
     device, shape, layers = CudaDevice(), VisionShape.of(config), config.vision.layers
     side = config.vision.image_size
     started = time.monotonic()
-    segments = open_vision_segments(config, device)
-    if segments is None:
+    opened = open_vision_plans(shape, device) if options.plans else open_vision_networks(config, device)
+    if opened is None:
         parser.error("no TensorRT is installed")
+    networks: TowerNetworks = opened
     versions = ", ".join(f"{b.name} {b.version}" for b in installed_backends())
-    print(f"{device.name}, {versions}, float16 with float32 residual stream, {options.model}")
-    print(f"plans built or loaded in {time.monotonic() - started:.1f} s", flush=True)
+    by = "our kernels" if isinstance(networks, VisionKernels) else versions
+    print(f"{device.name}, {by}, float16 with float32 residual stream, {options.model}")
+    print(f"ready in {time.monotonic() - started:.1f} s", flush=True)
     missed = False
     if not options.unchecked:
-        networks: dict[VisionKind, int] = {"vision_first": 1, "vision_middle": layers - 1, "vision_last": 1}
-        measured = [(kind, count, *check(device, segments, kind, shape)) for kind, count in networks.items()]
-        attention = tower_attention(device, config, shape, segments)
+        parts: dict[VisionKind, int] = {"vision_first": 1, "vision_middle": layers - 1, "vision_last": 1}
+        measured = [(kind, count, *check(device, networks, kind, shape)) for kind, count in parts.items()]
+        attention = tower_attention(device, config, shape, networks)
         measured.append(("attention", layers, *check_attention(device, attention, shape)))
         attention.free()
         print(f"{'part':<18}{'error':>10}{'ms':>9}{'runs':>6}{'ms in all':>11}")
@@ -104,7 +149,7 @@ def main() -> int:
             missed |= not error < LIMIT
             note = "" if error < LIMIT else "  <- over the limit"
             print(f"{part:<18}{error:>10.1e}{ms:>9.4f}{count:>6}{ms * count:>11.2f}{note}", flush=True)
-    vision = TensorrtVision(device, config, load_vision(device, RandomWeights(config)), segments)
+    vision = TensorrtVision(device, config, load_vision(device, RandomWeights(config)), networks)
     images = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), np.uint8)
     first = [vision.encode(pixels) for pixels in images]
     again = [vision.encode(pixels) for pixels in images]
@@ -124,6 +169,9 @@ def main() -> int:
     print(f"{total / 1e12:.2f} TFLOP, {total / ms / 1e9:.0f} TFLOP/s{share}")
     for what, size in device.report().items():
         print(f"{what}: {size / 2**20:,.0f} MiB")
+    if options.peer:
+        ms = peer_ms(config.vision, options.images)
+        print(f"transformers' tower by PyTorch: {ms:.2f} ms, without the projector")
     vision.close()
     device.close()
     return int(missed or not same or not differ)

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wicore.engine.tensorrt.device import Buffer, Device
+from wicore.engine.tensorrt.device import Buffer, Device, Stream
 from wicore.engine.tensorrt.networks import Binding
 from wicore.engine.tensorrt.plan_kinds import AnyKind, AnyShape, bindings
-from wicore.engine.tensorrt.segments import Segments
 
 Array = NDArray[Any]
 _POISON = 0xFF
 """Bytes of a NaN in every float type: what is not written shows."""
+
+
+class Networks(Protocol):
+    """What runs segments, as `Segments` does."""
+
+    def run(self, stream: Stream, kind: Any, rows: int, addresses: Mapping[str, int]) -> None: ...
 
 
 class SegmentTrial:
@@ -38,19 +43,19 @@ class SegmentTrial:
                 self._stream.synchronize()
         self._addresses = {name: buffer.address for name, buffer in self._buffers.items()}
 
-    def run(self, segments: Segments, rows: int) -> dict[str, Array]:
+    def run(self, networks: Networks, rows: int) -> dict[str, Array]:
         """The outputs of one run, by name."""
         outputs = [binding for binding in self._bindings.values() if binding.output]
         for binding in outputs:
             self._device.fill(self._addresses[binding.name], _POISON, binding.nbytes(rows), self._stream)
-        segments.run(self._stream, self._kind, rows, self._addresses)
+        networks.run(self._stream, self._kind, rows, self._addresses)
         return {binding.name: self._download(binding, rows) for binding in outputs}
 
-    def milliseconds(self, segments: Segments, rows: int, budget_ms: float = 300.0) -> tuple[float, float]:
+    def milliseconds(self, networks: Networks, rows: int, budget_ms: float = 300.0) -> tuple[float, float]:
         """(time of a run inside a CUDA graph, host time of enqueueing one without), in milliseconds."""
 
         def work() -> None:
-            segments.run(self._stream, self._kind, rows, self._addresses)
+            networks.run(self._stream, self._kind, rows, self._addresses)
 
         work()
         self._stream.synchronize()

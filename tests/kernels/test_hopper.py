@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from tests.device_arrays import download, upload
 from tests.emulation import EmulatedDevice
+from tests.reference import gelu_tanh
 from wicore.engine.tensorrt.device import Device
 from wicore.engine.tensorrt.hopper import HopperMatmul, Kind, Tiling
 from wicore.errors import EngineError
@@ -31,6 +32,7 @@ class Product:
         self.x = rng.standard_normal((rows, k)).astype(np.float16)
         width = 2 * n if kind == "glu" else n
         self.w = (rng.standard_normal((width, k)) * scale / np.sqrt(k)).astype(np.float16)
+        self.bias = rng.standard_normal(n).astype(np.float32)
 
     def upload(self, array: NDArray[Any]) -> int:
         return upload(self.device, array).address
@@ -51,6 +53,11 @@ class Product:
         x, w, y = self.upload(self.x[:rows]), self.upload(self.w), self.upload(self.output(rows))
         if self.kind == "glu":
             matmul.glu(self.stream, rows, x, w, y, self.n, self.k, tiling)
+        elif self.kind in ("bias", "gelu"):
+            gelu, shift = self.kind == "gelu", exponent or 0
+            bias = self.upload(self.bias)
+            sizes = self.n, self.k
+            matmul.biased(self.stream, rows, x, w, bias, y, *sizes, gelu=gelu, exponent=shift, tiling=tiling)
         else:
             half = self.kind == "half"
             matmul.plain(self.stream, rows, x, w, y, self.n, self.k, half, tiling, exponent)
@@ -59,11 +66,12 @@ class Product:
     @property
     def expected(self) -> NDArray[np.float64]:
         y = self.x.astype(np.float64) @ self.w.astype(np.float64).T
-        if self.kind != "glu":
-            return y
-        gate, up = y[:, : self.n], y[:, self.n :]
-        tanh = np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))
-        return np.clip(0.5 * gate * (1 + tanh) * up / 64, -65504, 65504)
+        if self.kind == "glu":
+            gate, up = y[:, : self.n], y[:, self.n :]
+            return np.clip(gelu_tanh(gate) * up / 64, -65504, 65504)
+        if self.kind == "bias":
+            return y + self.bias
+        return gelu_tanh(y + self.bias) if self.kind == "gelu" else y
 
     def check(self, y: NDArray[Any]) -> None:
         expected = self.expected[: len(y)]
@@ -71,13 +79,13 @@ class Product:
         assert worst < (5e-6 if self.kind == "float" else 6e-4)
 
 
-@pytest.mark.parametrize("kind", ["half", "float", "glu"])
+@pytest.mark.parametrize("kind", get_args(Kind))
 def test_the_tile_of_the_card_is_right(device: Device, kind: Kind) -> None:
     product = Product(device, kind, rows=130, n=264, k=200)
     product.check(product.run(HopperMatmul(device), BIG))
 
 
-@pytest.mark.parametrize("kind", ["half", "float", "glu"])
+@pytest.mark.parametrize("kind", get_args(Kind))
 @pytest.mark.parametrize(
     ("rows", "n", "k"),
     [(1, 8, 8), (65, 40, 72), (64, 16, 64), (200, 24, 392), (129, 104, 136), (330, 72, 64)],
@@ -98,6 +106,8 @@ def test_any_shape_is_right(device: Device, kind: Kind, rows: int, n: int, k: in
         ("glu", Tiling(16, consumers=1, cluster_columns=4, stages=2)),
         ("float", Tiling(48, consumers=2, cluster_rows=2, stages=3, stagger=2)),
         ("glu", Tiling(48, consumers=2, cluster_rows=2, stages=3, stagger=2)),
+        ("gelu", Tiling(88, consumers=1, cluster_rows=2, stages=3)),
+        ("bias", Tiling(48, consumers=2, cluster_columns=2, stages=4)),
     ],
     ids=str,
 )

@@ -1,11 +1,13 @@
-"""Patches are cut as a convolution takes them."""
+"""What the vision tower is made of: patches, attention, and its networks by our own kernels."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from tests.engines import FIXTURES
 from tests.kernels.memory import Memory
@@ -13,7 +15,8 @@ from tests.reference import relative_error
 from tests.vision_reference import network, random_inputs
 from wicore.engine.tensorrt.device import Device
 from wicore.engine.tensorrt.vision_attention import PURPOSE, attention_bytes, tower_attention
-from wicore.engine.tensorrt.vision_networks import VisionShape
+from wicore.engine.tensorrt.vision_kernels import VisionKernels, vision_kinds
+from wicore.engine.tensorrt.vision_networks import VISION_KINDS, VisionKind, VisionShape, bindings
 from wicore.gemma3.checkpoint import open_checkpoint
 
 
@@ -55,6 +58,58 @@ def test_attention_of_all_patches_to_all_is_that_of_float64(
     assert attention_bytes(device, shape) == device.report()[PURPOSE]
     attention.free()
     memory.free()
+
+
+SMALL = VisionShape(24, 40, 2, 36, 3 * 7**2, 4, 64, 1e-6)
+WIDE = VisionShape(1152, 136, 16, 64, 588, 16, 72, 1e-6)
+"""Of the published width: more pairs than a block has threads, by an odd number of turns."""
+
+
+def by_kernels(
+    device: Device, kind: VisionKind, shape: VisionShape, given: dict[str, NDArray[Any]]
+) -> dict[str, NDArray[Any]]:
+    """The outputs of a network; it is run twice."""
+    if device.capability != (9, 0):
+        pytest.skip("other cards have TensorRT's networks")
+    kernels, memory = VisionKernels(device, shape, "test"), Memory(device)
+    types = {"half": np.float16, "float32": np.float32}
+    rooms = {b.name: memory.room(b.shape, types[b.dtype]) for b in bindings(kind, shape) if b.output}
+    addresses = {name: memory.put(values) for name, values in given.items()}
+    addresses |= {name: room.address for name, room in rooms.items()}
+    for _ in range(2):
+        kernels.run(memory.stream, kind, shape.patches, addresses)
+    outputs = {name: room.read() for name, room in rooms.items()}
+    kernels.close()
+    memory.free()
+    return outputs
+
+
+@pytest.mark.parametrize("shape", [SMALL, WIDE], ids=["small", "wide"])
+@pytest.mark.parametrize("kind", ["vision_first", "vision_middle", "vision_last"])
+def test_a_network_by_our_kernels_is_that_of_float64(
+    device: Device, kind: VisionKind, shape: VisionShape
+) -> None:
+    given = random_inputs(kind, shape)
+    found = by_kernels(device, kind, shape, given)
+    for name, expected in network(kind, shape, given).items():
+        assert relative_error(found[name], expected) < 2e-3, name
+
+
+def test_an_activation_too_large_for_half_is_scaled(device: Device) -> None:
+    given = random_inputs("vision_middle", SMALL)
+    given["fc1_bias"] = np.full_like(given["fc1_bias"], 1e6)
+    given["fc2"] = (given["fc2"] / 100).astype(np.float16)
+    expected = network("vision_middle", SMALL, given)["residual_out"]
+    found = by_kernels(device, "vision_middle", SMALL, given)["residual_out"]
+    assert relative_error(found, expected) < 2e-3
+
+
+def test_only_cards_without_the_kernels_need_plans() -> None:
+    assert vision_kinds((9, 0), WIDE) == ()
+    assert vision_kinds((8, 9), WIDE) == VISION_KINDS
+    odd = replace(WIDE, inner=4301)  # rows of which the copy engine cannot take
+    assert vision_kinds((9, 0), odd) == ("vision_first", "vision_middle", "vision_last")
+    assert vision_kinds((9, 0), replace(WIDE, heads=2)) == VISION_KINDS
 
 
 class NoNetworks:

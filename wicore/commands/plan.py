@@ -84,7 +84,7 @@ def build_command(
         plans_folder,
         useful_buckets,
     )
-    from wicore.engine.tensorrt.vision_attention import vision_kinds
+    from wicore.engine.tensorrt.vision_kernels import vision_kinds
     from wicore.engine.tensorrt.vision_networks import VisionShape
 
     settings = read_settings(config)

@@ -123,6 +123,8 @@ class HopperSetting:
     v_stages: int
     turns: bool = True
     """One warpgroup multiplies while the other takes exponents."""
+    values: int = 0
+    """Of a head, a multiple of 16, where the rest of it is zeros; 0: all."""
 
     @classmethod
     def of(cls, config: Gemma3Config, layout: KVLayout, capability: tuple[int, int]) -> HopperSetting | None:

@@ -36,8 +36,8 @@ from wicore.engine.tensorrt.plans import Tuning
 from wicore.engine.tensorrt.segments import Segments
 from wicore.engine.tensorrt.vision import (
     TensorrtVision,
-    VisionSegments,
-    open_vision_segments,
+    TowerNetworks,
+    open_vision_networks,
     vision_bytes,
 )
 from wicore.engine.tensorrt.vision_weights import load_vision
@@ -113,7 +113,7 @@ def _on_card(settings: Settings, source: _Source) -> TensorrtEngine:
             context=source.context,
             content=source.content,
             open_segments=lambda limits: open_segments(settings, source.config, device, limits),
-            open_vision=lambda: open_vision_segments(source.config, device),
+            open_vision=lambda: open_vision_networks(source.config, device),
             tune=lambda limits, measure: tuned(device, source.config, limits, measure),
         )
     except BaseException:
@@ -130,7 +130,7 @@ def build_engine(
     context: int,
     content: Callable[[], str],
     open_segments: Callable[[Limits], Segments | None] = lambda limits: None,
-    open_vision: Callable[[], VisionSegments | None] = lambda: None,
+    open_vision: Callable[[], TowerNetworks | None] = lambda: None,
     tune: Callable[[Limits, Callable[[], Choices]], Choices] | None = None,
 ) -> TensorrtEngine:
     """An engine on this device, within its budget of memory. Raises EngineError when that is too small.
@@ -154,15 +154,15 @@ def build_engine(
     budget = Budget.of(settings, device)
     workspace = Workspace(device, config, layout, limits, invariant=invariant)
     segments = None if invariant else open_segments(limits)
-    vision_segments = open_vision() if config.vision and settings.model.max_images else None
-    tower = vision_bytes(config, device) if vision_segments else 0
+    networks = open_vision() if config.vision and settings.model.max_images else None
+    tower = vision_bytes(config, device) if networks else 0
     budget.blocks(settings, layout, weight_bytes(config) + tower, context, tower)
     with ThreadPoolExecutor(1, "digest") as other:
         digest = other.submit(content)
         loaded = load_weights(device, weights, int8_kv=kv == "int8", on_progress=WeightsProgress())
     vision = None
-    if vision_segments is not None:
-        vision = TensorrtVision(device, config, load_vision(device, weights), vision_segments)
+    if networks is not None:
+        vision = TensorrtVision(device, config, load_vision(device, weights), networks)
     engine = TensorrtEngine(
         loaded,
         config,

@@ -16,8 +16,8 @@ import numpy as np
 from wicore.engine.tensorrt.device import Device, Function, TensorMap
 from wicore.errors import EngineError
 
-Kind = Literal["half", "float", "glu"]
-"""What is stored: half, float32, or half of the gated activation."""
+Kind = Literal["half", "float", "glu", "bias", "gelu"]
+"""What is stored: half, float32, half of the gated activation, half with a bias, or half of that's gelu."""
 
 _SHARED_BYTES = 227 << 10
 _ALIGNMENT = 1024
@@ -107,6 +107,8 @@ class Tiling:
             "STAGGER": self.stagger,
             "GLU": int(kind == "glu"),
             "HALF_OUT": int(kind != "float"),
+            "BIAS": int(kind in ("bias", "gelu")),
+            "GELU": int(kind == "gelu"),
         }
 
     def clusters(self, rows: int, n: int, kind: Kind) -> tuple[int, int]:
@@ -207,6 +209,26 @@ class HopperMatmul:
         gate rows first."""
         self._run(stream, "glu", rows, x, gate_up, y, inner, k, tiling)
 
+    def biased(
+        self,
+        stream: Any,
+        rows: int,
+        x: int,
+        w: int,
+        bias: int,
+        y: int,
+        n: int,
+        k: int,
+        *,
+        gelu: bool = False,
+        exponent: int = 0,
+        tiling: Tiling | None = None,
+    ) -> None:
+        """y[rows][n] = half((x w^T + bias) * 2 ** exponent), saturated, of a bias float32 [n] aligned to 8
+        bytes; with `gelu` half(gelu_tanh(x w^T + bias) * 2 ** exponent)."""
+        kind: Kind = "gelu" if gelu else "bias"
+        self._run(stream, kind, rows, x, w, y, n, k, tiling, exponent, bias)
+
     def candidates(self, rows: int, n: int, k: int, kind: Kind) -> list[Tiling]:
         """Tilings worth measuring for a product, the one with the lowest modelled cost first."""
         sms = self._device.sms
@@ -217,7 +239,8 @@ class HopperMatmul:
         found = [tiling for tiling in _tilings(kind) if tiling.cluster <= largest]
         # Several blocks below each other are idle work where there is one row of tiles.
         useful = [t for t in found if t.cluster_rows == 1 or rows > t.rows * (t.cluster_rows - 1)]
-        return sorted(useful, key=lambda t: (t.cost(rows, n, k, kind, sms), -t.columns))
+        # Of equals the one that shares more, whose tiles come out of L2 less often.
+        return sorted(useful, key=lambda t: (t.cost(rows, n, k, kind, sms), -t.columns, -t.cluster))
 
     def choose(self, rows: int, n: int, k: int, kind: Kind) -> Tiling:
         """The tiling for a product: the measured one, else the first candidate. All numbers of rows that need
@@ -248,6 +271,7 @@ class HopperMatmul:
         kind: Kind,
         tilings: Sequence[Tiling] | None = None,
         repeat: int = 5,
+        bias: int = 0,
     ) -> list[tuple[float, Tiling]]:
         """Measure tilings (the first eight candidates unless given) and `use` the fastest.
 
@@ -259,7 +283,7 @@ class HopperMatmul:
             for _ in range(repeat + 1):
                 begin, end = self._device.event(timing=True), self._device.event(timing=True)
                 begin.record(stream)
-                self._run(stream, kind, rows, x, w, y, n, k, tiling)
+                self._run(stream, kind, rows, x, w, y, n, k, tiling, bias=bias)
                 end.record(stream)
                 end.wait()
                 times.append(end.elapsed_ms(begin))
@@ -280,6 +304,7 @@ class HopperMatmul:
         k: int,
         tiling: Tiling | None,
         exponent: int | None = None,
+        bias: int = 0,
     ) -> None:
         if rows < 1 or n < 8 or k < 8 or n % 8 or k % 8:
             raise EngineError(f"product of {rows} rows, n {n}, k {k}: n and k must be multiples of 8")
@@ -297,7 +322,7 @@ class HopperMatmul:
             stream,
             clusters * tiling.cluster // joined,
             tiling.threads * joined,
-            (x_map, w_map, y, *sizes, np.float32(scale), np.float32(limit)),
+            (x_map, w_map, y, *sizes, np.float32(scale), np.float32(limit), bias),
             dynamic_shared=_ALIGNMENT + tiling.shared_bytes * joined,
         )
 

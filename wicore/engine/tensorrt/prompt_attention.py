@@ -167,6 +167,7 @@ class _Hopper:
             "K_STAGES": s.k_stages,
             "V_STAGES": s.v_stages,
             "TURNS": int(s.turns),
+            "VALUES": s.values or config.head_dim,
         }
         module = device.compile("hopper_attention.cu", {**shape, **macros})
         self._function = module.function("hopper_attention", self._shared)

@@ -1,8 +1,9 @@
-"""The vision tower on the GPU: TensorRT's plans, on a stream of their own beside the steps.
+"""The vision tower on the GPU, on a stream of its own beside the steps.
 
 An image is one CUDA graph, captured at the start: its patches are cut, then come the networks of
-vision_networks.py and, between them, attention (vision_attention.py). Two images at once would take twice the
-memory and gain nothing: a card is full with one, so calls wait for each other.
+vision_networks.py, by our kernels on Hopper (vision_kernels.py) and by TensorRT's plans elsewhere, and
+between them attention (vision_attention.py). Two images at once would take twice the memory and gain nothing:
+a card is full with one, so calls wait for each other.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from numpy.typing import NDArray
 
 from wicore.engine.base import Engine, VisionEncoder
 from wicore.engine.plans import check_pixels
-from wicore.engine.tensorrt.device import Device, Graph, Stream
-from wicore.engine.tensorrt.vision_attention import attention_bytes, tower_attention, vision_kinds
+from wicore.engine.tensorrt.device import Device, Graph
+from wicore.engine.tensorrt.vision_attention import Networks, attention_bytes, tower_attention
+from wicore.engine.tensorrt.vision_kernels import VisionKernels, fits, vision_kinds
 from wicore.engine.tensorrt.vision_networks import VisionKind, VisionShape
 from wicore.engine.tensorrt.vision_weights import VisionWeights, vision_weight_bytes
 from wicore.errors import EngineError
@@ -36,10 +38,8 @@ _WORK = "the vision tower's activations"
 _ALIGNMENT = 256
 
 
-class VisionSegments(Protocol):
+class TowerNetworks(Networks, Protocol):
     """What runs the networks, as `Segments` does."""
-
-    def run(self, stream: Stream, kind: VisionKind, rows: int, addresses: Mapping[str, int]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -48,15 +48,15 @@ class TensorrtVision:
     """`VisionEncoder` on a CUDA device. Its memory is taken, and its graph captured, when it is made."""
 
     def __init__(
-        self, device: Device, config: Gemma3Config, weights: VisionWeights, segments: VisionSegments
+        self, device: Device, config: Gemma3Config, weights: VisionWeights, networks: TowerNetworks
     ) -> None:
-        """`weights` and `segments` are closed with it. Raises EngineError when memory does not suffice."""
+        """`weights` and `networks` are closed with it. Raises EngineError when memory does not suffice."""
         if config.vision is None:
             raise ValueError("config: has no vision tower")
-        self._device, self._weights, self._segments = device, weights, segments
+        self._device, self._weights, self._networks = device, weights, networks
         self._shape, self._side = VisionShape.of(config), config.vision.image_size
         self._patch_side = config.vision.patch_size
-        self._attend = tower_attention(device, config, self._shape, segments)
+        self._attend = tower_attention(device, config, self._shape, networks)
         self._cut = device.compile("vision.cu", {}).function("cut_patches")
         sizes = _places(self._shape, self._side)
         self._memory = device.allocate(sum(sizes.values()), _WORK)
@@ -101,7 +101,7 @@ class TensorrtVision:
                 return
             self._graph.close()
             self._graph = None
-            self._segments.close()
+            self._networks.close()
             self._attend.free()
             self._memory.free()
             self._pixels.free()
@@ -118,14 +118,14 @@ class TensorrtVision:
         kind: VisionKind = "vision_first"
         following: Sequence[Mapping[str, int]] = (*w.entries[1:], w.projector)
         results = {"qkv": at["qkv"], "residual_out": residuals[0]}
-        self._segments.run(stream, kind, patches, {**given, **w.entries[0], **results})
+        self._networks.run(stream, kind, patches, {**given, **w.entries[0], **results})
         for here, entry in zip(w.layers, following, strict=True):
             self._attend(stream, at["qkv"], at["attended"])
             given = {"attended": at["attended"], "residual": residuals[0], **here, **entry}
             kind, results = "vision_middle", {"qkv": at["qkv"], "residual_out": residuals[1]}
             if entry is w.projector:
                 kind, results = "vision_last", {"rows": at["rows"]}
-            self._segments.run(stream, kind, patches, {**given, **results})
+            self._networks.run(stream, kind, patches, {**given, **results})
             residuals = residuals[1], residuals[0]
 
 
@@ -138,9 +138,17 @@ def vision_bytes(config: Gemma3Config, device: Device) -> int:
     return vision_weight_bytes(config) + work + attention_bytes(device, shape)
 
 
-def open_vision_segments(config: Gemma3Config, device: Device) -> Segments | None:
-    """The tower's plans for this card, of which what is missing is built, once. None, which is logged, where
-    there is no TensorRT for it: such an engine serves text alone."""
+def open_vision_networks(config: Gemma3Config, device: Device) -> TowerNetworks | None:
+    """What runs the tower's networks on this card: our kernels, or TensorRT's plans, of which what is missing
+    is built, once. None, which is logged, where there is no TensorRT for it: such an engine serves text."""
+    shape = VisionShape.of(config)
+    if fits(device.capability, shape):
+        return VisionKernels(device, shape, SCRATCH)
+    return open_vision_plans(shape, device)
+
+
+def open_vision_plans(shape: VisionShape, device: Device) -> Segments | None:
+    """TensorRT's plans of a tower for this card, built where they are missing; None without TensorRT."""
     from wicore.engine.tensorrt.plans import PlanCache, build_missing, plan_keys, plans_folder
     from wicore.engine.tensorrt.segments import Segments
     from wicore.engine.tensorrt.trt_api import installed_backends
@@ -150,7 +158,7 @@ def open_vision_segments(config: Gemma3Config, device: Device) -> Segments | Non
     if not backends:
         log.warning("TensorRT is not installed, and images need it: pip install 'wicore[gpu]'")
         return None
-    backend, shape, cache = backends[0], VisionShape.of(config), PlanCache(plans_folder())
+    backend, cache = backends[0], PlanCache(plans_folder())
     capability = "{}.{}".format(*device.capability)
     kinds = vision_kinds(device.capability, shape)
     keys = plan_keys(backend, capability, shape, (), kinds=kinds)

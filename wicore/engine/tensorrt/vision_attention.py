@@ -4,9 +4,9 @@ On Hopper by the kernel that prompts go through (hopper_attention.cu), which tak
 positions all see each other, in a pool of its own; elsewhere by a TensorRT network, block by block of the
 patches that ask.
 
-The kernel has heads of 128 values, of which a tower's fill the first and zeros the rest, and works on two
-query heads of a K and V head at a time: these are the two halves of the patches, so that a tile of K and V
-serves 128 patches. It takes q [rows][2 heads][128] with rows the half of the patches, rounded up.
+The kernel has heads of 128 values, of which a tower's fill the first, and works on two query heads of a K and
+V head at a time: these are the two halves of the patches, so that a tile of K and V serves 128 patches. It
+takes q [rows][2 heads][128] with rows the half of the patches, rounded up.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from wicore.engine.tensorrt.prompt_attention import (
     prompt_attention,
     prompt_tiles,
 )
-from wicore.engine.tensorrt.vision_networks import VISION_KINDS, VisionKind, VisionShape
+from wicore.engine.tensorrt.vision_networks import VisionKind, VisionShape
 from wicore.gemma3.config import Gemma3Config
 
 PURPOSE = "the vision tower's attention"
@@ -52,10 +52,9 @@ class Networks(Protocol):
     def run(self, stream: Stream, kind: VisionKind, rows: int, addresses: Mapping[str, int]) -> None: ...
 
 
-def vision_kinds(capability: tuple[int, int], shape: VisionShape) -> tuple[VisionKind, ...]:
-    """The networks that a tower needs on a card."""
-    kernel = _setting(capability, shape) is not None
-    return tuple(kind for kind in VISION_KINDS if not (kernel and kind == "vision_attention"))
+def has_kernel(capability: tuple[int, int], shape: VisionShape) -> bool:
+    """Whether attention is by the kernel on such a card."""
+    return _setting(capability, shape) is not None
 
 
 def attention_bytes(device: Device, shape: VisionShape) -> int:
@@ -72,9 +71,10 @@ def tower_attention(
 
 
 def _setting(capability: tuple[int, int], shape: VisionShape) -> HopperSetting | None:
-    if capability != (9, 0) or shape.hidden // shape.heads > _WIDTH:
+    width = shape.hidden // shape.heads
+    if capability != (9, 0) or width > _WIDTH:
         return None
-    return HopperSetting(tile_keys=128, k_stages=2, v_stages=2)
+    return HopperSetting(tile_keys=128, k_stages=2, v_stages=2, values=-(-width // 16) * 16)
 
 
 def _rows(shape: VisionShape) -> int:

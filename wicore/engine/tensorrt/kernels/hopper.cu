@@ -15,13 +15,16 @@
 //   STAGGER              steps of k by which the second consumer is behind: one multiplies, another stores
 //   GLU                  1: W is n gate rows, then n up rows; y = half(gelu(gate) up / 64), saturated. Else 0
 //   HALF_OUT             1: y is half, the sum times `scale`, no further from 0 than `limit`; 0: float32
+//   BIAS                 1, of half y: bias[n] is added to the sum first
+//   GELU                 1, of half y: and then its gelu taken
 //
 // requires: sm_90a
-// variant: TILE_N=256 CONSUMERS=2 CLUSTER_M=2 CLUSTER_N=1 B_BOX=128 STAGES=4 STAGGER=0 GLU=0 HALF_OUT=0
-// variant: TILE_N=256 CONSUMERS=2 CLUSTER_M=2 CLUSTER_N=1 B_BOX=128 STAGES=4 STAGGER=2 GLU=1 HALF_OUT=1
-// variant: TILE_N=192 CONSUMERS=3 CLUSTER_M=1 CLUSTER_N=1 B_BOX=192 STAGES=4 STAGGER=0 GLU=0 HALF_OUT=1
-// variant: TILE_N=112 CONSUMERS=1 CLUSTER_M=1 CLUSTER_N=4 B_BOX=56 STAGES=10 STAGGER=0 GLU=1 HALF_OUT=1
-// variant: TILE_N=64 CONSUMERS=2 CLUSTER_M=1 CLUSTER_N=4 B_BOX=64 STAGES=9 STAGGER=0 GLU=0 HALF_OUT=1
+// variant: TILE_N=256 CONSUMERS=2 CLUSTER_M=2 CLUSTER_N=1 B_BOX=128 STAGES=4 STAGGER=0 GLU=0 HALF_OUT=0 BIAS=0 GELU=0
+// variant: TILE_N=256 CONSUMERS=2 CLUSTER_M=2 CLUSTER_N=1 B_BOX=128 STAGES=4 STAGGER=2 GLU=1 HALF_OUT=1 BIAS=0 GELU=0
+// variant: TILE_N=192 CONSUMERS=3 CLUSTER_M=1 CLUSTER_N=1 B_BOX=192 STAGES=4 STAGGER=0 GLU=0 HALF_OUT=1 BIAS=0 GELU=0
+// variant: TILE_N=112 CONSUMERS=1 CLUSTER_M=1 CLUSTER_N=4 B_BOX=56 STAGES=10 STAGGER=0 GLU=1 HALF_OUT=1 BIAS=0 GELU=0
+// variant: TILE_N=64 CONSUMERS=2 CLUSTER_M=1 CLUSTER_N=4 B_BOX=64 STAGES=9 STAGGER=0 GLU=0 HALF_OUT=1 BIAS=0 GELU=0
+// variant: TILE_N=192 CONSUMERS=2 CLUSTER_M=2 CLUSTER_N=1 B_BOX=96 STAGES=5 STAGGER=0 GLU=0 HALF_OUT=1 BIAS=1 GELU=1
 #define TILE_M (64 * CONSUMERS)
 #define TILE_K 64
 #define CLUSTER (CLUSTER_M * CLUSTER_N)
@@ -51,6 +54,7 @@ WGMMA_OF_TILES(TILE_N)
 
 static_assert(TILE_N % B_BOX == 0 && B_BOX % 8 == 0, "B_BOX must part TILE_N");
 static_assert(!GLU || (B_BOXES % 2 == 0 && HALF_OUT), "a copy holds gate rows or up rows");
+static_assert(!(BIAS || GELU) || (HALF_OUT && !GLU), "bias and gelu are of plain half output");
 static_assert(A_BOX % 8 == 0, "copies keep to the period of the swizzle");
 static_assert(STAGES > STAGGER, "the first consumer must get ahead before the second frees a stage");
 
@@ -70,28 +74,46 @@ struct Raster {
 // NaN stays.
 __device__ __forceinline__ float clipped(float v, float limit) { return v > limit ? limit : v < -limit ? -limit : v; }
 
-// gelu(gate) up / 64 by tanh: gate / (1 + exp(-2 z)) with z = sqrt(2 / pi) (gate + 0.044715 gate^3).
-__device__ __forceinline__ float gated(float gate, float up) {
-  float power = gate * fmaf(gate * gate, -2.0f * 1.4426950408889634f * 0.7978845608028654f * 0.044715f,
-                            -2.0f * 1.4426950408889634f * 0.7978845608028654f);
-  return clipped(gate * reciprocal_fast(1.0f + exp2_fast(power)) * (up * 0.015625f), 65504.0f);
+// gelu by tanh: x / (1 + exp(-2 z)) with z = sqrt(2 / pi) (x + 0.044715 x^3).
+__device__ __forceinline__ float gelu_tanh(float x) {
+  float power = x * fmaf(x * x, -2.0f * 1.4426950408889634f * 0.7978845608028654f * 0.044715f,
+                         -2.0f * 1.4426950408889634f * 0.7978845608028654f);
+  return x * reciprocal_fast(1.0f + exp2_fast(power));
 }
 
+__device__ __forceinline__ float gated(float gate, float up) {
+  return clipped(gelu_tanh(gate) * (up * 0.015625f), 65504.0f);
+}
+
+// What is made of half output's sums. `bias` begins at the tile's first column and this lane's share of eight.
+struct Epilogue {
+  float scale, limit;
+  const float* bias;
+
+  __device__ __forceinline__ float of(float sum, float added) const {
+    if (BIAS) sum += added;
+    if (GELU) sum = gelu_tanh(sum);
+    return clipped(sum * scale, limit);
+  }
+};
+
 // Two neighbouring values of y, as half: block j of 8 columns, row g (half 0) or g + 8 (half 1) of the warp.
-__device__ __forceinline__ uint32_t out_pair(const float (&d)[TILE_N / 2], int j, int half_, float scale,
-                                             float limit) {
+__device__ __forceinline__ uint32_t out_pair(const float (&d)[TILE_N / 2], int j, int half_,
+                                             const Epilogue& epilogue, bool inside) {
   int i = 4 * j + 2 * half_;
 #if GLU
   return pack_half2(gated(d[i], d[i + TILE_N / 4]), gated(d[i + 1], d[i + 1 + TILE_N / 4]));
 #else
-  return pack_half2(clipped(d[i] * scale, limit), clipped(d[i + 1] * scale, limit));
+  float2 added = make_float2(0.0f, 0.0f);
+  if (BIAS && inside) added = *reinterpret_cast<const float2*>(epilogue.bias + 8 * j);
+  return pack_half2(epilogue.of(d[i], added.x), epilogue.of(d[i + 1], added.y));
 #endif
 }
 
 // The sums of a warp to rows `row` (and + 8) of y, 16 bytes a lane: lanes of a quad hold 64 contiguous bytes.
 // n is a multiple of 8, so that a block of 8 columns is inside or outside as a whole.
 __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], void* y, int row, int column, int rows, int n,
-                                      float scale, float limit) {
+                                      const Epilogue& epilogue) {
   const int t = threadIdx.x % 4;
 #if HALF_OUT
   const int blocks = 4, first = column + 8 * t;  // of the columns that this lane stores of four blocks
@@ -112,7 +134,9 @@ __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], void* y, int
       uint32_t v[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        v[i] = j + i < BLOCKS ? out_pair(d, j + i < BLOCKS ? j + i : 0, half_, scale, limit) : 0u;
+        v[i] = j + i < BLOCKS
+                   ? out_pair(d, j + i < BLOCKS ? j + i : 0, half_, epilogue, column + 8 * (j + i) < n)
+                   : 0u;
       transpose_quad(v, t);
       if (8 * j < room_of[half_])
         *reinterpret_cast<uint4*>(to_of[half_] + 8 * j) = make_uint4(v[0], v[1], v[2], v[3]);
@@ -131,12 +155,11 @@ __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], void* y, int
     }
 }
 
-// `group`: rows of clusters that are gone through together (see Raster); `scale` and `limit` of plain half output.
-// Grid: clusters times CLUSTER, at
-// most one block a multiprocessor.
+// `group`: rows of clusters that are gone through together (see Raster); `scale`, `limit` and `bias` of plain half
+// output. Grid: clusters times CLUSTER, at most one block a multiprocessor.
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
     hopper_matmul(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, void* y,
-                  int rows, int n, int k, int group, float scale, float limit) {
+                  int rows, int n, int k, int group, float scale, float limit, const float* bias) {
   SHARED_MEMORY(char, memory);
   const uint32_t shared = shared_begin(memory);
   const uint32_t full = shared, empty = full + 8 * STAGES, started = empty + 8 * STAGES, ring = shared + 1024;
@@ -291,7 +314,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       wgmma_wait<0>();
       wgmma_settled(d);
       release(before);
-      store(d, y, row, column, rows, n, scale, limit);
+      store(d, y, row, column, rows, n, {scale, limit, bias + column + own % 4 * 2});
     }
   }
   // No block may end while others still write to its shared memory.

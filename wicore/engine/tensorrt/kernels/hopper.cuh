@@ -271,7 +271,13 @@ __device__ __forceinline__ void wgmma_wait() {
   }
 
 // A in registers, behind so many sums.
+#define WGMMA_A_16 "%11, %12, %13, %14"
+#define WGMMA_A_32 "%19, %20, %21, %22"
+#define WGMMA_A_48 "%27, %28, %29, %30"
 #define WGMMA_A_64 "%35, %36, %37, %38"
+#define WGMMA_A_80 "%43, %44, %45, %46"
+#define WGMMA_A_96 "%51, %52, %53, %54"
+#define WGMMA_A_112 "%59, %60, %61, %62"
 #define WGMMA_A_128 "%67, %68, %69, %70"
 #define WGMMA_A_256 "%131, %132, %133, %134"
 

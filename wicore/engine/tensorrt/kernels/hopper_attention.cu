@@ -15,12 +15,13 @@
 //   TILE_KEYS   a multiple of 16, up to 256
 //   K_STAGES    tiles of K in the ring, and V_STAGES of V
 //   TURNS       1: the warpgroups take turns at multiplying
+//   VALUES      of a head's HEAD_DIM, a multiple of 16: the rest is 0 in K or Q, and what becomes of it is not written
 //
 // requires: sm_90a
-// variant: HEADS=32 KV_HEADS=16 HEAD_DIM=128 BLOCK_TOKENS=16 INT8=0 TILE_KEYS=128 K_STAGES=3 V_STAGES=3 TURNS=1
-// variant: HEADS=32 KV_HEADS=16 HEAD_DIM=128 BLOCK_TOKENS=32 INT8=0 TILE_KEYS=128 K_STAGES=2 V_STAGES=2 TURNS=0
-// variant: HEADS=8 KV_HEADS=4 HEAD_DIM=256 BLOCK_TOKENS=16 INT8=0 TILE_KEYS=64 K_STAGES=2 V_STAGES=2 TURNS=1
-// variant: HEADS=32 KV_HEADS=16 HEAD_DIM=128 BLOCK_TOKENS=128 INT8=0 TILE_KEYS=128 K_STAGES=2 V_STAGES=2 TURNS=1
+// variant: HEADS=32 KV_HEADS=16 HEAD_DIM=128 BLOCK_TOKENS=16 INT8=0 TILE_KEYS=128 K_STAGES=3 V_STAGES=3 TURNS=1 VALUES=128
+// variant: HEADS=32 KV_HEADS=16 HEAD_DIM=128 BLOCK_TOKENS=32 INT8=0 TILE_KEYS=128 K_STAGES=2 V_STAGES=2 TURNS=0 VALUES=128
+// variant: HEADS=8 KV_HEADS=4 HEAD_DIM=256 BLOCK_TOKENS=16 INT8=0 TILE_KEYS=64 K_STAGES=2 V_STAGES=2 TURNS=1 VALUES=256
+// variant: HEADS=32 KV_HEADS=16 HEAD_DIM=128 BLOCK_TOKENS=128 INT8=0 TILE_KEYS=128 K_STAGES=2 V_STAGES=2 TURNS=1 VALUES=80
 #define POSITIONS 64
 #define CONSUMERS 2
 #define CLUSTER 1
@@ -36,10 +37,11 @@
 #define PRODUCER_REGISTERS 40
 #define CONSUMER_REGISTERS 232
 
+static_assert(VALUES % 16 == 0 && VALUES <= HEAD_DIM, "see above");
 static_assert(!INT8 && HEAD_DIM % 64 == 0 && GROUP % CONSUMERS == 0 && TILE_KEYS % 16 == 0, "see above");
 
 WGMMA_OF_TILES(TILE_KEYS)
-WGMMA_OF_REGISTERS(HEAD_DIM)
+WGMMA_OF_REGISTERS(VALUES)
 
 __device__ constexpr int common_divisor(int a, int b) { return b ? common_divisor(b, a % b) : a; }
 
@@ -167,7 +169,8 @@ __device__ __forceinline__ float weigh(float (&s)[TILE_KEYS / 2], float& m, floa
 }
 
 // The thread's two rows of one head of `out`, 16 bytes a lane; `rows` of the warpgroup's 64 are stored.
-__device__ __forceinline__ void store(float (&o)[HEAD_DIM / 2], const float (&l)[2], half* out, int row, int rows) {
+__device__ __forceinline__ void store(float (&o)[VALUES / 2], const float (&l)[2], half* out, int row, int rows) {
+  constexpr int BLOCKS = VALUES / 8;
   const int t = threadIdx.x % 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -177,13 +180,14 @@ __device__ __forceinline__ void store(float (&o)[HEAD_DIM / 2], const float (&l)
     const float scale = sum > 0.0f ? 1.0f / sum : 0.0f;
     half* to = out + static_cast<long long>(row + 8 * r) * (HEADS * HEAD_DIM) + 8 * t;
 #pragma unroll
-    for (int j = 0; j < HEAD_DIM / 8; j += 4) {
-      uint32_t v[4];
+    for (int j = 0; j < BLOCKS; j += 4) {
+      uint32_t v[4] = {};
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
+      for (int i = 0; i < 4 && j + i < BLOCKS; ++i)
         v[i] = pack_half2(o[4 * (j + i) + 2 * r] * scale, o[4 * (j + i) + 2 * r + 1] * scale);
       transpose_quad(v, t);
-      if (row + 8 * r < rows) *reinterpret_cast<uint4*>(to + 8 * j) = make_uint4(v[0], v[1], v[2], v[3]);
+      if (row + 8 * r < rows && (BLOCKS % 4 == 0 || j + t < BLOCKS))
+        *reinterpret_cast<uint4*>(to + 8 * j) = make_uint4(v[0], v[1], v[2], v[3]);
     }
   }
 }
@@ -298,14 +302,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     Ring<K_STAGES> k = {0, 0};
     Ring<V_STAGES> v = {0, 0};
     uint32_t q_parity = 0;
-    float s[TILE_KEYS / 2], o[HEAD_DIM / 2];
+    float s[TILE_KEYS / 2], o[VALUES / 2];
     uint32_t p[TILE_KEYS / 16][4];
 
     auto multiply_keys = [&]() {
       const uint64_t b = tile_descriptor(keys + k.stage * TILE_BYTES);
       wgmma_fence();
 #pragma unroll
-      for (int i = 0; i < HEAD_DIM / 16; ++i)
+      for (int i = 0; i < VALUES / 16; ++i)
         wgmma(s, q_at + (i / 4 * (POSITIONS * 128) + i % 4 * 32) / 16,
               b + (i / 4 * (TILE_KEYS * 128) + i % 4 * 32) / 16, i);
       wgmma_commit();
@@ -358,7 +362,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       barrier_wait(k_full + 8 * k.stage, k.parity);
       multiply_keys();
 #pragma unroll
-      for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] = 0.0f;
+      for (int i = 0; i < VALUES / 2; ++i) o[i] = 0.0f;
       wgmma_wait<0>();
       wgmma_settled(s);
       release(k_empty + 8 * k.stage);
@@ -393,7 +397,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         v.advance();
         if (__any_sync(0xffffffffu, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
 #pragma unroll
-          for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] *= shrink[i / 2 % 2];
+          for (int i = 0; i < VALUES / 2; ++i) o[i] *= shrink[i / 2 % 2];
         }
         pack();
       }

@@ -17,3 +17,29 @@ extern "C" __global__ void __launch_bounds__(128)
     target[i] = __float2half_rn((value / 255.0f - 0.5f) / 0.5f);
   }
 }
+
+// Grid: rows. wide half [grid][to] = narrow half [grid][from] and zeros behind it.
+extern "C" __global__ void __launch_bounds__(128) widen_rows(const half* narrow, half* wide, int from, int to) {
+  pdl_launch();
+  pdl_wait();
+  const half* source = narrow + static_cast<long long>(blockIdx.x) * from;
+  half* target = wide + static_cast<long long>(blockIdx.x) * to;
+  for (int i = static_cast<int>(threadIdx.x); i < to; i += 128) target[i] = i < from ? source[i] : __float2half_rn(0.0f);
+}
+
+// Grid: tiles of 32 columns, then of 32 rows. target half [columns][rows] = source half [rows][columns], transposed.
+extern "C" __global__ void __launch_bounds__(256)
+    transpose(const half* source, half* target, int rows, int columns) {
+  __shared__ half tile[32][33];
+  pdl_launch();
+  pdl_wait();
+  const int x = static_cast<int>(threadIdx.x) % 32, first = static_cast<int>(threadIdx.x) / 32;
+  const int row0 = static_cast<int>(blockIdx.y) * 32, column0 = static_cast<int>(blockIdx.x) * 32;
+  for (int y = first; y < 32; y += 8)
+    if (row0 + y < rows && column0 + x < columns)
+      tile[y][x] = source[static_cast<long long>(row0 + y) * columns + column0 + x];
+  __syncthreads();
+  for (int y = first; y < 32; y += 8)
+    if (column0 + y < columns && row0 + x < rows)
+      target[static_cast<long long>(column0 + y) * rows + row0 + x] = tile[x][y];
+}
