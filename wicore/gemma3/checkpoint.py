@@ -13,6 +13,7 @@ import math
 import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,8 +34,10 @@ Float = NDArray[np.float32]
 
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_DIGEST_BYTES = 64 * 2**20
-"""What a digest reads before it gives the pages back."""
+_DIGEST_BYTES = 32 * 2**20
+"""Of the parts whose digests make that of a tensor; then their pages are given back."""
+_DIGEST_THREADS = 8
+"""One hashes some 8 GB/s from the page cache."""
 _TOWER_PREFIXES = ("vision_tower.", "multi_modal_projector.")
 _SAMPLES = 16
 _SAMPLE_BYTES = 256
@@ -135,18 +138,29 @@ class Checkpoint:
     def content_digest(self) -> str:
         """Hex digest of the configuration and of every tensor's name, type, shape and bytes.
 
-        Reads the whole file, once, and gives its pages back as it goes. For what outlives the process, where
-        an edit of one weight must tell; `fingerprint` is for people and takes no time.
+        Reads the whole file, once, on several threads, and gives its pages back as it goes. For what outlives
+        the process, where an edit of one weight must tell; `fingerprint` is for people and takes no time.
         """
+        parts = [
+            (name, start)
+            for name in self.names()
+            for start in range(0, self._tensors[name].raw.size, _DIGEST_BYTES)
+        ]
         digest = xxhash.xxh3_128(repr(self.config).encode())
-        for name in self.names():
-            tensor = self._tensors[name]
-            digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
-            flat = tensor.raw.reshape(-1)
-            for start in range(0, flat.size, _DIGEST_BYTES):
-                digest.update(flat[start : start + _DIGEST_BYTES].data)
-                self.release_pages()
+        with ThreadPoolExecutor(min(_DIGEST_THREADS, os.cpu_count() or 1), "digest") as pool:
+            for (name, start), found in zip(parts, pool.map(self._digest_of_part, parts), strict=True):
+                if start == 0:
+                    tensor = self._tensors[name]
+                    digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+                digest.update(found)
         return digest.hexdigest()
+
+    def _digest_of_part(self, part: tuple[str, int]) -> bytes:
+        name, start = part
+        stored = self._tensors[name].raw.reshape(-1)[start : start + _DIGEST_BYTES]
+        digest = xxhash.xxh3_128(stored.data).digest()  # lets go of the interpreter
+        _release(stored)
+        return digest
 
     @cached_property
     def fingerprint(self) -> str:
@@ -176,6 +190,16 @@ class Checkpoint:
         views = (getattr(tensor.raw, "_mmap", None) for tensor in self._tensors.values())
         for file in {id(view): view for view in views if view is not None}.values():
             file.madvise(mmap.MADV_DONTNEED)
+
+
+def _release(mapped: Bytes) -> None:
+    """`Checkpoint.release_pages` of a stretch of a mapped file; of other memory, nothing happens."""
+    file = getattr(mapped, "_mmap", None)
+    if file is None or not mapped.size or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    first = mapped.ctypes.data - np.frombuffer(file, np.uint8).ctypes.data
+    start = first - first % mmap.PAGESIZE
+    file.madvise(mmap.MADV_DONTNEED, start, first + mapped.nbytes - start)
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
