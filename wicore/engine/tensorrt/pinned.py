@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("wicore.engine")
 
 HUGE_PAGE = 2 << 20
-_PIECE_BYTES = 256 << 20
-"""Pinned in one go in the background: other calls of the driver wait meanwhile, some 5 ms."""
+_PIECE_BYTES = 64 << 20
+"""Pinned in one go in the background: other calls of the driver wait meanwhile, for milliseconds."""
 
 
 class DriverMemory:
@@ -62,7 +62,8 @@ class HugePages:
 
     def __init__(self, device: CudaDevice, size: int, step: int = 0) -> None:
         self._device, self.size = device, size
-        self._memory = mmap.mmap(-1, size + HUGE_PAGE)
+        # Private, as shared memory is mostly given no huge pages.
+        self._memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         # A child's copy of a pinned page would be of no use; where there are no huge pages, small ones do.
         for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK):
             with contextlib.suppress(OSError):

@@ -287,28 +287,27 @@ def load_matrices(
     largest = max(_staged_bytes(piece.tensor, piece.end - piece.first) for piece in pieces)
     ring: queue.SimpleQueue[_Stage] = queue.SimpleQueue()
     stages: list[_Stage] = []
-    try:
-        for _ in range(readers):
-            stages.append(_Stage(device, largest))
-            ring.put(stages[-1])
 
-        def load(piece: _Piece) -> int:
-            stage = ring.get()
-            try:
-                stage.load(piece)
-            finally:
-                ring.put(stage)
-            return piece.stored_bytes
-
-        done = 0
-        executor = ThreadPoolExecutor(readers, "weights")
+    def load(piece: _Piece) -> int:
         try:
-            for future in as_completed([executor.submit(load, piece) for piece in pieces]):
-                done += future.result()
-                on_progress(done, total)
+            stage = ring.get_nowait()
+        except queue.Empty:  # a thread's first piece: all make theirs at the same time
+            stage = _Stage(device, largest)
+            stages.append(stage)
+        try:
+            stage.load(piece)
         finally:
-            executor.shutdown(cancel_futures=True)
+            ring.put(stage)
+        return piece.stored_bytes
+
+    done = 0
+    executor = ThreadPoolExecutor(readers, "weights")
+    try:
+        for future in as_completed([executor.submit(load, piece) for piece in pieces]):
+            done += future.result()
+            on_progress(done, total)
     finally:
+        executor.shutdown(cancel_futures=True)
         for stage in stages:
             stage.free()
 
