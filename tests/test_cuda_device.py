@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.fake_driver import FakeDriver, Result, real
-from wicore.engine.tensorrt import cuda, pinned
+from wicore.engine.tensorrt import cuda, cuda_memory, pinned
 from wicore.engine.tensorrt.cuda import CudaDevice
 from wicore.engine.tensorrt.pinned import available_memory
 from wicore.errors import EngineError
@@ -279,6 +279,24 @@ def test_memory_is_pinned_in_the_background_in_pieces_of_whole_rows(
     ]
 
 
+def test_what_is_written_to_memory_before_it_is_pinned_stays(
+    device: CudaDevice, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pinned, "_PIECE_BYTES", 2 * MIB)
+    written = threading.Event()
+
+    def register(address: int, size: int, flags: int) -> tuple[Any]:
+        assert written.wait(10)
+        return (Result.CUDA_SUCCESS,)
+
+    monkeypatch.setattr(driver, "cuMemHostRegister", register, raising=False)
+    host = device.allocate_host(9 * MIB, 4096)
+    host.array[:] = 7
+    written.set()
+    host.wait()
+    assert (host.array == 7).all()
+
+
 def test_memory_that_cannot_all_be_pinned_says_so_once_and_to_who_waits(
     device: CudaDevice, driver: FakeDriver, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -319,11 +337,19 @@ def test_closing_a_device_ends_the_pinning_of_its_memory(
 def test_more_pinned_memory_than_there_is_is_refused_before_it_is_touched(
     device: CudaDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "available_memory", lambda: 8 * MIB)
+    monkeypatch.setattr(cuda_memory, "available_memory", lambda: 8 * MIB)
     device.allocate_host(6 * MIB)
     words = r"expected 9\.4 MB of host memory, found 8\.4 MB free; lower .*hmt\.host_bytes"
     with pytest.raises(EngineError, match=words):
         device.allocate_host(9 * MIB)
+
+
+def test_memory_that_the_system_does_not_give_is_an_error_with_the_setting(
+    device: CudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_memory, "available_memory", lambda: None)
+    with pytest.raises(EngineError, match=r"pinned memory: .* cannot be had .*; lower .*hmt\.host_bytes"):
+        device.allocate_host(1 << 60)
 
 
 def test_available_memory_minds_a_containers_limit(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from wicore.engine.base import SequenceInput
 from wicore.engine.sizing import layout_of
-from wicore.engine.tensorrt.cuda import TimedLaunch
+from wicore.engine.tensorrt.cuda_kernels import TimedLaunch
 from wicore.engine.tensorrt.profile import kv_bytes, summary
 from wicore.gemma3.config import PUBLISHED
 

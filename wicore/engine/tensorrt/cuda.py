@@ -7,30 +7,24 @@ raises, and every later one raises at once with the same words.
 from __future__ import annotations
 
 import ctypes
-import mmap
-import struct
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wicore.engine.tensorrt.compiler import compile_kernel, nvrtc_version
+from wicore.engine.tensorrt.cuda_kernels import MAP_BYTES, CudaModule, CudaTensorMap, TimedLaunch, Trace
+from wicore.engine.tensorrt.cuda_memory import CudaBuffer, CudaMemory
+from wicore.engine.tensorrt.cuda_streams import CudaEvent, CudaGraph, CudaStream
 from wicore.engine.tensorrt.device import (
-    DEFAULT_SHARED_BYTES,
-    Argument,
     Device,
-    Dimensions,
     TensorMap,
-    dimensions,
 )
-from wicore.engine.tensorrt.pinned import HUGE_PAGE, DriverMemory, HugePages, available_memory
+from wicore.engine.tensorrt.pinned import DriverMemory, HugePages
 from wicore.errors import EngineError
 
-_OUT_OF_MEMORY = 2
 _NOT_READY = 600
 _NOT_LOADABLE = {200, 209, 222}  # invalid image, no binary for the GPU, unsupported PTX version
 _FATAL = {214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 999}
@@ -42,9 +36,6 @@ _DEPENDENT_FROM = 12030
 _BATCHES_FROM = 13000
 """Drivers that take many copies in one call, in its present form."""
 
-_MAX_CONFIGS = 4096
-"""Prepared launches of a function that are kept; prompts of all lengths make ever new ones."""
-
 _ELEMENTS = {
     "float16": ("CU_TENSOR_MAP_DATA_TYPE_FLOAT16", 2),
     "bfloat16": ("CU_TENSOR_MAP_DATA_TYPE_BFLOAT16", 2),
@@ -52,293 +43,9 @@ _ELEMENTS = {
     "int8": ("CU_TENSOR_MAP_DATA_TYPE_UINT8", 1),
     "int32": ("CU_TENSOR_MAP_DATA_TYPE_INT32", 4),
 }
-_MAP_BYTES = 128
-_MAP_ALIGNMENT = 64
 
 _entered = threading.local()
 """`context`: the one that is this thread's current one, as far as this module has set it."""
-
-
-class CudaBuffer:
-    """Device memory."""
-
-    def __init__(self, device: CudaDevice, address: int, size: int, what: str) -> None:
-        self._device = device
-        self.address, self.size, self.what = address, size, what
-
-    def free(self) -> None:
-        self._device.release(self)
-
-
-class CudaStream:
-    """A stream that does not wait for the legacy default stream."""
-
-    def __init__(self, device: CudaDevice) -> None:
-        self._device = device
-        flags = device.driver.CUstream_flags.CU_STREAM_NON_BLOCKING
-        self.native = device.call("cuStreamCreate", flags)
-        self.handle = int(self.native)
-
-    def wait(self, event: CudaEvent) -> None:
-        self._device.call("cuStreamWaitEvent", self.native, event.native, 0)
-
-    def synchronize(self) -> None:
-        self._device.call("cuStreamSynchronize", self.native)
-
-    def __del__(self) -> None:
-        if hasattr(self, "native"):
-            self._device.discard("cuStreamDestroy", self.native)
-
-
-class CudaEvent:
-    """An event; without timing it costs less."""
-
-    def __init__(self, device: CudaDevice, timing: bool) -> None:
-        self._device = device
-        flags = device.driver.CUevent_flags
-        self.native = device.call(
-            "cuEventCreate", flags.CU_EVENT_DEFAULT if timing else flags.CU_EVENT_DISABLE_TIMING
-        )
-
-    def record_in_graph(self, stream: CudaStream) -> None:
-        """Record at each replay of the graph that is being captured."""
-        external = self._device.driver.CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL
-        self._device.call("cuEventRecordWithFlags", self.native, stream.native, external)
-
-    def record(self, stream: CudaStream) -> None:
-        self._device.call("cuEventRecord", self.native, stream.native)
-
-    def done(self) -> bool:
-        return self._device.query("cuEventQuery", self.native)
-
-    def wait(self) -> None:
-        self._device.call("cuEventSynchronize", self.native)
-
-    def elapsed_ms(self, start: CudaEvent) -> float:
-        return float(self._device.call("cuEventElapsedTime", start.native, self.native))
-
-    def __del__(self) -> None:
-        if hasattr(self, "native"):
-            self._device.discard("cuEventDestroy", self.native)
-
-
-class CudaGraph:
-    """An instantiated graph."""
-
-    def __init__(self, device: CudaDevice, native: Any) -> None:
-        self._device, self._native = device, native
-
-    def launch(self, stream: CudaStream) -> None:
-        if self._native is None:
-            raise EngineError("graph: was closed")
-        self._device.call("cuGraphLaunch", self._native, stream.native)
-
-    def close(self) -> None:
-        native, self._native = self._native, None
-        if native is not None:
-            self._device.discard("cuGraphExecDestroy", native)
-
-    def __del__(self) -> None:
-        self.close()
-
-
-class CudaTensorMap:
-    """An encoded tensor map."""
-
-    def __init__(self, data: bytes) -> None:
-        self.bytes = data
-
-
-class _Layout:
-    """Where a launch's arguments lie, for one list of argument types.
-
-    The arguments are packed into one buffer, and a fixed array points at each: a launch writes values only.
-    """
-
-    def __init__(self, name: str, args: Sequence[Argument]) -> None:
-        code = "="
-        offset, self.places = 0, []
-        self.maps = False
-        for i, arg in enumerate(args):
-            letter, size, alignment = _format(name, i, arg)
-            self.maps |= letter.endswith("s")
-            padding = -offset % alignment
-            code += f"{padding}x{letter}"
-            self.places.append((offset + padding, size))
-            offset += padding + size
-        self._struct = struct.Struct(code)
-        self._memory = ctypes.create_string_buffer(offset + _MAP_ALIGNMENT)
-        self._start = -ctypes.addressof(self._memory) % _MAP_ALIGNMENT
-        base = ctypes.addressof(self._memory) + self._start
-        self._pointers = (ctypes.c_void_p * max(1, len(args)))(*(base + place for place, _ in self.places))
-        self.address = ctypes.addressof(self._pointers)
-
-    def pack(self, args: Sequence[Any]) -> None:
-        if self.maps:
-            args = [arg.bytes if isinstance(arg, CudaTensorMap) else arg for arg in args]
-        self._struct.pack_into(self._memory, self._start, *args)
-
-
-def _format(name: str, i: int, arg: Argument) -> tuple[str, int, int]:
-    """The letter of `struct`, size and alignment of an argument."""
-    if isinstance(arg, CudaTensorMap):
-        return f"{_MAP_BYTES}s", _MAP_BYTES, _MAP_ALIGNMENT
-    if isinstance(arg, np.number | np.bool_):
-        letter: str = "?" if isinstance(arg, np.bool_) else arg.dtype.char
-        letter = {"l": "q", "L": "Q"}.get(letter, letter)
-        if letter in "?bBhHiIqQefd":
-            return letter, arg.itemsize, arg.itemsize
-    elif isinstance(arg, int) and not isinstance(arg, bool):
-        return "Q", 8, 8
-    raise EngineError(f"{name}: argument {i}: expected int, a numpy scalar or a tensor map; found {arg!r}")
-
-
-@dataclass(frozen=True)
-class TimedLaunch:
-    """A launch of a traced graph, with the events around it."""
-
-    kernel: str
-    integers: tuple[int, ...]
-    """Its int32 arguments."""
-    start: CudaEvent
-    end: CudaEvent
-
-    @property
-    def ms(self) -> float:
-        """Of the graph's last replay, which must be done."""
-        return self.end.elapsed_ms(self.start)
-
-
-class _Trace:
-    """What is launched while a graph is captured for `CudaDevice.traced`."""
-
-    def __init__(self, device: CudaDevice) -> None:
-        self._device = device
-        self.launches: list[TimedLaunch] = []
-
-    def begin(self, kernel: str, stream: CudaStream, args: Sequence[Argument]) -> TimedLaunch:
-        integers = tuple(int(arg) for arg in args if isinstance(arg, np.int32))
-        events = CudaEvent(self._device, True), CudaEvent(self._device, True)
-        self.launches.append(TimedLaunch(kernel, integers, *events))
-        events[0].record_in_graph(stream)
-        return self.launches[-1]
-
-
-class CudaFunction:
-    """A kernel; launches of a known shape cost a few microseconds of this thread."""
-
-    def __init__(self, device: CudaDevice, name: str, native: Any) -> None:
-        self._device, self._name, self._native = device, name, native
-        self._launch = device.driver.cuLaunchKernelEx
-        self._layouts: dict[tuple[type, ...], _Layout] = {}
-        self._configs: dict[tuple[Any, ...], Any] = {}
-        self._lock = threading.Lock()
-
-    def __call__(
-        self,
-        stream: CudaStream,
-        grid: Dimensions,
-        block: Dimensions,
-        args: Sequence[Argument],
-        dynamic_shared: int = 0,
-        dependent: bool = True,
-    ) -> None:
-        device = self._device
-        device.enter()
-        dependent = dependent and device.overlapping
-        types = tuple(map(type, args))
-        with self._lock:  # the arguments' memory is the function's; the driver copies it in the call
-            layout = self._layouts.get(types)
-            if layout is None:
-                layout = self._layouts[types] = self._new_layout(args)
-            shape = (stream.handle, grid, block, dynamic_shared, dependent)
-            try:
-                config = self._configs.get(shape)
-            except TypeError:  # a list
-                shape = (stream.handle, tuple(dimensions(grid)), tuple(dimensions(block)), *shape[3:])
-                config = self._configs.get(shape)
-            if config is None:
-                config = self._new_config(stream, grid, block, dynamic_shared, dependent)
-                if len(self._configs) >= _MAX_CONFIGS:
-                    self._configs.clear()
-                self._configs[shape] = config
-            try:
-                layout.pack(args)
-            except struct.error as err:
-                raise EngineError(f"{self._name}: arguments {args!r}: {err}") from err
-            timed = None if device.trace is None else device.trace.begin(self._name, stream, args)
-            answer = self._launch(config, self._native, layout.address, 0)
-            if timed is not None:
-                timed.end.record_in_graph(stream)
-        if answer[0]:
-            device.check(answer, f"launching {self._name}, grid {grid}, block {block}")
-
-    def _new_layout(self, args: Sequence[Argument]) -> _Layout:
-        layout = _Layout(self._name, args)
-        if not self._device.knows_parameters:
-            return layout
-        for i, (_, size) in enumerate(layout.places):
-            result, _, expected = self._device.driver.cuFuncGetParamInfo(self._native, i)
-            if result:
-                raise EngineError(f"{self._name}: takes {i} arguments, given {len(args)}")
-            if size != expected:
-                raise EngineError(f"{self._name}: argument {i} has {expected} bytes, given {size}")
-        if not self._device.driver.cuFuncGetParamInfo(self._native, len(args))[0]:
-            raise EngineError(f"{self._name}: takes more than the {len(args)} arguments given")
-        return layout
-
-    def _new_config(
-        self, stream: CudaStream, grid: Dimensions, block: Dimensions, dynamic_shared: int, dependent: bool
-    ) -> Any:
-        driver = self._device.driver
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = dimensions(grid)
-        config.blockDimX, config.blockDimY, config.blockDimZ = dimensions(block)
-        config.sharedMemBytes = dynamic_shared
-        config.hStream = stream.native
-        if dependent and self._device.dependent_launches:
-            attribute = driver.CUlaunchAttribute()
-            ids = driver.CUlaunchAttributeID
-            attribute.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attribute.value.programmaticStreamSerializationAllowed = 1
-            config.attrs = [attribute]
-            config.numAttrs = 1
-        return config
-
-
-class CudaModule:
-    """A loaded cubin."""
-
-    def __init__(self, device: CudaDevice, source: str, native: Any) -> None:
-        self._device, self._source, self._native = device, source, native
-        self._functions: dict[tuple[str, int], CudaFunction] = {}
-
-    def function(self, name: str, shared_bytes: int = 0) -> CudaFunction:
-        found = self._functions.get((name, shared_bytes))
-        if found is None:
-            found = self._functions[name, shared_bytes] = self._new_function(name, shared_bytes)
-        return found
-
-    def _new_function(self, name: str, shared_bytes: int) -> CudaFunction:
-        device = self._device
-        if shared_bytes > device.max_shared:
-            raise EngineError(
-                f"{name}: needs {shared_bytes} bytes of shared memory a block, "
-                f"{device.name} has {device.max_shared}"
-            )
-        native = device.call(
-            "cuModuleGetFunction", self._native, name.encode(), doing=f"{self._source}: looking up {name}"
-        )
-        if shared_bytes > DEFAULT_SHARED_BYTES:
-            attribute = device.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            device.call("cuFuncSetAttribute", native, attribute, shared_bytes)
-        # Kernels of a step overlap, and blocks that want L1 and shared memory divided otherwise cannot share
-        # a multiprocessor: all ask for as much shared memory as there is.
-        attribute = device.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-        device.call("cuFuncSetAttribute", native, attribute, 100)
-        if device.loads_functions:  # else its first launch would, perhaps during a capture
-            device.call("cuFuncLoad", native)
-        return CudaFunction(device, name, native)
 
 
 class CudaDevice:
@@ -354,12 +61,8 @@ class CudaDevice:
         self._lost: str | None = None
         self._context: Any = None
         self._lock = threading.Lock()
-        self._buffers: dict[int, CudaBuffer] = {}
-        self._host_buffers: set[DriverMemory | HugePages] = set()
+        self._memory = CudaMemory(self, memory_bytes)
         self._modules: dict[tuple[Any, ...], CudaModule] = {}
-        self._budget = memory_bytes
-        self._reserved = 0
-        """Bytes in use and being allocated."""
         self._index = index
         self._initialise(index)
         attributes = self.driver.CUdevice_attribute
@@ -382,7 +85,7 @@ class CudaDevice:
             self._attribute(attributes.CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM)
         )
         """Whether pinned memory has the same address for host and device."""
-        self.trace: _Trace | None = None
+        self.trace: Trace | None = None
         self.overlapping = True
         """Whether launches that may are taken as dependent now."""
         self.loads_functions = self.driver_version >= 12040 and hasattr(self.driver, "cuFuncLoad")
@@ -410,6 +113,11 @@ class CudaDevice:
 
     def _attribute(self, attribute: Any) -> int:
         return int(self.call("cuDeviceGetAttribute", attribute, self._native))
+
+    @property
+    def lost(self) -> bool:
+        """Whether the context cannot be used any more."""
+        return self._lost is not None
 
     # --- calls ----------------------------------------------------------------------------------------------
 
@@ -533,127 +241,22 @@ class CudaDevice:
                 f"boxes of {box_rows} x {box_columns} ({box_columns * size} bytes a row), swizzle {swizzle}"
             ),
         )
-        return CudaTensorMap(ctypes.string_at(int(encoded.getPtr()), _MAP_BYTES))
+        return CudaTensorMap(ctypes.string_at(int(encoded.getPtr()), MAP_BYTES))
 
     # --- memory ---------------------------------------------------------------------------------------------
 
     @property
     def memory_free(self) -> int:
-        on_card = int(self.call("cuMemGetInfo", whole=True)[0])
-        return on_card if self._budget is None else max(0, min(on_card, self._budget - self._reserved))
+        return self._memory.free
 
     def allocate(self, size: int, what: str) -> CudaBuffer:
-        if size <= 0:
-            raise EngineError(f"{what}: expected a size above 0; found {size} bytes")
-        with self._lock:
-            if self._budget is not None and self._reserved + size > self._budget:
-                raise EngineError(
-                    f"engine.device_memory_bytes: {what} need {_gb(size)}, "
-                    f"{_gb(self._budget - self._reserved)} of {_gb(self._budget)} are left{self._usage()}; "
-                    "raise it or lower what else is kept on the GPU"
-                )
-            self._reserved += size
-        try:
-            self.enter()
-            answer = self.driver.cuMemAlloc(size)
-            if int(answer[0]) == _OUT_OF_MEMORY:
-                free, total = self.call("cuMemGetInfo", whole=True)
-                raise EngineError(
-                    f"GPU memory: {what} need {_gb(size)}, {_gb(int(free))} of {self.name}'s "
-                    f"{_gb(int(total))} are free{self._usage()}; end other programs on the GPU, or lower "
-                    "what is kept on it"
-                )
-            self.check(answer, f"allocating {_gb(size)} for {what}")
-        except BaseException:
-            with self._lock:
-                self._reserved -= size
-            raise
-        buffer = CudaBuffer(self, int(answer[1]), size, what)
-        with self._lock:
-            self._buffers[buffer.address] = buffer
-        return buffer
-
-    def release(self, buffer: CudaBuffer) -> None:
-        with self._lock:
-            if self._buffers.get(buffer.address) is not buffer:
-                return
-            del self._buffers[buffer.address]
-            self._reserved -= buffer.size
-        if self._lost is None:
-            self.call("cuMemFree", buffer.address)
+        return self._memory.allocate(size, what)
 
     def allocate_host(self, size: int, step: int = 0) -> DriverMemory | HugePages:
-        if size <= 0:
-            raise EngineError(f"pinned memory: expected a size above 0; found {size} bytes")
-        self.enter()
-        buffer: DriverMemory | HugePages
-        if size >= HUGE_PAGE and self.shares_addresses:
-            self._check_host_memory(size)
-            buffer = HugePages(self, size, step)
-        else:
-            buffer = self._driver_memory(size)
-        with self._lock:
-            self._host_buffers.add(buffer)
-        return buffer
-
-    def _check_host_memory(self, size: int) -> None:
-        """Raise where the system has too little memory: touching it would end a process, maybe this one."""
-        available = available_memory()
-        if available is None:
-            return
-        with self._lock:
-            left = available - sum(buffer.size - buffer.pinned for buffer in self._host_buffers)
-        if size > left:
-            raise EngineError(
-                f"pinned memory: expected {_gb(size)} of host memory, found {_gb(max(0, left))} free; lower"
-                " what is kept in host memory (hmt.host_bytes), or raise a container's limit"
-            )
-
-    def _driver_memory(self, size: int) -> DriverMemory:
-        flags = self.driver.CU_MEMHOSTALLOC_PORTABLE | self.driver.CU_MEMHOSTALLOC_DEVICEMAP
-        # The driver cuts small ones out of larger pages.
-        host = int(self._locked(size, "cuMemHostAlloc", size + mmap.PAGESIZE, flags))
-        address = int(self.call("cuMemHostGetDevicePointer", host, 0))
-        return DriverMemory(self, host, address, size, -host % mmap.PAGESIZE)
-
-    def pin(self, address: int, size: int) -> None:
-        """Pin memory of the host's, whose address is then the device's too (`shares_addresses`)."""
-        flags = self.driver.CU_MEMHOSTREGISTER_PORTABLE | self.driver.CU_MEMHOSTREGISTER_DEVICEMAP
-        self._locked(size, "cuMemHostRegister", address, size, flags)
-
-    def _locked(self, size: int, function: str, *args: Any) -> Any:
-        """The value of a driver function that locks memory."""
-        self.enter()
-        answer = getattr(self.driver, function)(*args)
-        if int(answer[0]) == _OUT_OF_MEMORY:
-            raise EngineError(
-                f"pinned memory: {_gb(size)} of host memory cannot be locked; lower what is kept in host "
-                "memory, or raise its limit (ulimit -l, a container's memory)"
-            )
-        self.check(answer, f"locking {_gb(size)} of host memory")
-        return answer[1] if len(answer) > 1 else None
-
-    def release_host(self, buffer: DriverMemory | HugePages) -> None:
-        with self._lock:
-            if buffer not in self._host_buffers:
-                return
-            self._host_buffers.remove(buffer)
-        buffer.release()
+        return self._memory.allocate_host(size, step)
 
     def report(self) -> Mapping[str, int]:
-        counts: Counter[str] = Counter()
-        with self._lock:
-            for buffer in self._buffers.values():
-                counts[buffer.what] += buffer.size
-        return counts
-
-    def _usage(self) -> str:
-        """What is in use, for messages; called with or without the lock."""
-        counts: Counter[str] = Counter()
-        for buffer in list(self._buffers.values()):
-            counts[buffer.what] += buffer.size
-        words = ", ".join(f"{what} {_gb(size)}" for what, size in counts.most_common(4))
-        return f" ({words})" if words else ""
+        return self._memory.report()
 
     # --- streams --------------------------------------------------------------------------------------------
 
@@ -706,7 +309,7 @@ class CudaDevice:
 
     def traced(self, stream: Any, work: Callable[[], None]) -> tuple[CudaGraph, list[TimedLaunch]]:
         """As `capture`, of kernels that do not overlap, with the means to time each of them."""
-        trace = self.trace = _Trace(self)
+        trace = self.trace = Trace(self)
         try:
             return self.capture(stream, work, overlapping=False), trace.launches
         finally:
@@ -720,16 +323,10 @@ class CudaDevice:
             return
         if self._lost is None:
             self.discard("cuCtxSynchronize")
-        for buffer in list(self._buffers.values()):
-            self.discard("cuMemFree", buffer.address)
-        for host in list(self._host_buffers):
-            host.release()
+        self._memory.close()
         for module in self._modules.values():
             self.discard("cuModuleUnload", module._native)
-        self._buffers.clear()
-        self._host_buffers.clear()
         self._modules.clear()
-        self._reserved = 0
         if self._lost is None:
             self.discard("cuDevicePrimaryCtxRelease", self._native)
             self._lost = f"GPU {self._index}: the device was closed"
@@ -745,10 +342,6 @@ def _driver() -> Any:
             f"cuda-bindings is not installed ({err}); install wicore[gpu] or wicore[rtx]"
         ) from err
     return driver
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 _device: type[Device] = CudaDevice

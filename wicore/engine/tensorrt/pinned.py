@@ -23,10 +23,12 @@ from numpy.typing import NDArray
 from wicore.errors import EngineError
 
 if TYPE_CHECKING:
-    from wicore.engine.tensorrt.cuda import CudaDevice
+    from wicore.engine.tensorrt.cuda_memory import CudaMemory
 
 log = logging.getLogger("wicore.engine")
 
+_libc = ctypes.CDLL(None)
+_MADV_POPULATE_WRITE = 23
 HUGE_PAGE = 2 << 20
 _PIECE_BYTES = 64 << 20
 """Pinned in one go in the background: other calls of the driver wait meanwhile, for milliseconds."""
@@ -35,22 +37,22 @@ _PIECE_BYTES = 64 << 20
 class DriverMemory:
     """Memory that the driver allocates, from `skipped` bytes behind `host` on."""
 
-    def __init__(self, device: CudaDevice, host: int, address: int, size: int, skipped: int) -> None:
-        self._device = device
+    def __init__(self, owner: CudaMemory, host: int, address: int, size: int, skipped: int) -> None:
+        self._owner = owner
         self.host, self.address, self.size = host, address + skipped, size
         self.pinned = self.piece = size
-        memory = (ctypes.c_uint8 * size).from_address(host + skipped)
-        self.array: NDArray[np.uint8] = np.ctypeslib.as_array(memory)
+        there = (ctypes.c_uint8 * size).from_address(host + skipped)
+        self.array: NDArray[np.uint8] = np.ctypeslib.as_array(there)
 
     def wait(self) -> None:
         """Nothing is left to be done."""
 
     def release(self) -> None:
         del self.array
-        self._device.discard("cuMemFreeHost", self.host)
+        self._owner.discard("cuMemFreeHost", self.host)
 
     def free(self) -> None:
-        self._device.release_host(self)
+        self._owner.release_host(self)
 
 
 class HugePages:
@@ -60,10 +62,15 @@ class HugePages:
     pieces of a multiple of `step` bytes.
     """
 
-    def __init__(self, device: CudaDevice, size: int, step: int = 0) -> None:
-        self._device, self.size = device, size
-        # Private, as shared memory is mostly given no huge pages.
-        self._memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    def __init__(self, owner: CudaMemory, size: int, step: int = 0) -> None:
+        self._owner, self.size = owner, size
+        try:  # private, as shared memory is mostly given no huge pages
+            self._memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as err:
+            raise EngineError(
+                f"pinned memory: {size / 1e9:.1f} GB of host memory cannot be had ({err}); lower what is kept"
+                " in host memory (hmt.host_bytes)"
+            ) from None
         # A child's copy of a pinned page would be of no use; where there are no huge pages, small ones do.
         for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK):
             with contextlib.suppress(OSError):
@@ -93,20 +100,20 @@ class HugePages:
         if self._thread is not None:
             self._thread.join()
         for start in range(0, self.pinned, self.piece):
-            self._device.discard("cuMemHostUnregister", self.address + start)
+            self._owner.discard("cuMemHostUnregister", self.address + start)
         self.pinned = 0
         del self.array, self._memory
 
     def free(self) -> None:
-        self._device.release_host(self)
+        self._owner.release_host(self)
 
     def _pin(self) -> None:
         for start in range(0, self.size, self.piece):
             if not self._wanted:
                 return
             end = min(start + self.piece, self.size)
-            self.array[start : end : mmap.PAGESIZE] = 0  # lets go of the interpreter
-            self._device.pin(self.address + start, end - start)
+            _populate(self.address + start, end - start)
+            self._owner.pin(self.address + start, end - start)
             self.pinned = end
 
     def _pin_in_thread(self) -> None:
@@ -118,6 +125,14 @@ class HugePages:
                 "%.1f of %.1f GB of host memory are pinned (%s); copies of the rest take a detour",
                 *(self.pinned / 1e9, self.size / 1e9, err),
             )
+
+
+def _populate(address: int, size: int) -> None:
+    """Have the system give pages, without changing what is in them: the memory may be in use.
+
+    Pinning would do it, but hold up other calls of the driver for as long. Before Linux 5.14 it has to.
+    """
+    _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _MADV_POPULATE_WRITE)
 
 
 def _piece(size: int, step: int) -> int:

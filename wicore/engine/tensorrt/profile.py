@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from wicore.engine.base import KVLayout, SequenceInput
-from wicore.engine.tensorrt.cuda import TimedLaunch
+from wicore.engine.tensorrt.cuda_kernels import TimedLaunch
 from wicore.engine.tensorrt.matmuls import SKINNY_TO
 from wicore.gemma3.config import Gemma3Config
 
