@@ -18,8 +18,9 @@ from wicore.engine.base import ImageRows, VisionEncoder
 from wicore.errors import EngineError, InvalidRequest, WicoreError
 from wicore.hmt.histogram import Histogram
 from wicore.text.template import PromptImage
-from wicore.vision.pixels import pixels
+from wicore.vision.pixels import Picture
 from workers.job import Job
+from workers.pixels import PixelMaker
 
 log = logging.getLogger("wicore.worker")
 
@@ -67,9 +68,10 @@ class _Task:
     def images(self) -> Sequence[PromptImage]:
         return self.job.generation.prompt.images
 
-    def next(self) -> PromptImage | None:
-        """The next image to be encoded."""
-        return next((image for image in self.images if image.picture.digest not in self.rows), None)
+    def next(self, after: bytes | None = None) -> PromptImage | None:
+        """The next image to be encoded, or the one after that of digest `after`."""
+        waiting = (image for image in self.images if image.picture.digest not in self.rows)
+        return next((image for image in waiting if image.picture.digest != after), None)
 
     def all_rows(self) -> list[ImageRows]:
         return [ImageRows(image.start, self.rows[image.picture.digest]) for image in self.images]
@@ -91,7 +93,7 @@ class Vision:
     ) -> None:
         """`side` in pixels, of the square that the encoder takes. The rest is called in this thread: whether
         a job is to go on; it has all its rows; an image of it is none; the encoder's device failed."""
-        self._encoder, self._side = encoder, side
+        self._encoder, self._pixels = encoder, PixelMaker(side)
         self._wanted, self._seen, self._refused, self._failed = wanted, seen, refused, failed
         self._cache = RowCache(cache_bytes)
         self._waiting: queue.PriorityQueue[tuple[int, int, _Task | None]] = queue.PriorityQueue()
@@ -158,24 +160,27 @@ class Vision:
             except Exception:
                 log.exception("job %s: an image could not be encoded", task.job.delivery.job_id)
                 self._refused(task.job, WicoreError("Internal error: an image could not be encoded"))
+        self._pixels.close()
 
     def _advance(self, task: _Task) -> None:
         """Encode the next image; then it is the turn of the most urgent job again."""
         if (image := task.next()) is not None:
-            task.rows[image.picture.digest] = self._rows(image)
+            task.rows[image.picture.digest] = self._rows(task, image)
         if task.next() is not None:
             self._put(task)
             return
         self._seen(task.job, task.all_rows())
 
-    def _rows(self, image: PromptImage) -> Rows:
+    def _rows(self, task: _Task, image: PromptImage) -> Rows:
         """Raises InvalidRequest, naming the field, for what cannot be decoded."""
         digest = image.picture.digest
         if (kept := self._cache.get(digest)) is not None:
             return kept
         self._started = started = time.monotonic()
         try:
-            rows = self._encoder.encode(pixels(image.picture, self._side))
+            pixels = self._pixels.take(image.picture)
+            self._pixels.expect(self._following(task, image))
+            rows = self._encoder.encode(pixels)
         except InvalidRequest as err:
             raise InvalidRequest(f"{image.field}: {err.message}", param=image.field) from None
         finally:
@@ -183,3 +188,12 @@ class Vision:
         self._seconds.add(time.monotonic() - started)
         self._cache.put(digest, rows)
         return rows
+
+    def _following(self, task: _Task, image: PromptImage) -> Picture | None:
+        """The picture that will probably be encoded after this one; None: nothing waits."""
+        following = task.next(image.picture.digest)
+        if following is None:
+            with self._waiting.mutex:
+                head = self._waiting.queue[0][2] if self._waiting.queue else None
+            following = head.next() if head is not None else None
+        return following.picture if following is not None else None

@@ -65,7 +65,8 @@ def _shown(image: ImageURL, limits: ImageLimits, field: str) -> Shown:
     except TooLarge as err:
         raise TooLarge(f"{field}: {err.message}; send a smaller image", param=field) from None
     parts = crops(width, height) if image.detail == "high" else []
-    return Shown([Picture(data, None), *(Picture(data, crop) for crop in parts)], field)
+    whole = Picture(data)
+    return Shown([whole, *(whole.part(crop) for crop in parts)], field)
 
 
 def _decoded(url: str, limit: int) -> bytes:

@@ -41,13 +41,20 @@ class Picture:
 
     data: bytes
     crop: Crop | None = None
+    file_digest: bytes = b""
+    """Of `data`; reckoned where it is not given."""
     digest: bytes = field(init=False)
     """Of all that its pixels depend on. Reckoned here, once: files are large, and the engine thread asks."""
 
     def __post_init__(self) -> None:
-        digest = hashlib.sha256(f"{_REVISION} {self.crop}\n".encode())
-        digest.update(self.data)
+        file_digest = self.file_digest or hashlib.sha256(self.data).digest()
+        object.__setattr__(self, "file_digest", file_digest)
+        digest = hashlib.sha256(f"{_REVISION} {self.crop}\n".encode() + file_digest)
         object.__setattr__(self, "digest", digest.digest())
+
+    def part(self, crop: Crop) -> Picture:
+        """A crop of the same file, which is not hashed again."""
+        return Picture(self.data, crop, self.file_digest)
 
 
 def size_of(data: bytes, max_pixels: int) -> tuple[int, int]:
@@ -69,14 +76,18 @@ def pixels(picture: Picture, side: int) -> NDArray[np.uint8]:
 
     Raises InvalidRequest for data that cannot be decoded: damaged or cut off, as far as a decoder can tell.
     """
-    image = _upright(picture.data)
-    if (crop := picture.crop) is not None:
+    return view(upright(picture.data), picture.crop, side)
+
+
+def view(image: NDArray[np.uint8], crop: Crop | None, side: int) -> NDArray[np.uint8]:
+    """`pixels` of a part of what `upright` gives; None: of the whole."""
+    if crop is not None:
         image = image[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
     return np.asarray(cv2.cvtColor(to_square(image, side), cv2.COLOR_BGR2RGB), np.uint8)
 
 
-def _upright(data: bytes) -> NDArray[np.uint8]:
-    """BGR, uint8 [height, width, 3], of the size that `size_of` says."""
+def upright(data: bytes) -> NDArray[np.uint8]:
+    """BGR, uint8 [height, width, 3], of the size that `size_of` says. Raises as `pixels` does."""
     header = read_header(data)
     file = png.still(data) if data.startswith(png.SIGNATURE) else data
     try:
