@@ -34,7 +34,7 @@ def admit(body: JobBody, model: Model, settings: Settings) -> Prompt:
 
 def takes_images(model: Model, settings: ModelSettings) -> bool:
     """Whether the model can see, and is to."""
-    return model.checkpoint.config.vision is not None and settings.max_images > 0
+    return settings.tower(model.checkpoint.config) is not None
 
 
 def check_images(body: JobBody, model: Model, settings: ModelSettings) -> None:

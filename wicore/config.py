@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -26,6 +26,9 @@ from pydantic_settings.sources.utils import parse_env_vars
 
 from wicore.access.keys import ConfiguredKey
 from wicore.errors import ConfigError
+
+if TYPE_CHECKING:
+    from wicore.gemma3.config import Gemma3Config, VisionConfig
 
 REDIS_SCHEMES = ("redis://", "rediss://", "unix://", "sentinel://")
 
@@ -136,6 +139,10 @@ class ModelSettings(_Section):
     """Largest image, in pixels: it is unpacked in memory, with some bytes for each."""
     image_cache_bytes: int = Field(256 * 2**20, ge=0)
     """What a worker may keep of images encoded lately, so that the next turn of a chat need not again."""
+
+    def tower(self, config: Gemma3Config) -> VisionConfig | None:
+        """The vision tower that is used of a model; None: it has none, or no images are allowed."""
+        return config.vision if self.max_images else None
 
 
 class EngineSettings(_Section):

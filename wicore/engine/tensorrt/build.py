@@ -154,7 +154,7 @@ def build_engine(
     budget = Budget.of(settings, device)
     workspace = Workspace(device, config, layout, limits, invariant=invariant)
     segments = None if invariant else open_segments(limits)
-    networks = open_vision() if config.vision and settings.model.max_images else None
+    networks = open_vision() if settings.model.tower(config) else None
     tower = vision_bytes(config, device) if networks else 0
     budget.blocks(settings, layout, weight_bytes(config) + tower, context, tower)
     with ThreadPoolExecutor(1, "digest") as other:
