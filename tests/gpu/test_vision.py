@@ -1,4 +1,4 @@
-"""The vision tower on the card, by the TensorRT of this machine."""
+"""The vision tower on the card, by the TensorRT of this machine and by our kernels."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from wicore.engine.tensorrt.cuda import CudaDevice
 from wicore.engine.tensorrt.plans import PlanCache, build_plan, plan_keys
 from wicore.engine.tensorrt.segments import Segments
 from wicore.engine.tensorrt.trt_api import load_backend
-from wicore.engine.tensorrt.vision import SCRATCH, TensorrtVision
+from wicore.engine.tensorrt.vision import SCRATCH, TensorrtVision, open_vision_networks
+from wicore.engine.tensorrt.vision_kernels import fits
 from wicore.engine.tensorrt.vision_networks import VISION_KINDS, VisionShape
 from wicore.engine.tensorrt.vision_weights import load_vision
 from wicore.engine.tensorrt.weights import RandomWeights
-from wicore.gemma3.checkpoint import Checkpoint
-from wicore.gemma3.config import Gemma3Config
 
 LIMIT = 1e-2
 
@@ -33,19 +32,24 @@ def opened(shape: VisionShape, device: CudaDevice, folder: Path) -> Segments:
     return Segments(device, cache, shape, (), backend=backend, kinds=VISION_KINDS, scratch=SCRATCH)
 
 
-def tower(config: Gemma3Config, source: Checkpoint | RandomWeights, folder: Path) -> TensorrtVision:
-    device = CudaDevice()
-    segments = opened(VisionShape.of(config), device, folder)
-    return TensorrtVision(device, config, load_vision(device, source), segments)
-
-
-@pytest.fixture(scope="module")
-def vision(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TensorrtVision]:
+@pytest.fixture(scope="module", params=["TensorRT", "kernels"])
+def vision(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TensorrtVision]:
     """Of random weights."""
-    found = tower(config(), RandomWeights(config(), seed=3), tmp_path_factory.mktemp("plans"))
+    device, networks = CudaDevice(), None
+    if request.param == "TensorRT":
+        networks = opened(VisionShape.of(config()), device, tmp_path_factory.mktemp("plans"))
+    elif fits(device.capability, VisionShape.of(config())):
+        networks = open_vision_networks(config(), device)
+    else:
+        pytest.skip("this card has no kernels for it")
+    assert networks is not None
+    weights = load_vision(device, RandomWeights(config(), seed=3))
+    found = TensorrtVision(device, config(), weights, networks)
     yield found
     found.close()
-    found._device.close()
+    device.close()
 
 
 def test_rows_are_those_of_the_mathematics(vision) -> None:
