@@ -58,8 +58,8 @@ class DriverMemory:
 class HugePages:
     """Memory of ours, whose address is the same for the device.
 
-    step: 0: all of it is pinned when the constructor returns; else that is begun, and goes on in a thread, in
-    pieces of a multiple of `step` bytes.
+    step: 0: all of it is pinned when the constructor returns; else a first piece is, of a multiple of `step`
+    bytes, and a thread goes on. Raises EngineError where the system refuses.
     """
 
     def __init__(self, owner: CudaMemory, size: int, step: int = 0) -> None:
@@ -83,11 +83,10 @@ class HugePages:
         self._error: EngineError | None = None
         self._wanted = True
         self._thread: threading.Thread | None = None
-        if step:
-            self._thread = threading.Thread(target=self._pin_in_thread, name="pinning", daemon=True)
+        self._pin_piece()
+        if self.pinned < size:
+            self._thread = threading.Thread(target=self._pin_rest, name="pinning", daemon=True)
             self._thread.start()
-        else:
-            self._pin()
 
     def wait(self) -> None:
         if self._thread is not None:
@@ -107,18 +106,17 @@ class HugePages:
     def free(self) -> None:
         self._owner.release_host(self)
 
-    def _pin(self) -> None:
-        for start in range(0, self.size, self.piece):
-            if not self._wanted:
-                return
-            end = min(start + self.piece, self.size)
-            _populate(self.address + start, end - start)
-            self._owner.pin(self.address + start, end - start)
-            self.pinned = end
+    def _pin_piece(self) -> None:
+        """Pin the next one."""
+        start, end = self.pinned, min(self.pinned + self.piece, self.size)
+        _populate(self.address + start, end - start)
+        self._owner.pin(self.address + start, end - start)
+        self.pinned = end
 
-    def _pin_in_thread(self) -> None:
+    def _pin_rest(self) -> None:
         try:
-            self._pin()
+            while self._wanted and self.pinned < self.size:
+                self._pin_piece()
         except EngineError as err:
             self._error = err
             log.warning(
