@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.gpu.graphs import graph_ms
 from wicore.engine.base import KVLayout, Pool
 from wicore.engine.tensorrt.attention import Attention, StepTables
 from wicore.engine.tensorrt.ceilings import ceilings
@@ -65,22 +65,10 @@ class Bench:
             with self.record.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def time_ms(self, work: Callable[[], None], repeats: int = 7, replays: int = 3) -> float:
+    def time_ms(self, work: Callable[[], None], repeats: int = 7) -> float:
         """Milliseconds of what `work` enqueues, as a graph: the median of some runs."""
         work()
-        graph = self.device.capture(self.stream, work)
-        graph.launch(self.stream)
-        times = []
-        for _ in range(repeats):
-            start, end = self.device.event(timing=True), self.device.event(timing=True)
-            start.record(self.stream)
-            for _ in range(replays):
-                graph.launch(self.stream)
-            end.record(self.stream)
-            self.stream.synchronize()
-            times.append(end.elapsed_ms(start) / replays)
-        graph.close()
-        return statistics.median(times)
+        return graph_ms(self.device, self.stream, work, repeats)
 
 
 class Step:

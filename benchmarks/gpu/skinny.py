@@ -16,7 +16,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +25,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from benchmarks.gpu.graphs import graph_ms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -101,21 +102,9 @@ class Bench:
         found = self.block[at : at + count]
         return found if len(found) == count else np.concatenate([found, self.values(0, count - len(found))])
 
-    def time_ms(self, work: Callable[[], None], repeats: int = 9, replays: int = 3) -> float:
+    def time_ms(self, work: Callable[[], None], repeats: int = 9) -> float:
         """Milliseconds of what `work` enqueues, as a graph: the median of some runs."""
-        graph = self.device.capture(self.stream, work)
-        graph.launch(self.stream)
-        times = []
-        for _ in range(repeats):
-            start, end = self.device.event(timing=True), self.device.event(timing=True)
-            start.record(self.stream)
-            for _ in range(replays):
-                graph.launch(self.stream)
-            end.record(self.stream)
-            self.stream.synchronize()
-            times.append(end.elapsed_ms(start) / replays)
-        graph.close()
-        return statistics.median(times)
+        return graph_ms(self.device, self.stream, work, repeats)
 
     def upload(self, array: NDArray[Any]) -> int:
         buffer = self.device.allocate(array.nbytes, "inputs")

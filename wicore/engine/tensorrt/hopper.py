@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
 from wicore.engine.tensorrt.device import Device, Function, TensorMap
+from wicore.engine.tensorrt.timing import median_ms
 from wicore.errors import EngineError
 
 Kind = Literal["half", "float", "glu", "bias", "gelu"]
@@ -279,15 +281,8 @@ class HopperMatmul:
         """
         measured = []
         for tiling in tilings or self.candidates(rows, n, k, kind)[:8]:
-            times = []
-            for _ in range(repeat + 1):
-                begin, end = self._device.event(timing=True), self._device.event(timing=True)
-                begin.record(stream)
-                self._run(stream, kind, rows, x, w, y, n, k, tiling, bias=bias)
-                end.record(stream)
-                end.wait()
-                times.append(end.elapsed_ms(begin))
-            measured.append((float(np.median(times[1:])), tiling))
+            run = partial(self._run, stream, kind, rows, x, w, y, n, k, tiling, bias=bias)
+            measured.append((median_ms(self._device, stream, run, repeat), tiling))
         measured.sort(key=lambda pair: pair[0])
         self.use(rows, n, k, kind, measured[0][1])
         return measured
