@@ -1,7 +1,7 @@
 """Speed of the products of few rows at the shapes of Gemma 3 27B, and of a decode step made of them.
 
     python benchmarks/gpu/skinny.py                 # every shape and number of rows with the setting by rule
-    python benchmarks/gpu/skinny.py --tune          # all candidates; the best go to $OUT/choices.json
+    python benchmarks/gpu/skinny.py --tune          # all candidates
     python benchmarks/gpu/skinny.py --chain         # a whole step without attention, in milliseconds
 
 Needs numpy and cuda-bindings. Every product is checked against float64 at some columns before it is timed.
@@ -19,7 +19,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,9 @@ from wicore.engine.tensorrt.cuda import CudaDevice
 from wicore.engine.tensorrt.norms import Norms
 from wicore.engine.tensorrt.skinny import (
     BUCKETS,
-    Choices,
     Product,
     Setting,
     SkinnyMatmul,
-    bucket,
-    choices_from_json,
-    choices_to_json,
 )
 
 HIDDEN, INNER, ATTENTION, QKV, VOCAB, LAYERS = 5376, 21504, 4096, 8192, 262208, 62
@@ -202,10 +198,10 @@ def settings_of(matmul: SkinnyMatmul, rows: int, product: Product, every: bool) 
     return matmul.candidates(rows, product) if every else [matmul.setting(rows, product)]
 
 
-def shapes(arguments: argparse.Namespace, choices: Choices) -> Choices:
-    """Measure; returns the best setting of each shape and bucket."""
+def shapes(arguments: argparse.Namespace) -> None:
+    """Each shape and number of rows, by one setting or all of them."""
     bench = Bench(max(SHAPES[name].matrix_bytes for name in arguments.shapes) + DISTINCT)
-    matmul = SkinnyMatmul(bench.device, choices, arguments.chains)
+    matmul = SkinnyMatmul(bench.device, arguments.chains)
     print(f"{bench.device.name}: copy {bench.copy_rate:.2f} TB/s")
     wanted = [
         (rows, SHAPES[name], setting)
@@ -214,7 +210,6 @@ def shapes(arguments: argparse.Namespace, choices: Choices) -> Choices:
         for setting in settings_of(matmul, rows, SHAPES[name], arguments.tune)
     ]
     compile_all(bench, matmul, wanted)
-    best: Choices = {}
     print(f"{'shape':8} {'rows':>4} {'us':>8} {'TB/s':>6} {'share':>6} {'alone':>8} {'error':>8}  setting")
     for name in arguments.shapes:
         product = SHAPES[name]
@@ -222,7 +217,6 @@ def shapes(arguments: argparse.Namespace, choices: Choices) -> Choices:
         launches = max(2, min(LAUNCHES, (8 << 30) // product.matrix_bytes))
         bits: dict[str, list[str]] = {}
         for rows in arguments.rows:
-            least = float("inf")
             for setting in settings_of(matmul, rows, product, arguments.tune):
                 try:
                     error, digest = products.error(rows, setting)
@@ -245,28 +239,25 @@ def shapes(arguments: argparse.Namespace, choices: Choices) -> Choices:
                 )
                 bench.note(
                     kind="product", shape=name, rows=rows, us=us, alone_us=alone, tb_s=rate, share=share,
-                    error=error, setting=setting.as_json(),
+                    error=error, setting=asdict(setting),
                 )  # fmt: skip
-                if us < least and not mark:
-                    least = us
-                    best[product.n, product.k, product.gated, bucket(rows)] = setting
         if len(bits) > 1:
             groups = "; ".join(f"{len(group)} as {group[0]}" for group in bits.values())
             print(f"{name}: the first row's bits DIFFER: {groups}")
         else:
             print(f"{name}: the first row's bits are the same at all of these")
         products.y.free()
-    return best
 
 
-def chain(arguments: argparse.Namespace, choices: Choices) -> None:
+def chain(arguments: argparse.Namespace) -> None:
     """A decode step without attention as one graph."""
     parts = ("qkv", "o", "gate_up", "down")
     layer_bytes = sum(SHAPES[name].matrix_bytes for name in parts)
     weight_bytes = layer_bytes * arguments.layers + SHAPES["head"].matrix_bytes
     bench = Bench(weight_bytes)
     device, stream = bench.device, bench.stream
-    matmul, norms = SkinnyMatmul(device, choices, arguments.chains), Norms(device, Config())  # type: ignore[arg-type]
+    matmul, norms = SkinnyMatmul(device, arguments.chains), Norms(device, Config())  # type: ignore[arg-type]
+    settings: dict[str, Setting] = {}
     print(f"{device.name}: copy {bench.copy_rate:.2f} TB/s, weights {weight_bytes / 1e9:.1f} GB")
     head = bench.weights.address + layer_bytes * arguments.layers
     rng = np.random.default_rng(4)
@@ -285,14 +276,15 @@ def chain(arguments: argparse.Namespace, choices: Choices) -> None:
                 product = SHAPES[name]
                 x = {"qkv": at["normed"], "o": attended, "gate_up": at["normed"], "down": at["act"]}[name]
                 y = {"qkv": at["qkv"], "o": at["delta"], "gate_up": at["act"], "down": at["delta"]}[name]
-                matmul.run(stream, rows, x, place, y, product, dependent=dependent)
+                matmul.run(stream, rows, x, place, y, product, settings[name], dependent)
                 place += product.matrix_bytes
                 if y == at["delta"] and with_norms:
                     norms.add(
                         stream, rows, y, factors, at["residual"], factors, at["normed"],
                         -6 if name == "down" else 0, dependent=dependent,
                     )  # fmt: skip
-        matmul.run(stream, rows, at["normed"], head, at["logits"], SHAPES["head"], dependent=dependent)
+        last = SHAPES["head"]
+        matmul.run(stream, rows, at["normed"], head, at["logits"], last, settings["head"], dependent)
 
     print(
         f"{'rows':>4} {'ahead':>5} {'ms':>8} {'TB/s':>6} {'share':>6} {'no norms':>9} {'not dependent':>14}"
@@ -300,11 +292,9 @@ def chain(arguments: argparse.Namespace, choices: Choices) -> None:
     for rows in arguments.rows:
         ruled = {name: matmul.setting(rows, product) for name, product in SHAPES.items()}
         for ahead in arguments.ahead or [None]:
-            wanted = []
-            for name, product in SHAPES.items():
-                setting = ruled[name] if ahead is None else replace(ruled[name], ahead=ahead)
-                matmul.choices[product.n, product.k, product.gated, bucket(rows)] = setting
-                wanted.append((rows, product, setting))
+            for name, setting in ruled.items():
+                settings[name] = setting if ahead is None else replace(setting, ahead=ahead)
+            wanted = [(rows, product, settings[name]) for name, product in SHAPES.items()]
             compile_all(bench, matmul, wanted)
             for job in wanted:
                 matmul.prepare(*job)
@@ -340,22 +330,16 @@ def main() -> None:
     parser.add_argument("--shapes", type=names, default=list(SHAPES), help="e.g. qkv,o")
     parser.add_argument("--rows", type=numbers, help="e.g. 1,16,64")
     parser.add_argument("--tune", action="store_true", help="measure all candidates, at the buckets' sizes")
-    parser.add_argument("--choices", type=Path, help="measured settings to use")
     parser.add_argument("--chain", action="store_true", help="a decode step without attention")
     parser.add_argument("--chains", type=int, default=1, help="sums of a part of k: 1 or 2")
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--ahead", type=numbers, help="for --chain: try these, e.g. 0,4,12")
     arguments = parser.parse_args()
     arguments.rows = arguments.rows or list(BUCKETS if arguments.tune else ROWS)
-    choices = choices_from_json(json.loads(arguments.choices.read_text())) if arguments.choices else {}
     if arguments.chain:
-        chain(arguments, choices)
-        return
-    best = shapes(arguments, choices)
-    if arguments.tune:
-        target = Path(os.environ.get("OUT", ".")) / "choices.json"
-        target.write_text(json.dumps(choices_to_json(best), indent=1))
-        print(f"the best settings are in {target}")
+        chain(arguments)
+    else:
+        shapes(arguments)
 
 
 if __name__ == "__main__":

@@ -218,17 +218,6 @@ def test_for_one_row_of_tiles_the_candidates_that_keep_most_of_the_card_busy_com
     assert idle[0] < 0.16
 
 
-def test_tuning_takes_the_fastest_tiling_it_measured(device: Device) -> None:
-    matmul = HopperMatmul(device)
-    product = Product(device, "float", rows=70, n=40, k=64)
-    x, w, y = product.upload(product.x), product.upload(product.w), product.upload(product.expected)
-    tilings = [SMALL, Tiling(40, consumers=1, stages=2)]
-    measured = matmul.tune(product.stream, 70, x, w, y, 40, 64, "float", tilings, repeat=2)
-    assert {tiling for _, tiling in measured} == set(tilings)
-    assert measured[0][0] <= measured[1][0]
-    assert matmul.choose(70, 40, 64, "float") == measured[0][1]
-
-
 def test_after_preparation_a_product_can_be_captured(device: Device) -> None:
     matmul = HopperMatmul(device)
     product = Product(device, "float", rows=70, n=40, k=64)

@@ -19,8 +19,6 @@ from wicore.engine.tensorrt.skinny import (
     Setting,
     SkinnyMatmul,
     bucket,
-    choices_from_json,
-    choices_to_json,
     parts,
 )
 from wicore.errors import EngineError
@@ -230,22 +228,6 @@ def test_the_large_models_matrices_are_spread_evenly_over_a_hopper() -> None:
         blocks = min(tiles, setting.persistent) if setting.persistent else tiles
         assert 108 <= blocks <= 132
         assert tiles / (blocks * -(-tiles // blocks)) > 0.99
-
-
-def test_measured_settings_come_before_rules_and_survive_json(device: Device) -> None:
-    product = Product(64, 64)
-    choices = {(64, 64, False, 8): Setting(2, 1, stages=2)}
-    restored = choices_from_json(choices_to_json(choices))
-    assert restored == choices
-    matmul = SkinnyMatmul(device, restored)
-    assert matmul.setting(3, product) == Setting(2, 1, stages=2)
-    assert matmul.setting(9, product) != Setting(2, 1, stages=2)
-
-
-@pytest.mark.parametrize("entry", [{}, {"n": 8, "k": 8, "gated": False, "rows": 8, "mt": 1, "wide": 2}])
-def test_a_damaged_entry_of_measured_settings_is_named(entry: dict[str, Any]) -> None:
-    with pytest.raises(EngineError, match="measured settings: entry"):
-        choices_from_json([entry])
 
 
 def test_sizes_that_no_kernel_takes_are_refused(device: Device) -> None:

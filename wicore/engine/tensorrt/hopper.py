@@ -1,21 +1,19 @@
 """Matrix products of many rows on Hopper (kernels/hopper.cu): y = x w^T, half operands, float32 sums.
 
-How a product is cut into tiles is chosen by a model of the card's limits, or measured with `tune`. The cut
-does not touch the numbers: every sum runs over k in ascending order, so a row's result is the same whatever
-the tile and the number of rows.
+How a product is cut into tiles is chosen by a model of the card's limits, or given. The cut does not touch
+the numbers: every sum runs over k in ascending order, so a row's result is the same whatever the tile and the
+number of rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
 from wicore.engine.tensorrt.device import Device, Function, TensorMap
-from wicore.engine.tensorrt.timing import median_ms
 from wicore.errors import EngineError
 
 Kind = Literal["half", "float", "glu", "bias", "gelu"]
@@ -245,47 +243,16 @@ class HopperMatmul:
         return sorted(useful, key=lambda t: (t.cost(rows, n, k, kind, sms), -t.columns, -t.cluster))
 
     def choose(self, rows: int, n: int, k: int, kind: Kind) -> Tiling:
-        """The tiling for a product: the measured one, else the first candidate. All numbers of rows that need
-        as many 64-row tiles get the same."""
+        """The first candidate. All numbers of rows that need as many 64-row tiles get the same."""
         key = (kind, n, k, -(-rows // 64))
         if key not in self._chosen:
             self._chosen[key] = self.candidates(key[3] * 64, n, k, kind)[0]
         return self._chosen[key]
 
-    def use(self, rows: int, n: int, k: int, kind: Kind, tiling: Tiling) -> None:
-        """Take this tiling for such products from now on."""
-        self._chosen[kind, n, k, -(-rows // 64)] = tiling
-
     def compile(self, tiling: Tiling, kind: Kind) -> None:
         """Compile what products of this kind in this tiling need, which a capture does not allow; it takes a
         second or two where it is not in the cache."""
         self._function(tiling, kind)
-
-    def tune(
-        self,
-        stream: Any,
-        rows: int,
-        x: int,
-        w: int,
-        y: int,
-        n: int,
-        k: int,
-        kind: Kind,
-        tilings: Sequence[Tiling] | None = None,
-        repeat: int = 5,
-        bias: int = 0,
-    ) -> list[tuple[float, Tiling]]:
-        """Measure tilings (the first eight candidates unless given) and `use` the fastest.
-
-        Returns milliseconds and tiling, the fastest first. y is overwritten.
-        """
-        measured = []
-        for tiling in tilings or self.candidates(rows, n, k, kind)[:8]:
-            run = partial(self._run, stream, kind, rows, x, w, y, n, k, tiling, bias=bias)
-            measured.append((median_ms(self._device, stream, run, repeat), tiling))
-        measured.sort(key=lambda pair: pair[0])
-        self.use(rows, n, k, kind, measured[0][1])
-        return measured
 
     def _run(
         self,

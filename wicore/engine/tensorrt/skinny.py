@@ -7,8 +7,8 @@ and the card only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -86,38 +86,6 @@ class Setting:
     def tile(self) -> int:
         return 16 * self.mt * self.wm
 
-    def as_json(self) -> dict[str, int | bool]:
-        return asdict(self)
-
-    @staticmethod
-    def from_json(value: Mapping[str, Any]) -> Setting:
-        return Setting(**value)
-
-
-Choices = dict[tuple[int, int, bool, int], Setting]
-"""Measured settings by (n, k, gated, bucket of rows)."""
-
-
-def choices_to_json(choices: Choices) -> list[dict[str, Any]]:
-    """As a list of objects: n, k, gated, rows and the setting's fields."""
-    return [
-        {"n": n, "k": k, "gated": gated, "rows": rows, **setting.as_json()}
-        for (n, k, gated, rows), setting in sorted(choices.items())
-    ]
-
-
-def choices_from_json(values: Iterable[Mapping[str, Any]]) -> Choices:
-    """Raises EngineError where an entry is not what `choices_to_json` writes."""
-    choices: Choices = {}
-    for value in values:
-        try:
-            fields = dict(value)
-            n, k, gated, rows = (fields.pop(name) for name in ("n", "k", "gated", "rows"))
-            choices[int(n), int(k), bool(gated), int(rows)] = Setting.from_json(fields)
-        except (KeyError, TypeError, ValueError) as err:
-            raise EngineError(f"measured settings: entry {value!r} is damaged: {err}") from err
-    return choices
-
 
 def bucket(rows: int) -> int:
     """The least of BUCKETS that holds `rows` rows."""
@@ -135,13 +103,11 @@ def parts(product: Product, sms: int) -> int:
 class SkinnyMatmul:
     """Enqueues products of few rows. Addresses must be multiples of 16.
 
-    choices: settings measured on this card, before those by rule. chains: into how many sums a part of k is
-    split, 1 or 2; it decides the order of all sums.
+    chains: into how many sums a part of k is split, 1 or 2; it decides the order of all sums.
     """
 
-    def __init__(self, device: Device, choices: Choices | None = None, chains: int = 1) -> None:
+    def __init__(self, device: Device, chains: int = 1) -> None:
         self._device, self._chains = device, chains
-        self.choices: Choices = dict(choices or {})
         kib = _SHARED_A_BLOCK.get(device.capability, 99)
         self._most_shared = kib << 10
         self._functions: dict[tuple[Product, Setting, int], _Launch] = {}
@@ -196,9 +162,8 @@ class SkinnyMatmul:
             self._prepared(count, product, setting)
 
     def setting(self, rows: int, product: Product) -> Setting:
-        """The measured setting, or the one by rule."""
-        key = (product.n, product.k, product.gated, bucket(rows))
-        return self.choices.get(key) or next(iter(self._by_rule(rows, product)))
+        """The one by rule."""
+        return next(iter(self._by_rule(rows, product)))
 
     def candidates(self, rows: int, product: Product) -> list[Setting]:
         """Settings worth measuring, the one by rule first; all give the same bits."""
