@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import signal
 
 import pytest
 
+from tests.killed import undisturbed_and_killed
 from tests.services import follow, running_worker, settings_for, worker_process
 from wicore.queue.connection import connect
 from wicore.queue.embedded import EmbeddedValkey
@@ -71,34 +71,14 @@ def texts(events: list[Event]) -> dict[int, str]:
 @pytest.mark.parametrize("fields", JOBS.values(), ids=JOBS.keys())
 def test_a_killed_worker_costs_no_token_and_changes_none(redis_client, valkey_url, fields) -> None:
     settings = settings_for(valkey_url, queue__lease_s=1.0)
-    with running_worker(settings, "undisturbed"):
-        expected = list(follow(redis_client, submit(redis_client, "job", **fields)))
-    result = Producer(redis_client).record("job").result
-    assert result is not None
-    redis_client.flushall()
-
-    job = submit(redis_client, "job", **fields)
-    first = worker_process(settings)
-    events = []
-    for event in follow(redis_client, job):
-        events.append(event)
-        if event["seq"] == 25:
-            first.kill()
-            first.wait()
-            second = worker_process(settings)
-    second.send_signal(signal.SIGTERM)
-    assert second.wait(30) == 0
-
-    assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
-    kinds = [event["type"] for event in events if event["type"] != "token"]
-    assert kinds == ["started", "resumed", "done"]
-    assert texts(events) == texts(expected)
-    record = Producer(redis_client).record(job)
-    assert record.result is not None
-    assert record.result["choices"] == result["choices"]
-    assert record.attempts == 2
+    undisturbed, killed = undisturbed_and_killed(
+        redis_client, settings, lambda: submit(redis_client, "job", **fields)
+    )
+    assert texts(killed.events) == texts(undisturbed.events)
+    assert killed.result["choices"] == undisturbed.result["choices"]
+    assert killed.attempts == 2
     if "response_format" in fields:
-        assert len(json.loads(texts(events)[0])) in range(120, 141)
+        assert len(json.loads(texts(killed.events)[0])) in range(120, 141)
     assert not redis_client.hlen("wicore:unacked")
     assert not redis_client.zcard("wicore:leases")
 

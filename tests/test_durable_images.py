@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import signal
 from typing import Any
 
 import pytest
 
 from tests.images import asked, png
+from tests.killed import undisturbed_and_killed
 from tests.seeing import SEEING
-from tests.services import follow, running_worker, settings_for, worker_process
+from tests.services import follow, running_worker, settings_for
 from wicore.config import Settings
 from wicore.queue.producer import Producer
 from wicore.request import Priority, parse_job
@@ -59,27 +59,8 @@ def test_a_killed_worker_costs_no_token_of_an_answer_about_an_image(
 ) -> None:
     settings = settings_for(valkey_url, queue__lease_s=1.0, model__path=str(SEEING))
     fields = {"max_tokens": 300, **fields}
-    with running_worker(settings):
-        list(follow(redis_client, submit(redis_client, RED, "job", **fields)))
-    expected = Producer(redis_client).record("job").result
-    assert expected is not None
-    redis_client.flushall()
-
-    job = submit(redis_client, RED, "job", **fields)
-    first = worker_process(settings)
-    events = []
-    for event in follow(redis_client, job):
-        events.append(event)
-        if event["seq"] == 25:
-            first.kill()
-            first.wait()
-            second = worker_process(settings)
-    second.send_signal(signal.SIGTERM)
-    assert second.wait(30) == 0
-
-    assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
-    assert [e["type"] for e in events if e["type"] != "token"] == ["started", "resumed", "done"]
-    record = Producer(redis_client).record(job)
-    assert record.result is not None
-    assert record.result["choices"] == expected["choices"]
-    assert record.attempts == 2
+    undisturbed, killed = undisturbed_and_killed(
+        redis_client, settings, lambda: submit(redis_client, RED, "job", **fields)
+    )
+    assert killed.result["choices"] == undisturbed.result["choices"]
+    assert killed.attempts == 2
