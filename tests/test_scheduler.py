@@ -260,6 +260,18 @@ TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(max_examples=120, stateful_step_count=50, **ANY)
 
 
+TIERS: dict[str, st.SearchStrategy] = {
+    "host": st.tuples(st.integers(6, 30), st.integers(0, 8)),
+    "nvme": st.none() | st.tuples(st.integers(1, 40), st.integers(1, 20)),
+    "patience": st.integers(0, 4),
+    "fault_rate": st.sampled_from([0.0, 0.0, 0.1, 0.6]),
+    "seed": st.integers(0, 1000),
+    "policy": st.sampled_from(sorted(POLICIES)),
+    "checkpoint_tokens": st.sampled_from([0, 4, 12]),
+}
+"""What of the tiers below the device may differ, and how their copies go wrong."""
+
+
 class AnyTiers(AnyOrder):
     """The same over host memory and a file, with every policy, copies that take their time, and faults; and
     with sequences longer than the device pool."""
@@ -270,13 +282,7 @@ class AnyTiers(AnyOrder):
         window=st.integers(1, 14),
         max_batch=st.integers(1, 5),
         budget=st.integers(6, 20),
-        host=st.tuples(st.integers(6, 30), st.integers(0, 8)),
-        nvme=st.none() | st.tuples(st.integers(1, 40), st.integers(1, 20)),
-        patience=st.integers(0, 4),
-        fault_rate=st.sampled_from([0.0, 0.0, 0.1, 0.6]),
-        seed=st.integers(0, 1000),
-        policy=st.sampled_from(sorted(POLICIES)),
-        checkpoint_tokens=st.sampled_from([0, 4, 12]),
+        **TIERS,
     )
     def start(
         self, blocks, extra, window, max_batch, budget, host, nvme, patience, fault_rate, seed, policy,

@@ -12,6 +12,7 @@ from tests.test_scheduler import (
     BLOCK,
     GREEDY,
     SEEDED,
+    TIERS,
     AnyOrder,
     Service,
     image,
@@ -21,7 +22,6 @@ from tests.test_scheduler import (
 from wicore.engine.base import ImageRows
 from wicore.errors import ConfigError, TooLarge
 from wicore.hmt import CacheManager
-from wicore.hmt.policy import POLICIES
 from wicore.request import Priority
 from wicore.sampling import SamplingState
 from wicore.scheduler import Limits, SequenceRequest
@@ -95,13 +95,7 @@ class AnyImagesInTiers(AnyImages):
         wider=st.integers(0, 7),
         max_batch=st.integers(1, 5),
         slack=st.integers(0, 9),
-        host=st.tuples(st.integers(6, 30), st.integers(0, 8)),
-        nvme=st.none() | st.tuples(st.integers(1, 40), st.integers(1, 20)),
-        patience=st.integers(0, 4),
-        fault_rate=st.sampled_from([0.0, 0.0, 0.1, 0.6]),
-        seed=st.integers(0, 1000),
-        policy=st.sampled_from(sorted(POLICIES)),
-        checkpoint_tokens=st.sampled_from([0, 4, 12]),
+        **TIERS,
     )
     def start(
         self, blocks, extra, tokens, wider, max_batch, slack, host, nvme, patience, fault_rate, seed, policy,
