@@ -33,7 +33,9 @@ class _Pinned:
         first = -pages.ctypes.data % 4096
         self.array: NDArray[np.uint8] = pages[first : first + size]
         self.address, self.size = self.array.ctypes.data, size
+        self.pinned = self.piece = size
 
+    def wait(self) -> None: ...
     def free(self) -> None: ...
 
 
@@ -100,7 +102,7 @@ class IdleDevice:
         address, self._end = self._end, self._end + -(-size // _ALIGNMENT) * _ALIGNMENT
         return _Buffer(address, size)
 
-    def allocate_host(self, size: int) -> _Pinned:
+    def allocate_host(self, size: int, step: int = 0) -> _Pinned:
         return _Pinned(size)
 
     def stream(self) -> _Stream:

@@ -30,6 +30,12 @@ function showView() {
   service.fast = dashboard.shown = view === "dashboard";
 }
 
+/** Not by location.hash: that moves the focus too, and may do so later than we do. */
+function goTo(view) {
+  if (location.hash !== `#${view}`) history.pushState(null, "", `#${view}`);
+  showView();
+}
+
 // --- header --------------------------------------------------------------------------------------
 
 let modelName = "";
@@ -101,10 +107,10 @@ function store(name, value) {
 // --- keyboard ------------------------------------------------------------------------------------
 
 const LETTERS = {
-  p: ["Playground", () => (location.hash = "#playground")],
-  d: ["Dashboard", () => (location.hash = "#dashboard")],
-  "/": ["Write", () => ((location.hash = "#playground"), showView(), playground.focusInput())],
-  n: ["Start anew", () => ((location.hash = "#playground"), showView(), playground.startAnew())],
+  p: ["Playground", () => goTo("playground")],
+  d: ["Dashboard", () => goTo("dashboard")],
+  "/": ["Write", () => (goTo("playground"), playground.focusInput())],
+  n: ["Start anew", () => (goTo("playground"), playground.startAnew())],
   t: ["Next theme", nextTheme],
   "?": ["This help", help],
 };
