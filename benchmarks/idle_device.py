@@ -112,6 +112,9 @@ class IdleDevice:
         return _Event()
 
     def copy(self, dst: int, src: int, size: int, stream: Any) -> None: ...
+    def copy_many(
+        self, targets: NDArray[np.uint64], sources: NDArray[np.uint64], size: int, stream: Any
+    ) -> None: ...
     def fill(self, dst: int, byte: int, size: int, stream: Any) -> None: ...
     def tensor_map_2d(
         self,
