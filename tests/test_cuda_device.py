@@ -352,16 +352,30 @@ def test_memory_that_the_system_does_not_give_is_an_error_with_the_setting(
         device.allocate_host(1 << 60)
 
 
-def test_available_memory_minds_a_containers_limit(tmp_path: Path) -> None:
-    assert available_memory(tmp_path, tmp_path) is None
-    (tmp_path / "meminfo").write_text("MemTotal:  4096 kB\nMemAvailable:  1024 kB\n")
-    assert available_memory(tmp_path, tmp_path) == MIB
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_memory(tmp_path, tmp_path) == MIB
-    (tmp_path / "memory.max").write_text("1000000\n")
-    (tmp_path / "memory.current").write_text("900000\n")
-    (tmp_path / "memory.stat").write_text("anon 500000\nfile 400000\nshmem 100000\n")
-    assert available_memory(tmp_path, tmp_path) == 400_000
+def limit(group: Path, most: str, used: int, files: int, shared: int) -> None:
+    group.mkdir(parents=True, exist_ok=True)
+    (group / "memory.max").write_text(f"{most}\n")
+    (group / "memory.current").write_text(f"{used}\n")
+    (group / "memory.stat").write_text(f"anon 500000\nfile_mapped 7\nfile {files}\nshmem {shared}\n")
+
+
+def test_available_memory_minds_the_limits_of_control_groups(tmp_path: Path) -> None:
+    proc, groups = tmp_path / "proc", tmp_path / "groups"
+    assert available_memory(proc, groups) is None
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal:  4096 kB\nMemAvailable:  1024 kB\n")
+    assert available_memory(proc, groups) == MIB
+    limit(groups, "max", 900_000, 400_000, 100_000)
+    assert available_memory(proc, groups) == MIB
+    limit(groups, "1000000", 900_000, 400_000, 100_000)
+    assert available_memory(proc, groups) == 400_000
+    (proc / "self" / "cgroup").write_text("0::/system.slice/wicore.service\n")
+    assert available_memory(proc, groups) == 400_000  # a container's view: its own group is the top
+    limit(groups / "system.slice" / "wicore.service", "max", 1, 0, 0)
+    limit(groups / "system.slice", "500000", 300_000, 0, 0)
+    assert available_memory(proc, groups) == 200_000
+    limit(groups / "system.slice" / "wicore.service", "50000", 60_000, 0, 0)
+    assert available_memory(proc, groups) == 0
 
 
 def test_arguments_are_packed_by_their_types(device: CudaDevice, driver: FakeDriver) -> None:

@@ -141,25 +141,34 @@ def _piece(size: int, step: int) -> int:
     return max(1, _PIECE_BYTES // unit) * unit
 
 
-def available_memory(proc: Path = Path("/proc"), group: Path = Path("/sys/fs/cgroup")) -> int | None:
+def available_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Bytes of memory that this process can still have; None: the system does not tell.
 
-    `group`: a container's limit, as cgroup v2 shows it inside. Caches of files count as free.
+    Minds the limits of its control group, as cgroup v2 shows them, and of those around it; inside a container
+    the topmost is the container's. Caches of files count as free.
     """
     found: list[int] = []
     with contextlib.suppress(OSError, ValueError):
         found.append(1024 * _field(proc / "meminfo", "MemAvailable:"))
+    own = ""
     with contextlib.suppress(OSError, ValueError):
-        most, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        cached = _field(group / "memory.stat", "file") - _field(group / "memory.stat", "shmem")
-        found.append(max(0, most - used + cached))
+        own = _line(proc / "self" / "cgroup", "0::").strip().strip("/")
+    for group in (groups / own, *(groups / parent for parent in Path(own).parents)):
+        with contextlib.suppress(OSError, ValueError):
+            most, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+            cached = _field(group / "memory.stat", "file ") - _field(group / "memory.stat", "shmem ")
+            found.append(max(0, most - used + cached))
     return min(found, default=None)
 
 
-def _field(path: Path, name: str) -> int:
-    """The number behind `name` in a file of names and numbers. Raises ValueError where there is none."""
+def _field(path: Path, start: str) -> int:
+    """The number in the line that begins so."""
+    return int(_line(path, start).split()[0])
+
+
+def _line(path: Path, start: str) -> str:
+    """The rest of the line that begins so. Raises ValueError where there is none."""
     for line in path.read_text().splitlines():
-        key, value, *_ = (*line.split(), "")
-        if key == name:
-            return int(value)
-    raise ValueError(f"{path}: has no {name}")
+        if line.startswith(start):
+            return line.removeprefix(start)
+    raise ValueError(f"{path}: has no {start}")
