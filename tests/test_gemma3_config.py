@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from wicore.errors import CheckpointError
-from wicore.gemma3.config import PUBLISHED, Gemma3Config, config_from_hf, published
+from wicore.gemma3.config import PUBLISHED, published
+from wicore.gemma3.hf_config import config_from_hf, config_of_folder, config_to_hf
 
 # As published with the checkpoints, shortened to the keys that matter.
 VISION = {
@@ -154,7 +155,9 @@ def test_stop_tokens_come_from_both_files_and_eos_is_the_first() -> None:
 
 def test_writing_a_config_and_reading_it_back_changes_nothing() -> None:
     for config in PUBLISHED.values():
-        again = config_from_hf(config.to_hf("bfloat16"), {"eos_token_id": list(config.stop_token_ids)})
+        again = config_from_hf(
+            config_to_hf(config, "bfloat16"), {"eos_token_id": list(config.stop_token_ids)}
+        )
         assert again == replace(config, vision=None)  # that file is a text model's
 
 
@@ -234,20 +237,20 @@ def test_a_tower_that_cannot_be_served_is_refused_with_the_key_and_what_was_foun
 def test_a_config_file_that_is_no_json_object_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"config\.json: expected"):
-        Gemma3Config.from_hf(tmp_path)
+        config_of_folder(tmp_path)
 
 
 def test_a_bad_generation_config_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG_1B))
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
     with pytest.raises(CheckpointError, match=r"generation_config\.json: eos_token_id.*: expected"):
-        Gemma3Config.from_hf(tmp_path)
+        config_of_folder(tmp_path)
 
 
 def test_a_folder_is_read_with_its_generation_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG_1B | {"eos_token_id": 1}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 106]}))
-    assert Gemma3Config.from_hf(tmp_path) == PUBLISHED["gemma-3-1b"]
+    assert config_of_folder(tmp_path) == PUBLISHED["gemma-3-1b"]
 
 
 def test_kv_of_window_layers_stops_growing_at_the_window() -> None:

@@ -25,13 +25,13 @@ from wicore.engine.tensorrt.networks import (
 )
 from wicore.engine.tensorrt.trt_api import Backend, BuildOptions, TensorRTOps, build, load_backend
 from wicore.errors import EngineError
-from wicore.gemma3.config import PUBLISHED, Gemma3Config
+from wicore.gemma3.config import PUBLISHED
+from wicore.gemma3.hf_config import config_of_folder
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SMALL = SegmentShape(hidden=64, inner=96, attention=48, qkv=80, vocab=300, eps=1e-6)
 SHAPES = {name: SegmentShape.of(PUBLISHED[name]) for name in ("gemma-3-270m", "gemma-3-27b")} | {
-    name: SegmentShape.of(Gemma3Config.from_hf(FIXTURES / name))
-    for name in ("tiny", "tiny-mqa", "tiny-image")
+    name: SegmentShape.of(config_of_folder(FIXTURES / name)) for name in ("tiny", "tiny-mqa", "tiny-image")
 }
 
 

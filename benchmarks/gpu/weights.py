@@ -29,13 +29,14 @@ from wicore.engine.tensorrt.cuda import CudaDevice
 from wicore.engine.tensorrt.weights import RandomWeights, load_weights
 from wicore.gemma3.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from wicore.gemma3.config import Gemma3Config, published
+from wicore.gemma3.hf_config import config_to_hf
 
 COPIED = 1 << 30
 
 
 def write_checkpoint(folder: Path, config: Gemma3Config) -> int:
     """bfloat16 values near 0.01, repeated; returns bytes of the weights."""
-    (folder / "config.json").write_text(json.dumps(config.to_hf("bfloat16")))
+    (folder / "config.json").write_text(json.dumps(config_to_hf(config, "bfloat16")))
     values = np.random.default_rng(0).normal(0, 0.01, 16 << 20).astype(np.float32)
     block = (values.view(np.uint32) >> 16).astype("<u2").tobytes()
     header: dict[str, object] = {}

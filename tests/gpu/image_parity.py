@@ -26,6 +26,7 @@ from tests.gpu.parity import FIXTURES, WAYS, ours
 from wicore.engine.base import ImageRows
 from wicore.gemma3.checkpoint import open_checkpoint
 from wicore.gemma3.config import Gemma3Config, published
+from wicore.gemma3.hf_config import config_to_hf
 
 SIDE, TOKENS, STARTS, POSITIONS = 224, 256, (37, 420, 1100), 1500
 """Images lie within chunks of 700 and cross windows and blocks."""
@@ -49,7 +50,7 @@ def made_up(text: Gemma3Config, folder: Path) -> Reference:
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = False
     where = "cuda" if torch.cuda.is_available() else "cpu"
-    fields: dict[str, Any] = text.to_hf("float16")
+    fields: dict[str, Any] = config_to_hf(text, "float16")
     for name in ("architectures", "torch_dtype"):
         fields.pop(name, None)
     tower = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

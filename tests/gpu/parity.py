@@ -31,6 +31,7 @@ from wicore.engine.tensorrt.engine import TensorrtEngine
 from wicore.engine.tensorrt.weights import load_weights
 from wicore.gemma3.checkpoint import Checkpoint, open_checkpoint
 from wicore.gemma3.config import Gemma3Config, published
+from wicore.gemma3.hf_config import config_to_hf
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 BLOCK, CHUNK = 32, 700
@@ -119,7 +120,7 @@ def made_up(config: Gemma3Config, folder: Path) -> Path:
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     torch.manual_seed(0)
-    fields = config.to_hf("float16")
+    fields = config_to_hf(config, "float16")
     for name in ("architectures", "model_type", "torch_dtype"):
         fields.pop(name, None)
     model = Gemma3ForCausalLM(Gemma3TextConfig(**fields)).half()

@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 
 from wicore.cache import cache_folder
 from wicore.errors import CheckpointError
-from wicore.gemma3.config import Gemma3Config, published, read_json
+from wicore.gemma3.config import Gemma3Config, published
 from wicore.gemma3.files import OpenFile, Place
+from wicore.gemma3.hf_config import config_of_folder, read_json
 
 log = logging.getLogger("wicore.model")
 
@@ -283,7 +284,7 @@ def canonical_name(name: str) -> str:
 def _open_folder(folder: Path) -> Checkpoint:
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder}: expected config.json, found {_listing(folder)}")
-    config = Gemma3Config.from_hf(folder)
+    config = config_of_folder(folder)
     tensors: dict[str, StoredTensor] = {}
     for file in _weight_files(folder):
         for name, tensor in _read_safetensors(file):

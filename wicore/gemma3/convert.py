@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wicore.gemma3.checkpoint import Bytes, Checkpoint, Float
+from wicore.gemma3.hf_config import config_to_hf
 
 _CHUNK_ELEMENTS = 1 << 22
 """Elements converted at once: the embedding table alone would take 0.7 GB as float32."""
@@ -31,7 +32,7 @@ def save_bfloat16(checkpoint: Checkpoint, folder: Path, on_progress: Callable[[i
     """
     config = checkpoint.config
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.stop_token_ids)}
-    _write(folder / "config.json", json.dumps(config.to_hf("bfloat16"), indent=2).encode())
+    _write(folder / "config.json", json.dumps(config_to_hf(config, "bfloat16"), indent=2).encode())
     _write(folder / "generation_config.json", json.dumps(generation, indent=2).encode())
     _write(folder / "tokenizer.model", checkpoint.tokenizer_model)
 

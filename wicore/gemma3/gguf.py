@@ -21,8 +21,9 @@ from gguf.quants import dequantize
 
 from wicore.errors import CheckpointError
 from wicore.gemma3.checkpoint import Bytes, Checkpoint, Float, StoredTensor
-from wicore.gemma3.config import Gemma3Config, config_from_hf
+from wicore.gemma3.config import Gemma3Config
 from wicore.gemma3.files import OpenFile, Place
+from wicore.gemma3.hf_config import config_from_hf
 
 _SCALARS = {
     0: "<u1",
