@@ -7,7 +7,6 @@ import resource
 import shutil
 import socket
 import sys
-import tempfile
 from typing import Any
 
 from gevent import Timeout, monkey, sleep
@@ -15,8 +14,10 @@ from gevent import Timeout, monkey, sleep
 # Before anything imports ssl, threading or redis: what is imported earlier keeps blocking calls.
 monkey.patch_all()
 
-# Before anything imports prometheus_client: where the processes of this API count, to be added up.
-os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="wicore-counts-")
+from api.counts import counts_folder  # noqa: E402
+
+# Before anything imports prometheus_client.
+os.environ["PROMETHEUS_MULTIPROC_DIR"], _counts_lock = counts_folder()
 
 import gunicorn.http.wsgi  # noqa: E402
 from gunicorn.arbiter import Arbiter  # noqa: E402

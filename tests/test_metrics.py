@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from api.app import create_app
 from api.callers import Caller
+from api.counts import counts_folder
 from api.metrics import LATENCIES, TOKENS, Families, cache_families, worker_families
 from api.services import Services, build
 from tests.heartbeats import KV, beat
@@ -235,6 +239,29 @@ def test_a_cleaner_of_temporary_files_costs_counts_and_nothing_else(
         assert samples(counted, "status", suffix="_total")[("404",)] == 1
     finally:
         stop(api)
+
+
+def test_what_a_killed_api_counted_with_is_taken_away_by_the_next_and_nothing_else_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    other = tmp_path / "wicore-counts-not-ours"
+    other.mkdir()
+    living, lock = counts_folder()
+    script = (
+        "import os, signal, sys, tempfile; from api.counts import counts_folder;"
+        "tempfile.tempdir = sys.argv[1]; print(counts_folder()[0], flush=True);"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True, check=False
+    )
+    left = Path(killed.stdout.strip())
+    assert left.is_dir()
+    following, its_lock = counts_folder()
+    assert set(tmp_path.iterdir()) == {other, Path(living), Path(following)}
+    os.close(lock)
+    os.close(its_lock)
 
 
 def test_without_redis_the_door_is_unavailable() -> None:
