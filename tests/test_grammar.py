@@ -354,6 +354,27 @@ def test_a_schema_that_takes_too_long_is_refused_in_time_and_only_it() -> None:
         checker.close()
 
 
+def test_a_schema_that_took_too_long_once_is_tried_again_after_a_while(monkeypatch) -> None:
+    class OnABusyMachine(GrammarChecker):
+        busy = True
+
+        def _answer(self, child, seconds):
+            return None if self.busy and seconds == self._compile_s else super()._answer(child, seconds)
+
+    checker, grammar = OnABusyMachine(compile_s=20.0), json_schema_grammar(POINT)
+    try:
+        with pytest.raises(InvalidRequest, match="simpler"):
+            checker.check(grammar)
+        checker.busy = False
+        with pytest.raises(InvalidRequest, match="simpler"):
+            checker.check(grammar)
+        now = time.monotonic() + 61
+        monkeypatch.setattr("wicore.grammar.check.time.monotonic", lambda: now)
+        checker.check(grammar)
+    finally:
+        checker.close()
+
+
 def test_a_checker_whose_process_was_killed_starts_another(checker) -> None:
     checker.check(json_schema_grammar({"const": 1}))
     checker._child.kill()

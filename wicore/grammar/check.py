@@ -3,18 +3,21 @@
 Strangers write schemas, and a library's compiler may take minutes over a bad one: intersecting twenty
 patterns does. Nothing ends a thread that does so, so a child process compiles each grammar first, over bytes
 instead of tokens, and is killed when it takes too long. It tries a few steps, too: some grammars are found
-out only there. Verdicts are remembered, and the child stays, so that most checks cost no more than a look.
+out only there. Verdicts are remembered, and the child stays, so that most checks cost no more than a look;
+that one took too long is remembered for a while only, as it may have been the machine that was slow.
 """
 
 from __future__ import annotations
 
 import atexit
 import json
+import math
 import os
 import select
 import subprocess
 import sys
 import threading
+import time
 from collections import OrderedDict
 
 from wicore.errors import InvalidRequest, Unavailable
@@ -24,6 +27,8 @@ MAX_COMPILE_S = 2.0
 """How long a child may take over one grammar. Those of ordinary requests take some milliseconds."""
 _START_S = 30.0
 _REMEMBERED = 512
+_SLOW_FOR_S = 60.0
+"""How long it is remembered of a grammar that it took too long."""
 _COMMAND = (sys.executable, "-m", "wicore.grammar.check_process")
 
 
@@ -37,6 +42,8 @@ class GrammarChecker:
         self._compile_s = compile_s
         self._lock = threading.Lock()
         self._verdicts: OrderedDict[Grammar, str | None] = OrderedDict()
+        self._slow: dict[Grammar, float] = {}
+        """Those of the verdicts that say so, and when they are forgotten (`time.monotonic`)."""
         self._child: subprocess.Popen[bytes] | None = None
         self._pid = 0
 
@@ -44,11 +51,14 @@ class GrammarChecker:
         """Raises InvalidRequest, naming the field, for a grammar that cannot be honoured or takes too long to
         compile, and Unavailable when no child can be started."""
         with self._lock:
+            if self._slow.get(grammar, math.inf) <= time.monotonic():
+                del self._slow[grammar], self._verdicts[grammar]
             if grammar not in self._verdicts:
                 self._verdicts[grammar] = self._ask(grammar)
             self._verdicts.move_to_end(grammar)
             if len(self._verdicts) > _REMEMBERED:
-                self._verdicts.popitem(last=False)
+                forgotten, _ = self._verdicts.popitem(last=False)
+                self._slow.pop(forgotten, None)
             why = self._verdicts[grammar]
         if why is not None:
             raise InvalidRequest(f"{grammar.param}: {why}", param=grammar.param)
@@ -71,6 +81,7 @@ class GrammarChecker:
             answer = b""
         if answer is None:
             self._kill()
+            self._slow[grammar] = time.monotonic() + _SLOW_FOR_S
             return f"takes more than {self._compile_s:g} s to compile; make it simpler"
         if not answer:
             self._kill()
