@@ -17,6 +17,9 @@ from wicore.vision import png
 from wicore.vision.header import read_header
 from wicore.vision.resize import to_square
 
+# Of a file that cannot be decoded its sender is told; in the log it would be noise that strangers make.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
 _COLOUR = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
 _FLIPS = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}
 """By EXIF's orientation, what is flipped once rows are rows, for cv2.flip: 1 columns, 0 rows, -1 both."""
