@@ -407,7 +407,41 @@ def test_the_reckoned_size_of_the_weights_is_theirs() -> None:
     assert engine.info.memory["the weights"] == pytest.approx(weight_bytes(config), rel=0.02)
 
 
-def served(**options: Any) -> tuple[list[list[int]], Server]:
+class SlowlyPinned(EmulatedBuffer):
+    """Host memory that is pinned piece by piece, each when it was asked how far that is."""
+
+    def __init__(self, device: EmulatedDevice, size: int, step: int) -> None:
+        super().__init__(device, size, "")
+        self._pinned, self.piece, self.detours = 0, 2 * step, 0
+
+    @property
+    def pinned(self) -> int:
+        self._pinned, before = min(self.size, self._pinned + self.piece), self._pinned
+        self.detours += before < self.size
+        return before
+
+    @pinned.setter
+    def pinned(self, value: int) -> None:
+        self._pinned = value
+
+    def wait(self) -> None:
+        self._pinned = self.size
+
+
+class SlowlyPinning(EmulatedDevice):
+    def __init__(self) -> None:
+        super().__init__()
+        self.slow: list[SlowlyPinned] = []
+
+    def allocate_host(self, size: int, step: int = 0) -> EmulatedBuffer:
+        if not step:
+            return super().allocate_host(size)
+        self.slow.append(SlowlyPinned(self, size, step))
+        self._buffers[self.slow[-1].address] = self.slow[-1]
+        return self.slow[-1]
+
+
+def served(device: EmulatedDevice | None = None, **options: Any) -> tuple[list[list[int]], Server]:
     """What jobs get of the engine under the scheduler, with tiers as the settings say: two documents asked
     about in turn, then one that is longer than 256 positions."""
     given = {"engine__invariant": True, "scheduler__max_batch": 2, **options}
@@ -415,7 +449,7 @@ def served(**options: Any) -> tuple[list[list[int]], Server]:
     engine = build_engine(
         settings(**given),
         checkpoint.config,
-        EmulatedDevice(),
+        device or EmulatedDevice(),
         checkpoint,
         context=560,
         content=lambda: "tiny",
@@ -437,3 +471,14 @@ def test_output_does_not_depend_on_how_much_the_device_holds() -> None:
     assert found == expected
     assert service.streamed_steps > 0
     assert service.cache.manager.stats.hit_tokens["host"] > 0
+
+
+@pytest.mark.thorough
+def test_output_does_not_depend_on_how_soon_host_memory_is_pinned() -> None:
+    tiers = {"hmt__device_tokens": 256, "hmt__host_bytes": 4 * 2**20}
+    expected, _ = served(**tiers)
+    device = SlowlyPinning()
+    found, service = served(device, **tiers)
+    assert found == expected
+    assert service.cache.manager.stats.hit_tokens["host"] > 0
+    assert all(buffer.detours > 1 for buffer in device.slow)
