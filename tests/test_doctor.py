@@ -134,6 +134,16 @@ def test_a_gpu_is_described_and_only_some_need_tensorrt(monkeypatch, capability,
     assert (check.status, "emulation, 8.6 GB free" in check.detail) == (status, True)
 
 
+def test_more_host_memory_than_there_is_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wicore.engine.tensorrt.cuda.CudaDevice", lambda index: EmulatedDevice())
+    monkeypatch.setattr("wicore.engine.tensorrt.pinned.available_memory", lambda: 48 * 10**9)
+    environ = {"WICORE_ENGINE__KIND": "tensorrt", "WICORE_HMT__HOST_BYTES": "64000000000"}
+    check = doctor.check_engine(load_settings(environ=environ))
+    assert check.status == "fail"
+    assert "64.0 GB of host memory are asked for, 48.0 GB are free" in check.detail
+    assert "hmt.host_bytes" in check.fix
+
+
 def test_bad_settings_are_a_failure_that_names_the_key() -> None:
     result = CliRunner().invoke(main, ["doctor", "--json"], env={"WICORE_API__PORT": "x"})
     assert result.exit_code == ExitCode.FAILED

@@ -182,6 +182,7 @@ def check_engine(settings: Settings) -> Check:
 def _check_gpu(settings: Settings) -> Check:
     """Whether the card can be used, and what there is for it."""
     from wicore.engine.tensorrt.cuda import CudaDevice
+    from wicore.engine.tensorrt.pinned import available_memory
     from wicore.engine.tensorrt.trt_api import installed_backends
 
     try:
@@ -193,6 +194,10 @@ def _check_gpu(settings: Settings) -> Check:
     free, hopper = device.memory_free, device.capability[0] == 9
     told = f"tensorrt: {device.name}, {free / 1e9:.1f} GB free"
     device.close()
+    wanted, available = settings.hmt.host_bytes or 0, available_memory()
+    if available is not None and wanted > available:
+        asked = f"{wanted / 1e9:.1f} GB of host memory are asked for, {available / 1e9:.1f} GB are free"
+        return Check("engine", "fail", f"{told}; {asked}", "lower hmt.host_bytes, or free memory")
     libraries = ", ".join(f"{b.name} {b.version}" for b in installed_backends())
     if not libraries and not hopper:
         return Check(
