@@ -195,5 +195,5 @@ class Vision:
         if following is None:
             with self._waiting.mutex:
                 head = self._waiting.queue[0][2] if self._waiting.queue else None
-            following = head.next() if head is not None else None
+            following = head.next(image.picture.digest) if head is not None else None
         return following.picture if following is not None else None
