@@ -6,10 +6,13 @@ Calls are noted; `fails` makes a function answer an error, once or for good.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
+from wicore.engine.tensorrt import cuda
+from wicore.engine.tensorrt.cuda import CudaDevice
 
 real: Any = pytest.importorskip("cuda.bindings.driver")
 Result = real.CUresult
@@ -170,3 +173,21 @@ class FakeDriver:
 
     def cuGetErrorString(self, result: Any) -> tuple[Any, bytes]:  # noqa: N802
         return OK, f"words of {int(result)}".encode()
+
+
+def installed(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    """A fake driver that devices made from now on use; kernels are not compiled."""
+    fake = FakeDriver()
+    monkeypatch.setattr(cuda, "_driver", lambda: fake)
+    monkeypatch.setattr(
+        cuda, "compile_kernel", lambda source, defines, capability: b"cubin of " + source.encode()
+    )
+    return fake
+
+
+def opened(driver: FakeDriver) -> Iterator[CudaDevice]:
+    """A device of it, closed at the end: for a fixture."""
+    device = CudaDevice()
+    yield device
+    driver.fails.clear()
+    device.close()

@@ -340,7 +340,7 @@ def built(memory_bytes: int, context: int = 1024, **options: Any) -> TensorrtEng
     )
 
 
-def test_a_step_that_streams_comes_after_the_pinning_of_host_memory() -> None:
+def test_a_step_that_streams_comes_after_the_pinning_of_what_it_reads() -> None:
     engine = built(64 << 20)
     memory = engine.host_memory("global", 4)
     memory[:] = 0
@@ -352,6 +352,7 @@ def test_a_step_that_streams_comes_after_the_pinning_of_host_memory() -> None:
         assert not waited.called
         with pytest.raises(EngineError, match="not pinned"):
             engine.step(StepPlan((streaming.input([5]),)))
+        waited.assert_called_once_with(3 * engine.info.layout.block_bytes("global"))
 
 
 def test_pools_take_what_memory_is_left() -> None:
@@ -424,8 +425,8 @@ class SlowlyPinned(EmulatedBuffer):
     def pinned(self, value: int) -> None:
         self._pinned = value
 
-    def wait(self) -> None:
-        self._pinned = self.size
+    def wait(self, size: int | None = None) -> None:
+        self._pinned = max(self._pinned, self.size if size is None else size)
 
 
 class SlowlyPinning(EmulatedDevice):

@@ -69,7 +69,7 @@ class EmulatedBuffer:
         self.pinned = self.piece = size
         _protect(start + pages, page)
 
-    def wait(self) -> None:
+    def wait(self, size: int | None = None) -> None:
         """It is pinned."""
 
     def check(self) -> None:

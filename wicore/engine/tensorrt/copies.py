@@ -168,10 +168,10 @@ class KVCopies:
             self._run(copy, spans, earlier, inwards)
         return copy
 
-    def wait_for_memory(self) -> None:
-        """Block until all host memory of the global pool is pinned. Raises EngineError where that failed."""
-        if "global" in self._buffers:
-            self._buffers["global"].wait()
+    def wait_for_slots(self, pool: Pool, count: int) -> None:
+        """Block until the first `count` slots of host memory are pinned. Raises EngineError where that
+        failed."""
+        self._buffers[pool].wait(count * self._layout.block_bytes(pool))
 
     def close(self) -> None:
         """Finish what has been started, and end the thread. Idempotent."""

@@ -68,8 +68,8 @@ class HostBuffer(Protocol):
     def piece(self) -> int:
         """Pieces of so many bytes are pinned apart: a copy may not be of two."""
 
-    def wait(self) -> None:
-        """Block until all is pinned. Raises EngineError where that failed."""
+    def wait(self, size: int | None = None) -> None:
+        """Block until so many first bytes are pinned; None: all. Raises EngineError where that failed."""
 
     def free(self) -> None:
         """Give the memory back; the second call does nothing. `array` must not be used afterwards."""

@@ -237,8 +237,9 @@ class TensorrtEngine:
     def _check(self, sequences: Sequence[SequenceInput]) -> None:
         slots, width = self._copies.slots("global"), self._config.hidden_size
         check_plan(StepPlan(tuple(sequences)), self._info, slots, width)
-        if any(sequence.streamed for sequence in sequences):
-            self._copies.wait_for_memory()
+        streamed = [s.global_table[: s.streamed].max() for s in sequences if s.streamed]
+        if streamed:  # those alone: all may take longer than a step may
+            self._copies.wait_for_slots("global", int(max(streamed)) + 1)
 
     def _prepare(self) -> None:
         self._matmuls.prepare(self._most_rows, self._config)

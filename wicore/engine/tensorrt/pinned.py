@@ -44,7 +44,7 @@ class DriverMemory:
         there = (ctypes.c_uint8 * size).from_address(host + skipped)
         self.array: NDArray[np.uint8] = np.ctypeslib.as_array(there)
 
-    def wait(self) -> None:
+    def wait(self, size: int | None = None) -> None:
         """Nothing is left to be done."""
 
     def release(self) -> None:
@@ -80,22 +80,24 @@ class HugePages:
         self.array: NDArray[np.uint8] = whole[start : start + size]
         self.address = self.array.ctypes.data
         self.pinned, self.piece = 0, _piece(size, step)
-        self._error: EngineError | None = None
-        self._wanted = True
+        self._error = EngineError("pinned memory: was given back")
+        """Why no more of it will be pinned, where that is so."""
+        self._wanted, self._progress = True, threading.Condition()
         self._thread: threading.Thread | None = None
         self._pin_piece()
         if self.pinned < size:
             self._thread = threading.Thread(target=self._pin_rest, name="pinning", daemon=True)
             self._thread.start()
 
-    def wait(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-        if self._error is not None:
+    def wait(self, size: int | None = None) -> None:
+        wanted = self.size if size is None else size
+        with self._progress:
+            self._progress.wait_for(lambda: self.pinned >= wanted or not self._wanted)
+        if self.pinned < wanted:
             raise self._error
 
     def release(self) -> None:
-        self._wanted = False
+        self._stop()
         if self._thread is not None:
             self._thread.join()
         for start in range(0, self.pinned, self.piece):
@@ -111,7 +113,15 @@ class HugePages:
         start, end = self.pinned, min(self.pinned + self.piece, self.size)
         _populate(self.address + start, end - start)
         self._owner.pin(self.address + start, end - start)
-        self.pinned = end
+        with self._progress:
+            self.pinned = end
+            self._progress.notify_all()
+
+    def _stop(self) -> None:
+        """Pin no more."""
+        with self._progress:
+            self._wanted = False
+            self._progress.notify_all()
 
     def _pin_rest(self) -> None:
         try:
@@ -119,6 +129,7 @@ class HugePages:
                 self._pin_piece()
         except EngineError as err:
             self._error = err
+            self._stop()
             log.warning(
                 "%.1f of %.1f GB of host memory are pinned (%s); copies of the rest take a detour",
                 *(self.pinned / 1e9, self.size / 1e9, err),
