@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
+from typing import NamedTuple
 
 from wicore.errors import InvalidRequest, Unavailable
 from wicore.grammar.grammar import Grammar
@@ -32,6 +33,13 @@ _SLOW_FOR_S = 60.0
 _COMMAND = (sys.executable, "-m", "wicore.grammar.check_process")
 
 
+class _Verdict(NamedTuple):
+    why: str | None
+    """Why the grammar cannot be honoured; None: it can."""
+    until: float = math.inf
+    """When it is forgotten, by `time.monotonic`."""
+
+
 class GrammarChecker:
     """Checks grammars, one at a time, in a child process that is started when it is first needed.
 
@@ -41,9 +49,7 @@ class GrammarChecker:
     def __init__(self, compile_s: float = MAX_COMPILE_S) -> None:
         self._compile_s = compile_s
         self._lock = threading.Lock()
-        self._verdicts: OrderedDict[Grammar, str | None] = OrderedDict()
-        self._slow: dict[Grammar, float] = {}
-        """Those of the verdicts that say so, and when they are forgotten (`time.monotonic`)."""
+        self._verdicts: OrderedDict[Grammar, _Verdict] = OrderedDict()
         self._child: subprocess.Popen[bytes] | None = None
         self._pid = 0
 
@@ -51,25 +57,21 @@ class GrammarChecker:
         """Raises InvalidRequest, naming the field, for a grammar that cannot be honoured or takes too long to
         compile, and Unavailable when no child can be started."""
         with self._lock:
-            if self._slow.get(grammar, math.inf) <= time.monotonic():
-                del self._slow[grammar], self._verdicts[grammar]
-            if grammar not in self._verdicts:
-                self._verdicts[grammar] = self._ask(grammar)
+            verdict = self._verdicts.get(grammar)
+            if verdict is None or verdict.until <= time.monotonic():
+                verdict = self._verdicts[grammar] = self._ask(grammar)
             self._verdicts.move_to_end(grammar)
             if len(self._verdicts) > _REMEMBERED:
-                forgotten, _ = self._verdicts.popitem(last=False)
-                self._slow.pop(forgotten, None)
-            why = self._verdicts[grammar]
-        if why is not None:
-            raise InvalidRequest(f"{grammar.param}: {why}", param=grammar.param)
+                self._verdicts.popitem(last=False)
+        if verdict.why is not None:
+            raise InvalidRequest(f"{grammar.param}: {verdict.why}", param=grammar.param)
 
     def close(self) -> None:
         """End the child; another check starts a new one."""
         with self._lock:
             self._kill()
 
-    def _ask(self, grammar: Grammar) -> str | None:
-        """Why the grammar cannot be honoured; None: it can."""
+    def _ask(self, grammar: Grammar) -> _Verdict:
         child = self._running()
         assert child.stdin is not None
         question = json.dumps({"kind": grammar.kind, "text": grammar.text}).encode()
@@ -81,13 +83,13 @@ class GrammarChecker:
             answer = b""
         if answer is None:
             self._kill()
-            self._slow[grammar] = time.monotonic() + _SLOW_FOR_S
-            return f"takes more than {self._compile_s:g} s to compile; make it simpler"
+            why = f"takes more than {self._compile_s:g} s to compile; make it simpler"
+            return _Verdict(why, time.monotonic() + _SLOW_FOR_S)
         if not answer:
             self._kill()
-            return "cannot be compiled: it needs too much memory"
-        verdict = json.loads(answer)
-        return None if verdict is None else str(verdict)
+            return _Verdict("cannot be compiled: it needs too much memory")
+        found = json.loads(answer)
+        return _Verdict(None if found is None else str(found))
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._child is not None and self._pid == os.getpid() and self._child.poll() is None:
