@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wicore.engine.tensorrt.device import Buffer, Device, HostBuffer, Stream
+from wicore.engine.tensorrt.parts import allocate_parts
 from wicore.sampling import GREEDY_BELOW, Constraint, SampledToken, SamplingState, unusable_logits
 
 _CHUNK, _STRIP, _BINS, _CAPACITY, _TOP = 4096, 512, 2048, 4096, 20  # see sampling.cu
@@ -72,14 +73,9 @@ class Sampler:
             "filled": 4,
             "masks": 4 * self._words,
         }
-        self._memory = device.allocate(
-            sum(_aligned(size * max_rows) for size in parts.values()), "the sampler's buffers"
+        self._memory, self._at = allocate_parts(
+            device, {name: size * max_rows for name, size in parts.items()}, "the sampler's buffers"
         )
-        self._at: dict[str, int] = {}
-        address = self._memory.address
-        for name, size in parts.items():
-            self._at[name] = address
-            address += _aligned(size * max_rows)
         self._host_rows = device.allocate_host(_ROW.itemsize * max_rows)
         self._host_results = device.allocate_host(_RESULT.itemsize * max_rows)
         self._rows: NDArray[Any] = self._host_rows.array.view(_ROW)
@@ -297,7 +293,3 @@ class Sampler:
             if buffer is not None:
                 buffer.free()
         self._host_entries = self._entries = self._raw = None
-
-
-def _aligned(size: int) -> int:
-    return -(-size // 256) * 256

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from wicore.engine.base import Engine, VisionEncoder
 from wicore.engine.plans import check_pixels
 from wicore.engine.tensorrt.device import Device, Graph
+from wicore.engine.tensorrt.parts import allocate_parts, parts_bytes
 from wicore.engine.tensorrt.vision_attention import Networks, attention_bytes, tower_attention
 from wicore.engine.tensorrt.vision_kernels import VisionKernels, fits, vision_kinds
 from wicore.engine.tensorrt.vision_networks import VisionKind, VisionShape
@@ -35,7 +36,6 @@ log = logging.getLogger("wicore.engine")
 
 SCRATCH = "the vision tower's scratch memory"
 _WORK = "the vision tower's activations"
-_ALIGNMENT = 256
 
 
 class TowerNetworks(Networks, Protocol):
@@ -59,12 +59,7 @@ class TensorrtVision:
         self._attend = tower_attention(device, config, self._shape, networks)
         self._cut = device.compile("vision.cu", {}).function("cut_patches")
         sizes = _places(self._shape, self._side)
-        self._memory = device.allocate(sum(sizes.values()), _WORK)
-        self._at: dict[str, int] = {}
-        address = self._memory.address
-        for name, size in sizes.items():
-            self._at[name] = address
-            address += size
+        self._memory, self._at = allocate_parts(device, sizes, _WORK)
         self._pixels = device.allocate_host(self._side * self._side * 3)
         self._rows = device.allocate_host(4 * self._shape.tokens * self._shape.out)
         self.stream, self._lock = device.stream(), threading.Lock()
@@ -130,11 +125,11 @@ class TensorrtVision:
 
 
 def vision_bytes(config: Gemma3Config, device: Device) -> int:
-    """Bytes of device memory that a tower takes beside its plans' scratch memory; 0 where there is none."""
+    """Bytes of device memory that a tower takes beside its networks' scratch memory; 0 without a tower."""
     if config.vision is None:
         return 0
     shape = VisionShape.of(config)
-    work = sum(_places(shape, config.vision.image_size).values())
+    work = parts_bytes(_places(shape, config.vision.image_size))
     return vision_weight_bytes(config) + work + attention_bytes(device, shape)
 
 
@@ -180,9 +175,9 @@ def create_tensorrt_vision(settings: Settings, model: Model, engine: Engine) -> 
 
 
 def _places(shape: VisionShape, side: int) -> dict[str, int]:
-    """Bytes by name of what a run works with, each a multiple of the alignment."""
+    """Bytes by name of what a run works with."""
     rows = shape.patches
-    sizes = {
+    return {
         "pixels": 3 * side * side,
         "patches": 2 * rows * shape.patch,
         "residual": 4 * rows * shape.hidden,
@@ -191,4 +186,3 @@ def _places(shape: VisionShape, side: int) -> dict[str, int]:
         "attended": 2 * rows * shape.hidden,
         "rows": 4 * shape.tokens * shape.out,
     }
-    return {name: -(-size // _ALIGNMENT) * _ALIGNMENT for name, size in sizes.items()}

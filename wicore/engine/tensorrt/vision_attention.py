@@ -20,6 +20,7 @@ import numpy as np
 from wicore.engine.base import KVLayout
 from wicore.engine.tensorrt.attention_settings import HopperSetting
 from wicore.engine.tensorrt.device import Device, Stream
+from wicore.engine.tensorrt.parts import allocate_parts, parts_bytes
 from wicore.engine.tensorrt.prompt_attention import (
     PagedLayer,
     PoolMemory,
@@ -59,7 +60,7 @@ def has_kernel(capability: tuple[int, int], shape: VisionShape) -> bool:
 
 def attention_bytes(device: Device, shape: VisionShape) -> int:
     """Bytes of device memory that `tower_attention` takes."""
-    return sum(_sizes(shape).values()) if _setting(device.capability, shape) else 0
+    return parts_bytes(_sizes(shape)) if _setting(device.capability, shape) else 0
 
 
 def tower_attention(
@@ -86,15 +87,14 @@ def _blocks(shape: VisionShape) -> int:
 
 
 def _sizes(shape: VisionShape) -> dict[str, int]:
-    """Bytes by name, each a multiple of 256."""
+    """Bytes by name."""
     queries = 2 * _rows(shape) * 2 * shape.heads * _WIDTH
-    sizes = {
+    return {
         "q": queries,
         "kv": 2 * _blocks(shape) * 2 * shape.heads * _BLOCK_TOKENS * _WIDTH,
         "out": queries,
         "tables": 4 * (_blocks(shape) + 1 + _rows(shape) + 4 * (_rows(shape) // 64 + 1)),
     }
-    return {name: -(-size // 256) * 256 for name, size in sizes.items()}
 
 
 class _Network:
@@ -125,11 +125,7 @@ class _Kernel:
         module = device.compile("vision_attention.cu", moves)
         self._spread, self._gather = module.function("spread_qkv"), module.function("gather_heads")
         self._scale = np.float32(head_dim**-0.5)
-        sizes = _sizes(shape)
-        self._memory = device.allocate(sum(sizes.values()), PURPOSE)
-        at, address = {}, self._memory.address
-        for name, size in sizes.items():
-            at[name], address = address, address + size
+        self._memory, at = allocate_parts(device, _sizes(shape), PURPOSE)
         self._q, self._kv, self._out = at["q"], at["kv"], at["out"]
 
         layout = KVLayout(_BLOCK_TOKENS, 1, 0, heads, _WIDTH, shape.patches, "float16")

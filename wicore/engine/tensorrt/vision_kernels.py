@@ -12,15 +12,15 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from wicore.engine.tensorrt.device import Buffer, Device, Stream
+from wicore.engine.tensorrt.device import Device, Stream
 from wicore.engine.tensorrt.hopper import HopperMatmul
 from wicore.engine.tensorrt.networks import EXPONENT
+from wicore.engine.tensorrt.parts import allocate_parts
 from wicore.engine.tensorrt.vision_attention import has_kernel
 from wicore.engine.tensorrt.vision_networks import VISION_KINDS, VisionKind, VisionShape
 from wicore.errors import EngineError
 
 _THREADS = 128
-_ALIGNMENT = 256
 _UNSCALED = np.float32(2.0**-EXPONENT)
 
 Addresses = Mapping[str, int]
@@ -66,12 +66,7 @@ class VisionKernels:
             "soft": 2 * shape.tokens * shape.hidden,
             "projection": 2 * shape.out * shape.hidden,
         }
-        aligned = {name: -(-size // _ALIGNMENT) * _ALIGNMENT for name, size in sizes.items()}
-        self._memory: Buffer | None = device.allocate(sum(aligned.values()), purpose)
-        self._at: dict[str, int] = {}
-        address = self._memory.address
-        for name, size in aligned.items():
-            self._at[name], address = address, address + size
+        self._memory, self._at = allocate_parts(device, sizes, purpose)
 
     def run(self, stream: Stream, kind: VisionKind, rows: int, addresses: Addresses) -> None:
         """Enqueue a network of a whole image. Raises EngineError for one that there is no kernel for here."""
@@ -86,9 +81,7 @@ class VisionKernels:
 
     def close(self) -> None:
         """Give the memory back; nothing may be running. Idempotent."""
-        if self._memory is not None:
-            self._memory.free()
-            self._memory = None
+        self._memory.free()
 
     def _first(self, stream: Stream, given: Addresses) -> None:
         s, at = self._shape, self._at

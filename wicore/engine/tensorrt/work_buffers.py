@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from wicore.engine.tensorrt.device import Device
+from wicore.engine.tensorrt.parts import aligned
 from wicore.gemma3.config import Gemma3Config
-
-_ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
@@ -71,12 +70,8 @@ def _places(config: Gemma3Config, rows: int, samples: int) -> Iterator[tuple[str
         ("logits", 4 * samples * config.vocab_size),
     ):
         yield name, at, size
-        at = _aligned(at + size)
+        at = aligned(at + size)
     yield "act", at, 2 * rows * config.intermediate_size
     for name, size in (("qkv", 2 * rows * qkv), ("q", 2 * rows * wide), ("attended", 2 * rows * wide)):
         yield name, at, size
-        at = _aligned(at + size)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
+        at = aligned(at + size)
