@@ -129,11 +129,11 @@ class HugePages:
                 self._pin_piece()
         except EngineError as err:
             self._error = err
-            self._stop()
             log.warning(
                 "%.1f of %.1f GB of host memory are pinned (%s); copies of the rest take a detour",
                 *(self.pinned / 1e9, self.size / 1e9, err),
             )
+            self._stop()
 
 
 def _populate(address: int, size: int) -> None:
